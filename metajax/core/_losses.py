@@ -1,0 +1,159 @@
+"""Per-example losses, and the masks that every mean and every logit honours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from metajax.core._types import Examples, Loss
+
+ABSENT = -1e9  # the logit of an absent class: finite, so that its gradient is zero and never NaN
+
+
+def cross_entropy(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    """Softmax cross-entropy with integer labels, averaged over the kept positions of each example.
+
+    Args:
+      outputs: `[n, ..., c]` logits.
+      targets: `[n, ...]` integers; a negative target is left out.
+
+    Returns:
+      `[n]` losses; 0 for an example without a kept position.
+
+    Raises:
+      ValueError: the shapes do not match.
+
+    >>> import jax.numpy as jnp
+    >>> cross_entropy(jnp.zeros([1, 4]), jnp.array([2])).shape
+    (1,)
+    """
+    if outputs.shape[:-1] != targets.shape:
+        raise ValueError(f"targets must have the shape of outputs {outputs.shape} without its last axis, got {targets.shape}")
+    kept = targets >= 0
+    losses = optax.softmax_cross_entropy_with_integer_labels(outputs, jnp.where(kept, targets, 0))
+    axes = tuple(range(1, targets.ndim))
+    total = jnp.sum(jnp.where(kept, losses, 0), axis=axes)
+    return total / jnp.maximum(jnp.sum(kept, axis=axes), 1).astype(total.dtype)
+
+
+def squared_error(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    """Squared error, averaged over the positions of each example: `[n, ...]` and `[n, ...]` to `[n]`.
+
+    Raises:
+      ValueError: the shapes differ.
+
+    >>> import jax.numpy as jnp
+    >>> squared_error(jnp.array([[1.0], [3.0]]), jnp.zeros([2, 1])).tolist()
+    [1.0, 9.0]
+    """
+    if outputs.shape != targets.shape:
+        raise ValueError(f"targets must have the shape of outputs {outputs.shape}, got {targets.shape}")
+    return jnp.mean(jnp.square(outputs - targets), axis=tuple(range(1, outputs.ndim)))
+
+
+def kept_examples(examples: Examples) -> jax.Array:
+    """`[n]` bool: examples that the mask keeps and that have at least one target that counts.
+
+    >>> import numpy as np
+    >>> kept_examples(Examples(np.zeros(3), np.array([0, -1, 1]), np.array([True, True, False]))).tolist()
+    [True, False, False]
+    """
+    kept = jnp.asarray(examples.mask)
+    targets = examples.targets
+    if is_integer(targets):
+        kept &= jnp.any(targets >= 0, axis=tuple(range(1, targets.ndim)))
+    return kept
+
+
+def is_integer(targets: Any) -> bool:
+    """Whether targets are class labels.
+
+    >>> is_integer(jnp.array([1])), is_integer(jnp.array([1.0]))
+    (True, False)
+    """
+    return hasattr(targets, "dtype") and jnp.issubdtype(targets.dtype, jnp.integer)
+
+
+def mean_loss(loss: Loss, outputs: Any, examples: Examples) -> jax.Array:
+    """The mean of `loss(outputs, targets) -> [n]` over the kept examples; 0 where none is kept.
+
+    >>> import numpy as np
+    >>> examples = Examples(np.zeros(2), np.array([[1.0], [5.0]]), np.array([True, False]))
+    >>> float(mean_loss(squared_error, jnp.zeros([2, 1]), examples))
+    1.0
+    """
+    losses = loss(outputs, examples.targets)
+    kept = kept_examples(examples)
+    # where, not a product: a padding example may be NaN and must still not count
+    total = jnp.sum(jnp.where(kept, losses, 0))
+    return total / jnp.maximum(jnp.sum(kept), 1).astype(total.dtype)
+
+
+def mask_classes(logits: jax.Array, class_mask: jax.Array | None) -> jax.Array:
+    """Gives absent classes a large negative logit.
+
+    Args:
+      logits: `[..., c]`.
+      class_mask: `[ways]` bool with `ways <= c`, or None for no absent class. Outputs above `ways` are absent.
+
+    Raises:
+      ValueError: there are more classes than outputs.
+
+    >>> mask_classes(jnp.zeros([1, 3]), jnp.array([True, False]))[0].tolist()
+    [0.0, -1000000000.0, -1000000000.0]
+    """
+    if class_mask is None:
+        return logits
+    width, ways = logits.shape[-1], class_mask.shape[0]
+    if ways > width:
+        raise ValueError(f"ways must be at most {width}, the number of outputs of the model, got {ways}")
+    present = jnp.pad(jnp.asarray(class_mask), (0, width - ways))
+    return jnp.where(present, logits, jnp.asarray(ABSENT, logits.dtype))
+
+
+def accuracy(outputs: jax.Array, examples: Examples) -> jax.Array:
+    """Fraction of kept targets whose largest logit is right, averaged over the kept examples.
+
+    Args:
+      outputs: `[n, ..., c]` logits.
+      examples: with integer targets `[n, ...]`.
+
+    >>> import numpy as np
+    >>> examples = Examples(np.zeros(2), np.array([0, 1]), np.ones(2, bool))
+    >>> float(accuracy(jnp.array([[1.0, 0.0], [1.0, 0.0]]), examples))
+    0.5
+    """
+    right = jnp.argmax(outputs, axis=-1) == examples.targets
+
+    def fraction(hits: jax.Array, targets: jax.Array) -> jax.Array:
+        kept, axes = targets >= 0, tuple(range(1, targets.ndim))
+        return jnp.sum(hits & kept, axis=axes) / jnp.maximum(jnp.sum(kept, axis=axes), 1)
+
+    return mean_loss(lambda hits, targets: fraction(hits, targets), right, examples)
+
+
+def count_ways(examples: Examples, ways: int | None = None) -> int:
+    """The static number of classes of a task.
+
+    Taken from the length of `class_mask`, else from the argument `ways`, else from concrete targets.
+
+    Raises:
+      ValueError: none of the three is known, as under `jit` without a class mask.
+
+    >>> import numpy as np
+    >>> count_ways(Examples(np.zeros(2), np.array([0, 4]), np.ones(2, bool)))
+    5
+    """
+    if examples.class_mask is not None:
+        return int(examples.class_mask.shape[0])
+    if ways is not None:
+        return ways
+    if isinstance(examples.targets, jax.core.Tracer):
+        raise ValueError(
+            "the number of ways is unknown: under jit, give support.class_mask ([ways] bool) or the learner's ways="
+        )
+    return int(np.max(np.asarray(examples.targets))) + 1

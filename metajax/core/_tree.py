@@ -1,0 +1,74 @@
+"""Selection of leaves by path, and the split of a tree that every estimator differentiates in part.
+
+A path joins keys with a slash (`body/conv_0/kernel`). A split keeps the structure: each of the two trees has
+None where the other has a leaf, and None is no leaf to JAX.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+PyTree = Any
+Where = str | Callable[[str], bool] | None
+
+
+def paths(tree: PyTree) -> list[str]:
+    """Paths of the leaves, in leaf order.
+
+    >>> paths({"body": {"kernel": 1}, "head": 2})
+    ['body/kernel', 'head']
+    """
+    return [_path(path) for path, _ in jax.tree.leaves_with_path(tree)]
+
+
+def _path(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def split(tree: PyTree, where: Where, *, name: str = "where") -> tuple[PyTree, PyTree]:
+    """Splits `tree` into the leaves that `where` picks and the rest; `merge` undoes it.
+
+    Args:
+      tree: any pytree.
+      where: a regular expression searched in the path of each leaf, a predicate of the path, or None for all.
+      name: the argument that an error names.
+
+    Raises:
+      ValueError: `where` picks no leaf, or is no valid regular expression.
+
+    >>> split({"body": 1, "head": 2}, "head")
+    ({'body': None, 'head': 2}, {'body': 1, 'head': None})
+    """
+    if where is None:
+        return tree, jax.tree.map(lambda _: None, tree)
+    picks = _predicate(where, name)
+    picked = jax.tree.map_with_path(lambda path, leaf: leaf if picks(_path(path)) else None, tree)
+    if not jax.tree.leaves(picked):
+        raise ValueError(f"{name} must pick at least one leaf, got {where!r}; paths: {', '.join(paths(tree))}")
+    rest = jax.tree.map_with_path(lambda path, leaf: None if picks(_path(path)) else leaf, tree)
+    return picked, rest
+
+
+def _predicate(where: str | Callable[[str], bool], name: str) -> Callable[[str], bool]:
+    if callable(where):
+        return where
+    try:
+        pattern = re.compile(where)
+    except re.error as error:
+        raise ValueError(f"{name} must be a regular expression, got {where!r}: {error}") from error
+    return lambda path: pattern.search(path) is not None
+
+
+def merge(tree: PyTree, other: PyTree | None) -> PyTree:
+    """Fills the Nones of `tree` from `other`; `other=None` returns `tree`.
+
+    >>> merge({"body": None, "head": 2}, {"body": 1, "head": None})
+    {'body': 1, 'head': 2}
+    """
+    if other is None:
+        return tree
+    return jax.tree.map(lambda a, b: b if a is None else a, tree, other, is_leaf=lambda leaf: leaf is None)

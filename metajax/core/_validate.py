@@ -1,0 +1,65 @@
+"""Keyword validators: a `ValueError` that names the argument, its value and what is accepted."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+
+def positive_int(name: str, value: Any) -> int:
+    """Returns `value` if it is an integer of at least 1.
+
+    >>> positive_int("ways", 5)
+    5
+    """
+    return int_at_least(name, value, 1)
+
+
+def int_at_least(name: str, value: Any, minimum: int) -> int:
+    """Returns `value` if it is an integer of at least `minimum`.
+
+    >>> int_at_least("start", 0, 0)
+    0
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < minimum:
+        raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+    return int(value)
+
+
+def positive_float(name: str, value: Any) -> float:
+    """Returns `value` if it is a finite number above 0.
+
+    >>> positive_float("rate", 0.4)
+    0.4
+    """
+    return _real(name, value, "a finite number above 0", lambda x: x > 0)
+
+
+def non_negative_float(name: str, value: Any) -> float:
+    """Returns `value` if it is a finite number of at least 0.
+
+    >>> non_negative_float("proximal", 0)
+    0.0
+    """
+    return _real(name, value, "a finite number of at least 0", lambda x: x >= 0)
+
+
+def _real(name: str, value: Any, accepted: str, test: Any) -> float:
+    ok = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not ok or not math.isfinite(value) or not test(value):
+        raise ValueError(f"{name} must be {accepted}, got {value!r}")
+    return float(value)
+
+
+def one_of(name: str, value: Any, accepted: Sequence[Any]) -> Any:
+    """Returns `value` if it is one of `accepted`.
+
+    >>> one_of("split", "test", ("train", "val", "test"))
+    'test'
+    """
+    if value not in accepted:
+        listed = ", ".join(repr(item) for item in accepted)
+        raise ValueError(f"{name} must be one of {listed}, got {value!r}")
+    return value

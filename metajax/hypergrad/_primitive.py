@@ -1,0 +1,37 @@
+"""The one-task primitive that `outer_update` and other programs use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from metajax.core._types import Episode, Hypergrad, Learner, Params
+
+
+def value_and_grad(learner: Learner, estimator: Hypergrad) -> Callable[..., tuple[Any, Params]]:
+    """Value and hypergradient of the outer loss of one task.
+
+    Args:
+      learner: any learner.
+      estimator: any estimator that keeps no state.
+
+    Returns:
+      `(meta_params, episode, *, key=None) -> ((loss, aux), grads)`. `aux` holds `outputs` (the predictions for
+      the query set) and, with an inner loop, `inner_loss` `[num_steps]`.
+
+    >>> import jax.numpy as jnp, optax, metajax
+    >>> model = metajax.Model(lambda key, x: jnp.zeros([3, 2]), lambda w, x: x @ w)
+    >>> learner = metajax.learners.maml(model, inner=optax.sgd(0.1), num_steps=2)
+    >>> examples = metajax.Examples(jnp.eye(3)[:2], jnp.array([0, 1]), jnp.ones(2, bool))
+    >>> fn = metajax.hypergrad.value_and_grad(learner, metajax.hypergrad.unrolled())
+    >>> (loss, aux), grads = fn(jnp.zeros([3, 2]), metajax.Episode(examples, examples))
+    >>> aux["inner_loss"].shape, grads.shape
+    ((2,), (3, 2))
+    """
+
+    def fn(meta_params: Params, episode: Episode, *, key: Any = None) -> tuple[Any, Params]:
+        state = estimator.init(learner, meta_params, episode, key)
+        value, grads, _ = estimator.value_and_grad(learner, meta_params, state, episode, key=key)
+        return value, grads
+
+    return fn

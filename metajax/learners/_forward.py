@@ -1,0 +1,55 @@
+"""Calling a model with what it needs, and masking what it says."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+
+from metajax.core import _losses
+from metajax.core._types import Examples, Loss, Model, Params
+
+
+class Adapted(NamedTuple):
+    """A model adapted to one task.
+
+    Attributes:
+      params: parameters of the model (the base is shared, not copied).
+      class_mask: `[ways]` bool or None, the classes that the task has.
+      stats: statistics of the support set, or None.
+      head: what the learner put on top of the model: prototypes, a task's linear head, or None.
+    """
+
+    params: Params
+    class_mask: jax.Array | None
+    stats: Any = None
+    head: Any = None
+
+
+def forward(
+    model: Model, params: Params, inputs: Any, *, mask: Any = None, key: Any = None, stats: Any = None
+) -> tuple[Any, Any]:
+    """Returns `(outputs, stats)`; stats is None where the model keeps none."""
+    available = {"mask": mask, "key": key, "stats": stats}
+    unknown = [name for name in model.needs if name not in available]
+    if unknown:
+        raise ValueError(f"needs must be among 'mask', 'key' and 'stats', got {unknown[0]!r}")
+    outputs = model.apply(params, inputs, **{name: available[name] for name in model.needs})
+    return outputs if "stats" in model.needs else (outputs, None)
+
+
+def support_stats(model: Model, params: Params, support: Examples, key: Any) -> Any:
+    """Statistics of the support set under `params`, or None where the model keeps none."""
+    if "stats" not in model.needs:
+        return None
+    return forward(model, params, support.inputs, mask=support.mask, key=key)[1]
+
+
+def masked(outputs: Any, class_mask: jax.Array | None) -> Any:
+    """Outputs with the absent classes masked; structured and regression outputs pass through."""
+    return outputs if class_mask is None else _losses.mask_classes(outputs, class_mask)
+
+
+def query_loss(loss: Loss, outputs: Any, query: Examples) -> tuple[jax.Array, dict[str, Any]]:
+    """What an `outer_loss` returns: the mean loss of the kept examples, and the outputs."""
+    return _losses.mean_loss(loss, outputs, query), {"outputs": outputs}

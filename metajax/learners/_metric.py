@@ -1,0 +1,102 @@
+"""Metric learners: a class is a point in feature space."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from metajax.core import _losses, _validate
+from metajax.core._types import Examples, Learner, Loss, Model, Params
+from metajax.learners._forward import Adapted, forward, masked, query_loss
+
+_TINY = 1e-12  # keeps the gradient of a norm finite at zero
+
+
+def prototypical(
+    model: Model,
+    *,
+    distance: Literal["euclidean", "cosine"] = "euclidean",
+    scale: float | None = None,
+    ways: int | None = None,
+    loss: Loss = _losses.cross_entropy,
+) -> Learner:
+    """Prototypical networks (Snell et al. 2017): a class is the mean of its support features.
+
+    Logits are `-scale * |feature - prototype|^2` (Euclidean) or `scale * cos(feature, prototype)`. The learner
+    takes any number of ways and shots, also other ones than it was trained on.
+
+    Args:
+      model: a network from inputs to features `[n, d]`.
+      distance: "euclidean" or "cosine".
+      scale: multiplies the logits; by default 1 for Euclidean and 10 for cosine.
+      ways: number of classes where episodes carry no class mask.
+      loss: `(outputs, targets) -> [n]`.
+
+    Returns:
+      A `Learner` without an inner problem. A class without a kept support example is absent: it gets a large
+      negative logit. Without any kept support example all classes are absent and predictions mean nothing.
+
+    Raises:
+      ValueError: an unknown distance, a scale that is not positive, or (under jit) an unknown number of ways.
+
+    Source: Snell, Swersky and Zemel 2017, Prototypical Networks for Few-shot Learning, arXiv:1703.05175.
+
+    >>> import jax, jax.numpy as jnp, metajax
+    >>> learner = metajax.learners.prototypical(metajax.Model(lambda key, x: (), lambda params, x: x))
+    >>> support = metajax.Examples(jnp.eye(2), jnp.array([0, 1]), jnp.ones(2, bool))
+    >>> learner.predict(learner.adapt((), support), jnp.array([[1.0, 0.0]])).tolist()
+    [[-0.0, -2.0]]
+    """
+    _validate.one_of("distance", distance, ("euclidean", "cosine"))
+    if ways is not None:
+        _validate.positive_int("ways", ways)
+    factor = _validate.positive_float("scale", {"euclidean": 1.0, "cosine": 10.0}[distance] if scale is None else scale)
+
+    def adapt(
+        meta_params: Params, support: Examples, *, unlabelled: Any = None, num_steps: int | None = None, key: Any = None
+    ) -> Adapted:
+        del unlabelled, num_steps
+        num_classes = _losses.count_ways(support, ways)
+        features, stats = forward(model, meta_params, support.inputs, mask=support.mask, key=key)
+        prototypes, present = class_means(features, support, num_classes)
+        return Adapted(meta_params, present, stats, prototypes)
+
+    def predict(adapted: Adapted, inputs: Any, *, mask: Any = None, key: Any = None) -> jax.Array:
+        features, _ = forward(model, adapted.params, inputs, mask=mask, key=key, stats=adapted.stats)
+        logits = _euclidean(features, adapted.head) if distance == "euclidean" else cosine(features, adapted.head)
+        return masked(factor * logits, adapted.class_mask)
+
+    def outer_loss(
+        adapted: Adapted, meta_params: Params, query: Examples, *, key: Any = None
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        del meta_params
+        return query_loss(loss, predict(adapted, query.inputs, mask=query.mask, key=key), query)
+
+    return Learner(model.init, adapt, predict, outer_loss, None)
+
+
+def class_means(features: jax.Array, support: Examples, num_classes: int) -> tuple[jax.Array, jax.Array]:
+    """Means `[ways, d]` of the kept features of each class, and which classes are present `[ways]`."""
+    kept = _losses.kept_examples(support)
+    features = jnp.where(kept[:, None], features, 0)
+    member = jax.nn.one_hot(support.targets, num_classes, dtype=features.dtype) * kept[:, None]
+    count = jnp.sum(member, axis=0)
+    present = count > 0
+    if support.class_mask is not None:
+        present &= support.class_mask
+    return (member.T @ features) / jnp.maximum(count, 1)[:, None], present
+
+
+def _euclidean(features: jax.Array, prototypes: jax.Array) -> jax.Array:
+    return -jnp.sum(jnp.square(features[:, None] - prototypes[None]), axis=-1)
+
+
+def cosine(features: jax.Array, prototypes: jax.Array) -> jax.Array:
+    """Cosines `[n, ways]` between `[n, d]` and `[ways, d]`; 0 for a zero vector."""
+
+    def unit(vectors: jax.Array) -> jax.Array:
+        return vectors * jax.lax.rsqrt(jnp.sum(jnp.square(vectors), axis=-1, keepdims=True) + _TINY)
+
+    return unit(features) @ unit(prototypes).T

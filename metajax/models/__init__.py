@@ -1,0 +1,12 @@
+"""Networks as pure `Model`s, and wrappers that make one of a user's module.
+
+Normalisation is an explicit policy: "batch" (statistics of the call: transductive), "support" (statistics of the
+support set, reused for the query: inductive), "layer", "group" or "none".
+"""
+
+from metajax.models._conv import conv4
+from metajax.models._conv_ops import convolution, max_pool
+from metajax.models._mlp import mlp
+from metajax.models._wrap import from_linen, from_nnx
+
+__all__ = ["conv4", "convolution", "from_linen", "from_nnx", "max_pool", "mlp"]

@@ -1,0 +1,86 @@
+"""Normalisation as an explicit policy, and who may see whom.
+
+| policy | statistics of | transductive |
+|---|---|---|
+| "batch" | the examples of the call, padding left out | yes: a query example depends on the others |
+| "support" | the support set, reused for the query | no |
+| "layer" | the example, all channels | no |
+| "group" | the example, 8 groups of channels | no |
+| "none" | - | no |
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from metajax.core import _validate
+
+Policy = Literal["batch", "support", "layer", "group", "none"]
+POLICIES = ("batch", "support", "layer", "group", "none")
+_GROUPS = 8
+_EPSILON = 1e-5
+
+
+class Norm(nnx.Module):
+    """Normalisation over all axes but the last, or over groups of channels, with learned scale and bias."""
+
+    def __init__(self, features: int, policy: Policy):
+        """Args: features: channels, the last axis. policy: one of `POLICIES`."""
+        _validate.one_of("normalisation", policy, POLICIES)
+        if policy == "group" and features % _GROUPS:
+            raise ValueError(f"width must be a multiple of {_GROUPS} under group normalisation, got {features}")
+        self.policy = policy
+        if policy != "none":
+            self.scale = nnx.Param(jnp.ones([features]))
+        self.bias = nnx.Param(jnp.zeros([features]))
+
+    def __call__(self, inputs: jax.Array, mask: jax.Array | None, stats: Any) -> tuple[jax.Array, Any]:
+        """Normalises `[n, ..., c]`.
+
+        Args:
+          inputs: `[n, ..., c]`.
+          mask: `[n]` bool or None; padding does not enter batch statistics.
+          stats: `(mean, variance)` `[c]` to use instead of those of the inputs, or None.
+
+        Returns:
+          The normalised inputs, and the batch statistics that were used (None where the policy has none).
+        """
+        if self.policy == "none":
+            return inputs + self.bias[...], None
+        if self.policy in ("batch", "support"):
+            if stats is None:
+                stats = _batch_statistics(inputs, mask)
+            mean, variance = stats
+        else:
+            stats = None
+            mean, variance = _example_statistics(inputs, 1 if self.policy == "layer" else _GROUPS)
+        return (inputs - mean) * (jax.lax.rsqrt(variance + _EPSILON) * self.scale[...]) + self.bias[...], stats
+
+
+def _batch_statistics(inputs: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    axes = tuple(range(inputs.ndim - 1))
+    if mask is None:
+        return jnp.mean(inputs, axes), jnp.var(inputs, axes)
+    weight = jnp.expand_dims(mask, tuple(range(1, inputs.ndim)))
+    positions = inputs[0, ..., 0].size
+    count = jnp.maximum(jnp.sum(mask) * positions, 1).astype(inputs.dtype)
+    mean = jnp.sum(jnp.where(weight, inputs, 0), axes) / count
+    return mean, jnp.sum(jnp.where(weight, jnp.square(inputs - mean), 0), axes) / count
+
+
+def _example_statistics(inputs: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:
+    shape = inputs.shape
+    grouped = inputs.reshape(*shape[:-1], groups, shape[-1] // groups)
+    axes = (*range(1, inputs.ndim - 1), inputs.ndim)
+    mean, variance = jnp.mean(grouped, axes, keepdims=True), jnp.var(grouped, axes, keepdims=True)
+
+    def channels(statistic: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(statistic, (*statistic.shape[:-1], shape[-1] // groups)).reshape(
+            *statistic.shape[:-2], shape[-1]
+        )
+
+    return channels(mean), channels(variance)

@@ -1,0 +1,119 @@
+"""A module of another library as a pure `Model`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen, nnx
+
+from metajax.core._types import Model
+
+
+def as_floats(inputs: Any) -> Any:
+    """Unsigned 8-bit leaves are images and become floats in [0, 1]; other leaves pass.
+
+    >>> import numpy as np
+    >>> as_floats(np.array([0, 255], np.uint8)).tolist()
+    [0.0, 1.0]
+    """
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32) / 255 if x.dtype == jnp.uint8 else x, inputs)
+
+
+def from_nnx(module: Callable[[nnx.Rngs], nnx.Module], *, needs: tuple[str, ...] = ()) -> Model:
+    """Makes a `Model` of a flax.nnx module.
+
+    Parameters (`nnx.Param`) become a nested dict of arrays. Other variables (running statistics, dropout streams)
+    are made anew in each call and what is written to them is dropped, so that a batch normalisation in training
+    mode normalises with the statistics of the call, which is transductive. Unsigned 8-bit images are scaled to
+    [0, 1].
+
+    Args:
+      module: a factory `(rngs) -> module` whose module maps inputs to outputs.
+      needs: which of `mask` and `stats` the module's call takes as keywords; with `key`, the module's dropout
+        streams follow the key, and a call without one is deterministic (`module.eval()`).
+
+    >>> import jax, jax.numpy as jnp, metajax
+    >>> from flax import nnx
+    >>> model = metajax.models.from_nnx(lambda rngs: nnx.Linear(3, 2, rngs=rngs))
+    >>> params = model.init(jax.random.key(0), jnp.ones([4, 3]))
+    >>> sorted(params), model.apply(params, jnp.ones([4, 3])).shape
+    (['bias', 'kernel'], (4, 2))
+    """
+    return from_shape(lambda shape, rngs: module(rngs), needs=needs)
+
+
+def from_shape(module: Callable[[tuple[int, ...], nnx.Rngs], nnx.Module], *, needs: tuple[str, ...] = ()) -> Model:
+    """As `from_nnx`, for a factory `(shape of one example, rngs) -> module`."""
+
+    def init(key: jax.Array, inputs: Any) -> Any:
+        return nnx.to_pure_dict(nnx.state(module(_example_shape(inputs), nnx.Rngs(key)), nnx.Param))
+
+    @functools.cache  # by shape; what it holds is static: a graph definition and abstract parameters
+    def abstract(shape: tuple[int, ...]) -> tuple[Any, Any, Any]:
+        return nnx.split(nnx.eval_shape(lambda: module(shape, nnx.Rngs(0))), nnx.Param, ...)
+
+    def apply(params: Any, inputs: Any, **needed: Any) -> Any:
+        shape = _example_shape(inputs)
+        key = needed.pop("key", None)
+        graph, params_state, rest = abstract(shape)
+        params_state = jax.tree.map(lambda leaf: leaf, params_state)  # a copy: the next line writes into it
+        nnx.replace_by_pure_dict(params_state, params)
+        if jax.tree.leaves(rest):
+            rngs = nnx.Rngs(0 if key is None else key)
+            rest = nnx.split(module(shape, rngs), nnx.Param, ...)[2]  # its parameters are never computed under jit
+        bound = nnx.merge(graph, params_state, rest)
+        if "key" in needs:
+            bound.train() if key is not None else bound.eval()
+        return bound(as_floats(inputs), **needed)
+
+    return Model(init, apply, needs)
+
+
+def _example_shape(inputs: Any) -> tuple[int, ...]:
+    return tuple(jax.tree.leaves(inputs)[0].shape[1:])
+
+
+def from_linen(module: linen.Module, *, needs: tuple[str, ...] = (), **call: Any) -> Model:
+    """Makes a `Model` of a flax.linen module.
+
+    The `params` collection becomes the parameters. Other collections are made anew in each call and what is written
+    to them is dropped, so that a batch normalisation with `use_running_average=False` normalises with the
+    statistics of the call, which is transductive. Unsigned 8-bit images are scaled to [0, 1].
+
+    Args:
+      module: maps inputs to outputs.
+      needs: which of `mask` and `stats` the module's call takes as keywords; with `key`, the `dropout` stream
+        follows the key and the call gets `deterministic=`.
+      **call: static keywords of every call, such as `train=True`.
+
+    >>> import jax, jax.numpy as jnp, metajax
+    >>> from flax import linen
+    >>> model = metajax.models.from_linen(linen.Dense(2))
+    >>> params = model.init(jax.random.key(0), jnp.ones([4, 3]))
+    >>> model.apply(params, jnp.ones([4, 3])).shape
+    (4, 2)
+    """
+
+    def init(key: jax.Array, inputs: Any) -> Any:
+        return module.init(key, as_floats(inputs), **_switch(None), **call)["params"]
+
+    def _switch(key: Any) -> dict[str, Any]:
+        return {"deterministic": key is None} if "key" in needs else {}
+
+    def apply(params: Any, inputs: Any, **needed: Any) -> Any:
+        key = needed.pop("key", None)
+        inputs = as_floats(inputs)
+        variables = dict(jax.eval_shape(lambda: module.init(jax.random.key(0), inputs, **_switch(None), **call)))
+        if set(variables) - {"params"}:
+            variables = dict(module.init(jax.random.key(0), inputs, **_switch(None), **call))
+        variables["params"] = params
+        rngs = {} if key is None else {"dropout": key}
+        mutable = [name for name in variables if name != "params"] or False
+        result = module.apply(variables, inputs, rngs=rngs, mutable=mutable, **_switch(key), **call, **needed)
+        return result[0] if mutable else result
+
+    return Model(init, apply, needs)

@@ -1,0 +1,225 @@
+"""The meta step: hypergradients of a batch of tasks, averaged, and given to an optax transform."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metajax.core import _losses, _rng, _tree, _validate
+from metajax.core._types import Episode, Hypergrad, Learner, MetaState, OuterUpdate, Params
+
+TaskBatching = Literal["auto", "vmap", "scan"] | int
+
+
+class _Sums(NamedTuple):
+    """Weighted sums over tasks: all that has to be reduced over chunks and devices."""
+
+    weight: jax.Array
+    grads: Params
+    metrics: dict[str, Any]
+    state: Any
+
+
+def outer_update(
+    learner: Learner,
+    optimizer: optax.GradientTransformation,
+    *,
+    hypergrad: Hypergrad,
+    trainable: _tree.Where = None,
+    task_batching: TaskBatching = "auto",
+    axis_name: str | None = None,
+    before: bool = True,
+) -> OuterUpdate:
+    """Makes the pure meta step of a learner, an optimizer and an estimator.
+
+    `update` composes with `jit`, `vmap`, `pmap`, `shard_map` and `scan`. The hypergradient is the mean over
+    tasks; a task whose query set is all padding weighs nothing, and if all are, parameters get a zero gradient.
+
+    Args:
+      learner: what adapts.
+      optimizer: any optax transform of the averaged hypergradient. Clipping and the handling of steps that are not
+        finite are optax's: `optax.chain(optax.clip_by_global_norm(10.0), ...)`, `optax.apply_if_finite(...)`.
+      hypergrad: the estimator.
+      trainable: path regex or predicate of the meta-parameters that are trained. The rest gets no gradient and no
+        optimizer state, may hold integers, and is never copied for a task. None trains all.
+      task_batching: how the tasks of one call are run: "vmap", "scan" (one after the other), a chunk size (a scan
+        over chunks under vmap), or "auto" (see `choose_task_batching`). All give the same result up to rounding.
+      axis_name: name of the `pmap` or `shard_map` axis over which tasks are spread; gradients and metrics are
+        reduced over it. Every device must hold the same number of tasks.
+      before: also measure the query loss before adaptation, one more forward pass. Without an inner problem there
+        is no before.
+
+    Returns:
+      An `OuterUpdate`. `update` returns metrics, each a scalar mean over tasks: `loss` and, for class labels,
+      `accuracy` of the query set after adaptation; `loss_before` and `accuracy_before`; `inner_loss`
+      `[num_steps]`; `grad_norm` of the averaged hypergradient.
+
+    Raises:
+      ValueError: an unknown `task_batching`, a chunk size that does not divide the tasks, a `trainable` that picks
+        nothing, or leaves of episodes that disagree in their leading axis.
+
+    >>> import jax, jax.numpy as jnp, optax, metajax
+    >>> learner = metajax.learners.maml(metajax.models.mlp(outputs=2), inner=optax.sgd(0.1))
+    >>> outer = metajax.outer_update(learner, optax.adam(1e-3), hypergrad=metajax.hypergrad.mixed_mode())
+    >>> examples = metajax.Examples(jnp.eye(4), jnp.array([0, 0, 1, 1]), jnp.ones(4, bool))
+    >>> episode = metajax.Episode(examples, examples)
+    >>> state = outer.init(jax.random.key(0), episode)
+    >>> episodes = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), episode)
+    >>> state, metrics = jax.jit(outer.update)(state, episodes)
+    >>> int(state.step), sorted(metrics)
+    (1, ['accuracy', 'accuracy_before', 'grad_norm', 'inner_loss', 'loss', 'loss_before'])
+    """
+    if isinstance(task_batching, str):
+        _validate.one_of("task_batching", task_batching, ("auto", "vmap", "scan"))
+    else:
+        _validate.positive_int("task_batching", task_batching)
+
+    def init(key: jax.Array, episode: Episode, params: Params | None = None, num_tasks: int = 1) -> MetaState:
+        params_key, state_key, key = jax.random.split(key, 3)
+        if params is None:
+            params = learner.init(params_key, episode.support.inputs)
+        # a copy of what is given: a jitted update may donate its state
+        params = jax.tree.map(jnp.array, params)
+        trained, _ = _tree.split(params, trainable, name="trainable")
+        one = hypergrad.init(learner, params, episode, state_key)
+        many = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (num_tasks, *jnp.shape(leaf))), one)
+        return MetaState(params, optimizer.init(trained), many, jnp.zeros([], jnp.int32), key)
+
+    def one_task(trained: Params, frozen: Params, state: Any, episode: Episode, key: jax.Array) -> _Sums:
+        task_key, before_key = jax.random.split(key)
+        (loss, aux), grads, state = hypergrad.value_and_grad(
+            learner, trained, state, episode, key=task_key, frozen=frozen
+        )
+        metrics = _describe(loss, aux, episode)
+        if "inner_loss" in aux:
+            metrics["inner_loss"] = aux["inner_loss"]
+        if before and learner.problem is not None:
+            full = jax.lax.stop_gradient(_tree.merge(trained, frozen))
+            adapted = learner.adapt(full, episode.support, num_steps=0, key=before_key)
+            value, told = learner.outer_loss(adapted, full, episode.query, key=before_key)
+            metrics |= {f"{name}_before": metric for name, metric in _describe(value, told, episode).items()}
+        if "state" in aux:
+            metrics["state"] = aux["state"]
+        # where, not a product: an all-padding task may be NaN and must still not count
+        counts = jnp.any(_losses.kept_examples(episode.query))
+        grads, metrics = jax.tree.map(lambda leaf: jnp.where(counts, leaf, jnp.zeros_like(leaf)), (grads, metrics))
+        return _Sums(counts.astype(loss.dtype), grads, metrics, state)
+
+    def update(state: MetaState, episodes: Episode) -> tuple[MetaState, dict[str, Any]]:
+        num_tasks = _num_tasks(episodes)
+        trained, frozen = _tree.split(state.params, trainable, name="trainable")
+        local = _vary(trained, axis_name)
+        first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * num_tasks
+        step_key = jax.random.fold_in(state.key, state.step)
+        keys = jax.vmap(lambda task: jax.random.fold_in(step_key, task))(first + jnp.arange(num_tasks))
+        size = _chunk_size(task_batching, num_tasks, episodes)
+        sums = _over_tasks(
+            lambda task_state, episode, key: one_task(local, frozen, task_state, episode, key),
+            (state.hypergrad_state, episodes, keys), num_tasks, size, axis_name,
+        )  # fmt: skip
+        weight, grads, metrics = sums.weight, sums.grads, sums.metrics
+        if axis_name is not None:
+            weight, grads, metrics = jax.lax.psum((weight, grads, metrics), axis_name)
+        grads, metrics = jax.tree.map(lambda leaf: leaf / jnp.maximum(weight, 1).astype(leaf.dtype), (grads, metrics))
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        params = _tree.merge(optax.apply_updates(trained, updates), frozen)
+        if "state" in metrics:
+            params = _write(params, metrics.pop("state"), weight)
+        metrics["grad_norm"] = optax.tree.norm(grads)
+        return MetaState(params, opt_state, sums.state, state.step + 1, state.key), metrics
+
+    return OuterUpdate(init, update)
+
+
+def _write(params: Params, new: Any, weight: jax.Array) -> Params:
+    """Puts the task mean of new values where `new` has leaves; where no task counted, nothing changes."""
+
+    def pick(old: Any, value: Any) -> Any:
+        return old if value is None else jnp.where(weight > 0, value, old).astype(old.dtype)
+
+    return jax.tree.map(pick, params, new, is_leaf=lambda leaf: leaf is None)
+
+
+def _describe(loss: jax.Array, aux: dict[str, Any], episode: Episode) -> dict[str, jax.Array]:
+    metrics = {"loss": loss}
+    if _losses.is_integer(episode.query.targets):
+        metrics["accuracy"] = _losses.accuracy(aux["outputs"], episode.query).astype(loss.dtype)
+    return metrics
+
+
+def _num_tasks(episodes: Episode) -> int:
+    sizes = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(episodes)}
+    if len(sizes) != 1 or None in sizes:
+        raise ValueError(f"episodes must carry one leading task axis on every leaf, got leading sizes {sizes}")
+    (size,) = sizes
+    return int(size)  # type: ignore[arg-type]
+
+
+def choose_task_batching(backend: str, numbers_per_task: int) -> Literal["vmap", "scan"]:
+    """What "auto" means, from `python -m experiments.benchmark batching`.
+
+    Accelerators want all tasks at once. The CPU does too while a task is so small that the cost of starting an
+    operation outweighs it; a task of images runs faster alone, in the cache.
+
+    Args:
+      backend: `jax.default_backend()`.
+      numbers_per_task: numbers in the inputs of one task, support and query together.
+
+    >>> choose_task_batching("cpu", 80 * 28 * 28), choose_task_batching("cpu", 20), choose_task_batching("gpu", 62720)
+    ('scan', 'vmap', 'vmap')
+    """
+    return "scan" if backend == "cpu" and numbers_per_task > _SMALL_TASK else "vmap"
+
+
+_SMALL_TASK = 4096
+
+
+def _chunk_size(task_batching: TaskBatching, num_tasks: int, episodes: Episode) -> int:
+    if task_batching == "auto":
+        inputs = jax.tree.leaves((episodes.support.inputs, episodes.query.inputs))
+        task_batching = choose_task_batching(jax.default_backend(), sum(leaf.size for leaf in inputs) // num_tasks)
+    size = {"vmap": num_tasks, "scan": 1}.get(task_batching, task_batching)  # type: ignore[call-overload]
+    if num_tasks % size:
+        raise ValueError(f"task_batching must divide the number of tasks {num_tasks}, got a chunk size of {size}")
+    return size
+
+
+def _over_tasks(
+    one_task: Callable[..., _Sums], arguments: Any, num_tasks: int, size: int, axis_name: str | None
+) -> _Sums:
+    """Sums `one_task` over tasks, `size` at a time; the states of the estimator come back stacked."""
+    if size == 1:
+        run, chunks = one_task, arguments  # no vmap: a batch axis of one would still make grouped kernels
+    else:
+        chunks = jax.tree.map(lambda leaf: leaf.reshape(num_tasks // size, size, *leaf.shape[1:]), arguments)
+
+        def run(*chunk: Any) -> _Sums:
+            sums = jax.vmap(one_task)(*chunk)
+            return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), sums._replace(state=()))._replace(state=sums.state)
+
+    if num_tasks == size > 1:
+        return run(*arguments)
+
+    def add(total: _Sums, chunk: Any) -> tuple[_Sums, Any]:
+        sums = run(*chunk)
+        return jax.tree.map(jnp.add, total, sums._replace(state=())), sums.state
+
+    shapes = jax.eval_shape(lambda: run(*jax.tree.map(lambda leaf: leaf[0], chunks)))._replace(state=())
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    total, states = jax.lax.scan(add, _vary(zeros, axis_name), chunks)
+    if size > 1:
+        states = jax.tree.map(lambda leaf: leaf.reshape(num_tasks, *leaf.shape[2:]), states)
+    return total._replace(state=states)
+
+
+def _vary(tree: Any, axis_name: str | None) -> Any:
+    """Marks values as differing between devices, so that `shard_map` reduces nothing behind our back.
+
+    Without it the gradient with respect to a replicated value is summed over devices by shard_map itself, before
+    the tasks are weighed.
+    """
+    return tree if axis_name is None else jax.lax.pcast(tree, axis_name, to="varying")
