@@ -1,0 +1,230 @@
+"""Which letters the glyph classes are made of, which split each belongs to, and which letters look alike.
+
+The letters are those that at least eight of the twelve DejaVu text fonts hold: the fonts come with matplotlib and
+their character maps tell the truth (LastResort maps every code point to a box, the TeX fonts map letters to symbols).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+import unicodedata
+from typing import Any
+
+import numpy as np
+
+_FAMILIES = {  # support and query of a class come from different families
+    "DejaVuSans": ("", "-Bold", "-Oblique", "-BoldOblique"),
+    "DejaVuSansMono": ("", "-Bold", "-Oblique", "-BoldOblique"),
+    "DejaVuSerif": ("", "-Bold", "-Italic", "-BoldItalic"),
+}
+_MIN_FONTS = 8
+
+# The split of each script. Latin and Greek train; Cyrillic, Georgian (Asomtavruli, Nuskhuri and Mkhedruli) and Lao
+# test; Armenian is for model selection. The table is explicit so that a class never changes its split, and letters
+# of scripts that are not listed are not used.
+_SCRIPTS = {
+    "LATIN": "train",
+    "GREEK": "train",
+    "ARMENIAN": "val",
+    "CYRILLIC": "test",
+    "GEORGIAN": "test",
+    "LAO": "test",
+}
+# Latin and Greek letters whose Unicode name starts with something else: superscripts, units, mathematical letters.
+_LATIN_BY_ANOTHER_NAME = (
+    "MODIFIER", "SUPERSCRIPT", "FEMININE", "MASCULINE", "MICRO", "OHM", "KELVIN", "PLANCK", "CARON", "DOUBLE-STRUCK",
+    "TURNED", "ROMAN", "MATHEMATICAL",
+)  # fmt: skip
+
+_TWIN = 0.95  # cosine from which two letters look alike
+_CROSS_TWIN = 0.94  # stricter between splits, so that another rasteriser or resolution finds no twin there either
+_TEST_FLOOR = 310  # test letters are dropped for a twin in another split only while more than these are left
+_EM = 64  # pixels per em of the renderings that are compared
+_SIDE = 24  # side of the square they are brought to
+
+
+@dataclasses.dataclass(frozen=True)
+class Font:
+    """One font file: its path, the code points it maps, and the index of its family."""
+
+    path: str
+    codes: frozenset[int]
+    family: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Alphabet:
+    """The letters of one split, as code points, and their groups of letters that look alike."""
+
+    codes: tuple[int, ...]
+    groups: np.ndarray
+
+
+@functools.cache
+def fonts() -> tuple[Font, ...]:
+    """The DejaVu fonts that matplotlib ships, in a fixed order.
+
+    Raises:
+      FileNotFoundError: matplotlib was installed without its fonts.
+    """
+    import matplotlib  # here: importing metajax stays quick
+    from matplotlib.ft2font import FT2Font
+
+    folder = pathlib.Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    found = []
+    for family, (stem, styles) in enumerate(_FAMILIES.items()):
+        for style in styles:
+            path = folder / f"{stem}{style}.ttf"
+            if not path.is_file():
+                raise FileNotFoundError(
+                    f"the glyph classes are rendered from matplotlib's fonts, and {path} is missing"
+                )
+            found.append(Font(str(path), frozenset(FT2Font(str(path)).get_charmap()), family))
+    return tuple(found)
+
+
+class Renderer:
+    """Draws letters of one font; `draw` returns the ink, cropped, as an 8-bit grey PIL image, or None if blank."""
+
+    def __init__(self, font: Font, em: int):
+        from PIL import ImageFont
+
+        self._font = ImageFont.truetype(font.path, em, layout_engine=ImageFont.Layout.BASIC)
+        self._em = em
+
+    def draw(self, code: int) -> Any:
+        from PIL import Image, ImageDraw
+
+        canvas = Image.new("L", (4 * self._em, 3 * self._em))  # the widest letters take two ems
+        ImageDraw.Draw(canvas).text((self._em, self._em // 2), chr(code), fill=255, font=self._font)
+        box = canvas.getbbox()
+        return None if box is None else canvas.crop(box)
+
+
+def split_of(letter: str) -> str | None:
+    """The split whose script `letter` belongs to, or None if its script is not used.
+
+    >>> split_of("A"), split_of("ա"), split_of("ж"), split_of("א")
+    ('train', 'val', 'test', None)
+    """
+    words = unicodedata.name(letter, "").split() or [""]
+    script = next((word for word in words if word in _SCRIPTS), None)  # also MODIFIER LETTER CYRILLIC EN
+    if script is not None:
+        return _SCRIPTS[script]
+    return "train" if words[0] in _LATIN_BY_ANOTHER_NAME else None
+
+
+def has_accent(letter: str) -> bool:
+    """Whether the canonical or compatibility decomposition of `letter` holds a combining mark.
+
+    >>> has_accent("é"), has_accent("e")
+    (True, False)
+    """
+    return any(unicodedata.category(part).startswith("M") for part in unicodedata.normalize("NFKD", letter))
+
+
+def same_letter(letter: str) -> str:
+    """What upper case, lower case and styled forms of one letter have in common.
+
+    >>> same_letter("H") == same_letter("h") == same_letter("ₕ")
+    True
+    """
+    return unicodedata.normalize("NFKD", letter).casefold()
+
+
+@functools.cache
+def alphabets() -> dict[str, Alphabet]:
+    """The letters of every split, with their groups.
+
+    Two letters are twins if the cosine of their size-normalised renderings reaches the threshold in any font that has
+    both: the ink box is cropped and brought to a square, both stretched to it and centred in it, and the larger cosine
+    counts. Upper case, lower case and styled forms of one letter count as twins. Of twins in two splits one is
+    dropped, that with the most twins elsewhere first. Twins within a split share a group, also where they are twins
+    only through a third letter.
+    """
+    counts: dict[int, int] = {}
+    for font in fonts():
+        for code in font.codes:
+            counts[code] = counts.get(code, 0) + 1
+    codes = [
+        code
+        for code in sorted(counts)
+        if counts[code] >= _MIN_FONTS
+        and unicodedata.category(chr(code)).startswith("L")
+        and split_of(chr(code)) is not None
+        and not has_accent(chr(code))
+    ]
+    cosine, drawn = _similarity(codes)
+    cosine[drawn < _MIN_FONTS] = 1.0  # a mapped letter may be blank
+    split = np.array([split_of(chr(code)) for code in codes])
+    kept = np.flatnonzero((drawn >= _MIN_FONTS) & _without_cross_twins(cosine >= _CROSS_TWIN, split))
+    result = {}
+    for name in ("train", "val", "test"):
+        rows = kept[split[kept] == name]
+        result[name] = Alphabet(tuple(codes[row] for row in rows), _components(cosine[np.ix_(rows, rows)] >= _TWIN))
+    return result
+
+
+def _similarity(codes: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """The largest cosine of each pair of letters over fonts and squares, and how many fonts draw each letter."""
+    from PIL import Image
+
+    names = np.unique([same_letter(chr(code)) for code in codes], return_inverse=True)[1]
+    cosine = (names[:, None] == names).astype(np.float32)
+    drawn = np.zeros(len(codes), int)
+    for font in fonts():
+        renderer = Renderer(font, _EM)
+        stretched = np.zeros([len(codes), _SIDE * _SIDE], np.float32)
+        centred = np.zeros_like(stretched)
+        for row, code in enumerate(codes):
+            ink = renderer.draw(code) if code in font.codes else None
+            if ink is None:
+                continue
+            drawn[row] += 1
+            side = max(ink.size)
+            square = Image.new("L", (side, side))
+            square.paste(ink, ((side - ink.width) // 2, (side - ink.height) // 2))
+            for vectors, image in ((stretched, ink), (centred, square)):
+                small = np.asarray(image.resize((_SIDE, _SIDE), Image.Resampling.BOX), np.float32).ravel()
+                vectors[row] = small / np.linalg.norm(small)
+        for vectors in (stretched, centred):
+            np.maximum(cosine, vectors @ vectors.T, out=cosine)
+    return cosine, drawn
+
+
+def _without_cross_twins(twins: np.ndarray, split: np.ndarray) -> np.ndarray:
+    """A mask of letters among which no two of different splits are twins."""
+    conflicts = twins & (split[:, None] != split)
+    kept = np.ones(len(split), bool)
+    preference = np.select([split == "train", split == "test"], [2, 1], 0)  # among equals: train is the largest split
+    while True:
+        degree = np.count_nonzero(conflicts, axis=1)
+        order = np.where(degree > 0, 3 * degree + preference, -1)
+        if np.count_nonzero(kept & (split == "test")) <= _TEST_FLOOR:
+            order[split == "test"] = -1
+        worst = int(order.argmax())
+        if order[worst] < 0:
+            return kept
+        kept[worst] = False
+        conflicts[worst] = conflicts[:, worst] = False
+
+
+def _components(linked: np.ndarray) -> np.ndarray:
+    """Numbers the connected components of a symmetric boolean matrix."""
+    labels = np.full(len(linked), -1)
+    count = 0
+    for start in range(len(linked)):
+        if labels[start] >= 0:
+            continue
+        reached = np.zeros(len(linked), bool)
+        reached[start] = True
+        while True:
+            wider = reached | linked[reached].any(axis=0)
+            if np.array_equal(wider, reached):
+                break
+            reached = wider
+        labels[reached] = count
+        count += 1
+    return labels
