@@ -1,0 +1,314 @@
+"""The few-shot protocol: fixed episodes, one learner, no ensembling, mean and 95 % interval."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metajax.core import _losses, _rng, _validate
+from metajax.core._types import Episode, Examples, Learner, Params
+from metajax.data._episodes import check_source, episode_batch
+from metajax.data._sources import Source
+from metajax.data._spec import EpisodeSpec
+from metajax.evaluation import _metrics
+
+
+class Evaluation(NamedTuple):
+    """What `evaluate` found; its `str` is a table whose last line is `summary()`.
+
+    Attributes:
+      metric: "accuracy" (a fraction in [0, 1]) or "mse".
+      mean: mean over episodes.
+      ci95: half width of the 95 % interval, `1.96 s / sqrt(n)` with the sample standard deviation s.
+      values: `[episodes]`, the score of each episode.
+      episodes: how many.
+      seed: of the list of episodes.
+      normalisation: the policy as the caller named it, or None.
+      transductive: whether a prediction was seen to depend on the other query examples. Measured, not declared;
+        None where the first episode gave outputs that are not finite.
+      spec: the size of the episodes.
+      source: name and split of the source.
+
+    >>> import numpy as np
+    >>> spec = EpisodeSpec(5, 1, 15)
+    >>> print(Evaluation("accuracy", 0.9, 0.01, np.full(600, 0.9), 600, 0, "batch", True, spec, "glyphs (test)"))
+    source         glyphs (test)
+    task           5-way 1-shot, 15 queries a class
+    episodes       600 (seed 0)
+    normalisation  batch
+    predictions    transductive
+    accuracy 90.00 +- 1.00 % (600 episodes)
+    """
+
+    metric: _metrics.Metric
+    mean: float
+    ci95: float
+    values: np.ndarray
+    episodes: int
+    seed: int
+    normalisation: str | None
+    transductive: bool | None
+    spec: EpisodeSpec
+    source: str
+
+    def summary(self) -> str:
+        """One line: `accuracy 98.71 +- 0.22 % (600 episodes)`, or `mse 0.1234 +- 0.0123 (600 episodes)`."""
+        if self.metric == "accuracy":
+            return f"accuracy {100 * self.mean:.2f} +- {100 * self.ci95:.2f} % ({self.episodes} episodes)"
+        return f"mse {self.mean:.4f} +- {self.ci95:.4f} ({self.episodes} episodes)"
+
+    def __str__(self) -> str:
+        spec = self.spec
+        if self.metric == "accuracy":
+            task = f"{spec.ways}-way {spec.shots}-shot, {spec.queries} queries a class"
+        else:
+            task = f"regression, {spec.shots} support points, {spec.queries} query points"
+        kinds = {True: "transductive", False: "inductive", None: "not finite"}
+        rows = {
+            "source": self.source,
+            "task": task,
+            "episodes": f"{self.episodes} (seed {self.seed})",
+            "normalisation": self.normalisation or "not stated",
+            "predictions": kinds[self.transductive],
+        }
+        return "\n".join([*(f"{name:<13}  {value}" for name, value in rows.items()), self.summary()])
+
+
+class Outputs(NamedTuple):
+    """Outputs of one query set.
+
+    Attributes:
+      before: outputs without adaptation, or None where the learner has no inner loop.
+      after: outputs of the adapted learner.
+
+    >>> Outputs._fields
+    ('before', 'after')
+    """
+
+    before: Any
+    after: Any
+
+
+def evaluate(
+    learner: Learner,
+    params: Params,
+    source: Source,
+    spec: EpisodeSpec,
+    *,
+    episodes: int = 600,
+    seed: int = 0,
+    num_steps: int | None = None,
+    batch: int = 20,
+    normalisation: str | None = None,
+    key: jax.Array | None = None,
+) -> Evaluation:
+    """Evaluates meta-parameters on a fixed list of episodes.
+
+    Episode k of the list depends on the split of the source, `seed` and k alone. Splits have streams of their own,
+    so the episodes of a test split are none of training's, whatever the seeds are; only an evaluation on the
+    training split needs a seed that training did not take.
+
+    Compiled once for a learner, a size of episodes, `num_steps` and `batch`, whatever the parameters: call it as
+    often as you like. Tasks of a batch run side by side or one after the other, as
+    `metajax.training.choose_task_batching` says; both give the same result up to rounding.
+
+    Whether predictions are transductive is measured on the first episode: the query set is predicted as it is and
+    with the second half replaced; if predictions of the first half move, they depend on the other query examples.
+
+    Args:
+      learner: what adapts.
+      params: its meta-parameters.
+      source: where episodes are drawn from. Integer targets are judged by accuracy, where an output that is not
+        finite is wrong; real ones by mean squared error.
+      spec: size of the episodes. Fewer ways than the model has outputs are fine: the others are masked.
+      episodes: how many, at least 2.
+      seed: which list of episodes, 0 or above.
+      num_steps: inner steps, where the learner takes a number; None is the learner's own.
+      batch: episodes in one compiled call.
+      normalisation: the policy of the model, stated beside the result.
+      key: PRNG key for learners that draw (episode k folds in k); None is deterministic.
+
+    Returns:
+      An `Evaluation`.
+
+    Raises:
+      ValueError: an argument is out of range, the source is too small for `spec`, or (before anything is
+        computed) `spec.ways` exceeds the outputs of the model.
+
+    >>> import numpy as np, metajax
+    >>> from metajax.data._sources import ClassSource
+    >>> inputs = np.array([[0.0, 1.0], [0.0, 2.0], [1.0, 0.0], [2.0, 0.0]])
+    >>> source = ClassSource("toy", "test", inputs, np.array([0, 0, 1, 1]), ("up", "right"))
+    >>> learner = metajax.learners.prototypical(metajax.Model(lambda key, x: (), lambda params, x: x))
+    >>> evaluate(learner, (), source, EpisodeSpec(2, 1, 1), episodes=10).summary()
+    'accuracy 100.00 +- 0.00 % (10 episodes)'
+    """
+    if not isinstance(learner, Learner):
+        raise ValueError(f"learner must be a metajax.Learner, got {learner!r}")
+    check_source(source, spec)
+    _validate.int_at_least("episodes", episodes, 2)
+    _validate.int_at_least("seed", seed, 0)
+    if num_steps is not None:
+        _validate.int_at_least("num_steps", num_steps, 0)
+    batch = min(_validate.positive_int("batch", batch), episodes)
+
+    chunk = episode_batch(source, spec, seed=seed, start=0, count=batch)
+    first: Episode = jax.tree.map(lambda leaf: leaf[0], chunk)
+    metric = _metrics.metric_of(first.query.targets)
+    # Also the first trace: what does not fit raises here, before anything is computed.
+    transductive = _is_transductive(learner, params, first, num_steps, key)
+    run = functools.partial(
+        _scores, learner=learner, num_steps=num_steps, metric=metric, side_by_side=_side_by_side(first)
+    )
+    pending: list[Any] = []
+    for start in range(0, episodes, batch):
+        if start:
+            # The last chunk is drawn in full too, and its surplus left out: one shape, one compilation.
+            chunk = episode_batch(source, spec, seed=seed, start=start, count=batch)
+        pending.append(run(params, chunk, key, start))
+        if len(pending) > 1:  # one chunk is computed while the next is drawn, and no more wait
+            pending[-2] = np.asarray(pending[-2])
+    values = np.concatenate([np.asarray(scores) for scores in pending])[:episodes].astype(np.float64)
+    mean, ci95 = _metrics.mean_and_interval(values)
+    name = f"{source.name} ({source.split})"
+    return Evaluation(metric, mean, ci95, values, episodes, seed, normalisation, transductive, spec, name)
+
+
+def predict(
+    learner: Learner,
+    params: Params,
+    support: Examples,
+    inputs: Any,
+    *,
+    mask: Any = None,
+    num_steps: int | None = None,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """Adapts to a support set and predicts, in one compiled call.
+
+    Args:
+      learner: what adapts.
+      params: its meta-parameters.
+      support: labelled examples of one task.
+      inputs: `[n, ...]`, the query inputs.
+      mask: `[n]` bool, False for padding; None keeps all.
+      num_steps: inner steps, where the learner takes a number; None is the learner's own.
+      key: PRNG key; None is deterministic.
+
+    Returns:
+      The outputs `[n, ...]`.
+
+    Raises:
+      ValueError: the task has more classes than the model has outputs.
+
+    >>> import jax.numpy as jnp, metajax
+    >>> learner = metajax.learners.prototypical(metajax.Model(lambda key, x: (), lambda params, x: x), ways=2)
+    >>> support = metajax.Examples(jnp.eye(2), jnp.array([0, 1]), jnp.ones(2, bool))
+    >>> predict(learner, (), support, jnp.array([[1.0, 0.0]])).argmax(-1).tolist()
+    [0]
+    """
+    if mask is None:
+        mask = np.ones(jax.tree.leaves(inputs)[0].shape[0], bool)
+    return _predict(params, support, inputs, mask, key, learner=learner, num_steps=num_steps)
+
+
+def predict_query(
+    learner: Learner,
+    params: Params,
+    episode: Episode,
+    *,
+    num_steps: int | None = None,
+    key: jax.Array | None = None,
+) -> Outputs:
+    """Outputs of the query set of one episode before and after adaptation, as `report` draws them.
+
+    Raises:
+      ValueError: as `predict`.
+
+    >>> import jax, jax.numpy as jnp, optax, metajax
+    >>> learner = metajax.learners.maml(metajax.models.mlp(outputs=2), inner=optax.sgd(0.1))
+    >>> examples = metajax.Examples(jnp.eye(4), jnp.array([0, 0, 1, 1]), jnp.ones(4, bool))
+    >>> params = learner.init(jax.random.key(0), examples.inputs)
+    >>> outputs = predict_query(learner, params, metajax.Episode(examples, examples))
+    >>> outputs.before.shape, outputs.after.shape
+    ((4, 2), (4, 2))
+    """
+    support, query = episode
+
+    def outputs(steps: int | None) -> jax.Array:
+        return predict(learner, params, support, query.inputs, mask=query.mask, num_steps=steps, key=key)
+
+    return Outputs(None if learner.problem is None else outputs(0), outputs(num_steps))
+
+
+# The learner is a static argument: its functions are the key under which a compiled call is found again, so that
+# the validations of one training run share one compilation. `params` is an argument, never a constant.
+@functools.partial(jax.jit, static_argnames=("learner", "num_steps"))
+def _predict(
+    params: Params, support: Examples, inputs: Any, mask: Any, key: Any, *, learner: Learner, num_steps: int | None
+) -> Any:
+    return _adapt_and_predict(learner, num_steps)(params, support, inputs, mask, key)
+
+
+def _adapt_and_predict(learner: Learner, num_steps: int | None) -> Callable[..., Any]:
+    def outputs(params: Params, support: Examples, inputs: Any, mask: Any, key: Any) -> Any:
+        adapt_key, predict_key = _rng.split(key, 2)
+        adapted = learner.adapt(params, support, num_steps=num_steps, key=adapt_key)
+        return learner.predict(adapted, inputs, mask=mask, key=predict_key)
+
+    return outputs
+
+
+@functools.partial(jax.jit, static_argnames=("learner", "num_steps", "metric", "side_by_side"))
+def _scores(
+    params: Params, episodes: Episode, key: Any, start: Any, *,
+    learner: Learner, num_steps: int | None, metric: _metrics.Metric, side_by_side: bool,
+) -> jax.Array:  # fmt: skip
+    """`[batch]` scores of the episodes `start` and on. What is adapted stays inside the loop over tasks."""
+    outputs = _adapt_and_predict(learner, num_steps)
+
+    def one(task: tuple[jax.Array, Episode]) -> jax.Array:
+        index, (support, query) = task
+        found = outputs(params, support, query.inputs, query.mask, _rng.fold(key, index))
+        return _metrics.score(metric, found, query)
+
+    tasks = (start + jnp.arange(episodes.support.mask.shape[0]), episodes)
+    return jax.vmap(one)(tasks) if side_by_side else jax.lax.map(one, tasks)
+
+
+def _side_by_side(episode: Episode) -> bool:
+    from metajax.training import choose_task_batching  # here: metajax.training validates with this module
+
+    size = sum(np.size(leaf) for leaf in jax.tree.leaves((episode.support.inputs, episode.query.inputs)))
+    return choose_task_batching(jax.default_backend(), size) == "vmap"
+
+
+def _is_transductive(learner: Learner, params: Params, episode: Episode, num_steps: int | None, key: Any) -> bool | None:
+    """Whether predictions of the first half of the query set move when the second half is replaced."""
+    support, query = episode
+    inputs, mask = query.inputs, np.asarray(query.mask)
+    if np.sum(mask) < 2:  # nobody beside it: a support example joins
+        inputs = jax.tree.map(lambda leaf, other: np.concatenate([leaf, other[:1]]), inputs, support.inputs)
+        mask = np.append(mask, True)
+    rows = np.flatnonzero(mask)
+    kept, replaced = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+    source = np.arange(len(mask))
+    source[replaced] = rows[0]  # copies of one example: other statistics, and still an input like any other
+    moved = jax.tree.map(lambda leaf: np.asarray(leaf)[source], inputs)
+
+    as_is, other = (
+        np.asarray(predict(learner, params, support, values, mask=mask, num_steps=num_steps, key=_rng.fold(key, 0)))
+        for values in (inputs, moved)
+    )
+    epsilon = float(jnp.finfo(as_is.dtype).eps)
+    as_is, other = as_is[kept].astype(np.float64), other[kept].astype(np.float64)
+    if not (np.isfinite(as_is).all() and np.isfinite(other).all()):
+        return None
+    present = np.abs(as_is[as_is > _losses.ABSENT / 2])  # the logit of an absent class is no scale
+    scale = float(np.max(present)) if present.size else 1.0
+    return bool(np.max(np.abs(as_is - other)) > np.sqrt(epsilon) * scale)

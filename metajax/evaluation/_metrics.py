@@ -1,0 +1,80 @@
+"""Scores of one episode, and the mean and interval over many."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metajax.core import _losses
+from metajax.core._types import Examples
+
+Metric = Literal["accuracy", "mse"]
+
+
+def metric_of(targets: Any) -> Metric:
+    """What judges a task: "accuracy" where the targets are class labels, "mse" where they are real numbers.
+
+    >>> import numpy as np
+    >>> metric_of(np.array([1, 0])), metric_of(np.array([0.5]))
+    ('accuracy', 'mse')
+    """
+    return "accuracy" if _losses.is_integer(targets) else "mse"
+
+
+def score(metric: Metric, outputs: Any, query: Examples) -> jax.Array:
+    """The score of one episode: a scalar over the kept examples of its query set.
+
+    Accuracy is the fraction of right predictions; a prediction that holds a NaN, or whose largest output is not
+    finite, is wrong. The mean squared error of outputs that are not finite is not finite.
+
+    Args:
+      metric: "accuracy" or "mse".
+      outputs: `[n, ..., c]` logits, or `[n, ...]` regression outputs.
+      query: with targets `[n, ...]`.
+
+    Raises:
+      ValueError: the shapes of outputs and targets do not match.
+
+    >>> import numpy as np
+    >>> query = Examples(np.zeros(2), np.array([0, 1]), np.ones(2, bool))
+    >>> float(score("accuracy", jnp.array([[2.0, 1.0], [0.0, np.nan]]), query))
+    0.5
+    """
+    if metric == "mse":
+        return _losses.mean_loss(_losses.squared_error, outputs, query)
+    if outputs.shape[:-1] != query.targets.shape:
+        raise ValueError(
+            f"outputs must have one row of logits for each of the targets {query.targets.shape}, got {outputs.shape}"
+        )
+    usable = jnp.isfinite(jnp.max(outputs, axis=-1, keepdims=True))  # the maximum of a row with a NaN is NaN
+    # one class more, which no target names and which a row that is not usable picks
+    width = outputs.shape[-1]
+    nowhere = jax.nn.one_hot(width, width + 1, dtype=outputs.dtype)
+    lowest = jnp.full((*outputs.shape[:-1], 1), -jnp.inf, outputs.dtype)
+    return _losses.accuracy(jnp.where(usable, jnp.concatenate([outputs, lowest], axis=-1), nowhere), query)
+
+
+def mean_and_interval(values: Any) -> tuple[float, float]:
+    """Mean of per-episode values, and the half width of its 95 % interval, `1.96 s / sqrt(n)`.
+
+    s is the sample standard deviation (divisor n - 1). A value that is not finite makes both not finite.
+
+    Args:
+      values: `[n]` numbers, at least two.
+
+    Raises:
+      ValueError: fewer than two values, or more than one axis.
+
+    >>> mean, ci95 = mean_and_interval([0.0, 1.0])
+    >>> mean, round(ci95, 4)
+    (0.5, 0.98)
+    """
+    values = np.asarray(values, np.float64)
+    if values.ndim != 1 or len(values) < 2:
+        raise ValueError(f"values must be a list of at least 2 numbers, got an array of shape {values.shape}")
+    with np.errstate(invalid="ignore", over="ignore"):
+        mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1))
+    return mean, 1.96 * deviation / float(np.sqrt(len(values)))
