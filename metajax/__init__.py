@@ -1,6 +1,10 @@
-"""metajax: meta-learning in JAX. See the README for a tour."""
+"""metajax: meta-learning in JAX.
 
-from metajax import hypergrad, learners, models, training
+A learner adapts to a task, an estimator differentiates through that, and `outer_update` takes the meta step. All
+three are pure functions in NamedTuples, written for one task.
+"""
+
+from metajax import data, evaluation, hypergrad, learners, models, parallel, training
 from metajax.core import (
     Episode,
     Examples,
@@ -14,4 +18,27 @@ from metajax.core import (
     inner_init,
     inner_update,
 )
-from metajax.training import outer_update
+from metajax.training import load_run, outer_update
+
+__all__ = [
+    "Episode",
+    "Examples",
+    "Hypergrad",
+    "InnerProblem",
+    "InnerState",
+    "Learner",
+    "MetaState",
+    "Model",
+    "OuterUpdate",
+    "data",
+    "evaluation",
+    "hypergrad",
+    "inner_init",
+    "inner_update",
+    "learners",
+    "load_run",
+    "models",
+    "outer_update",
+    "parallel",
+    "training",
+]

@@ -1,0 +1,19 @@
+"""Sources of episodes, and the pipeline that draws from them."""
+
+from metajax.data._episodes import batches, episode, episode_batch, episodes
+from metajax.data._glyphs import glyphs
+from metajax.data._sinusoids import sinusoids
+from metajax.data._sources import ClassSource, Source
+from metajax.data._spec import EpisodeSpec
+
+__all__ = [
+    "ClassSource",
+    "EpisodeSpec",
+    "Source",
+    "batches",
+    "episode",
+    "episode_batch",
+    "episodes",
+    "glyphs",
+    "sinusoids",
+]

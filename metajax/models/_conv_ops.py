@@ -70,7 +70,8 @@ def _same_padding(size: int, window: int, stride: int) -> tuple[tuple[int, int],
 def max_pool(inputs: jax.Array) -> jax.Array:
     """2x2 max pooling with stride 2, edges that do not fill a window dropped.
 
-    A reshape and a maximum, since the gradient of the gradient of a windowed reduction is slow on the CPU.
+    Strided slices and selections: on the CPU their gradient is several times faster than that of a windowed
+    reduction, of a reshape, or of `jnp.maximum`, which splits ties. Here a tie goes to one winner.
 
     Args:
       inputs: `[n, height, width, c]`.
@@ -79,8 +80,12 @@ def max_pool(inputs: jax.Array) -> jax.Array:
     >>> max_pool(jnp.arange(16.0).reshape([1, 4, 4, 1]))[0, :, :, 0].tolist()
     [[5.0, 7.0], [13.0, 15.0]]
     """
-    n, height, width, channels = inputs.shape
-    inputs = inputs[:, : height // 2 * 2, : width // 2 * 2]
-    windows = inputs.reshape(n, height // 2, 2, width // 2, 2, channels)
-    rows = jnp.maximum(windows[:, :, 0], windows[:, :, 1])
-    return jnp.maximum(rows[:, :, :, 0], rows[:, :, :, 1])
+    height, width = (side // 2 * 2 for side in inputs.shape[1:3])
+
+    def larger(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.where(a >= b, a, b)
+
+    left, right = (
+        larger(inputs[:, 0:height:2, column:width:2], inputs[:, 1:height:2, column:width:2]) for column in (0, 1)
+    )
+    return larger(left, right)

@@ -1,5 +1,35 @@
-"""The meta step and the loop around it."""
+"""The meta step, the loop around it, and runs on disk."""
 
+from metajax.training._callbacks import Progress, Recorder, Saving, Validation, read_metrics
+from metajax.training._checkpoint import Checkpoints
+from metajax.training._experiment import (
+    Experiment,
+    build,
+    image_options,
+    load_config,
+    load_run,
+    normalisation,
+    open_source,
+)
+from metajax.training._loop import NonFiniteError, fit
 from metajax.training._outer import choose_task_batching, outer_update
 
-__all__ = ["choose_task_batching", "outer_update"]
+__all__ = [
+    "Checkpoints",
+    "Experiment",
+    "NonFiniteError",
+    "Progress",
+    "Recorder",
+    "Saving",
+    "Validation",
+    "build",
+    "choose_task_batching",
+    "fit",
+    "image_options",
+    "load_config",
+    "load_run",
+    "normalisation",
+    "open_source",
+    "outer_update",
+    "read_metrics",
+]

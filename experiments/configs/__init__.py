@@ -1,0 +1,1 @@
+"""Configs: each file's docstring holds its command and the number to expect."""

@@ -1,0 +1,53 @@
+"""The fields that every config shares. A config changes values, never names, so that flags are the same everywhere."""
+
+from ml_collections import ConfigDict
+
+
+def base() -> ConfigDict:
+    """Every field with its default."""
+    return ConfigDict(
+        {
+            "seed": 0,
+            "data": {
+                "name": "glyphs",  # glyphs, omniglot, image_folder, sinusoids
+                "path": "",  # folder of omniglot or image_folder
+                "size": 28,  # pixels; 0 keeps the size of image_folder
+                "channels": 0,  # image_folder: 1 grey, 3 RGB, 0 as the files are
+                "invert": "",  # image_folder: "" no, "auto" dark on white becomes white on black
+                "protocol": "vinyals",  # omniglot: vinyals or lake
+                "rotations": True,  # omniglot: rotated training classes are new classes
+            },
+            "model": {
+                "name": "conv4",  # conv4 or mlp
+                "width": 64,
+                "depth": 4,
+                "pool": False,  # halve by max pooling instead of stride
+                "normalisation": "batch",  # batch (transductive), support, layer, group, none
+                "hidden": (40, 40),  # mlp
+            },
+            "learner": {
+                "name": "prototypical",  # maml, reptile, prototypical, finetune
+                "distance": "euclidean",  # prototypical: euclidean or cosine
+                "adapts": "",  # maml, reptile: path regex of what adapts; "" all
+                "proximal": 0.0,  # maml: weight of the proximal term
+                "batch_size": 0,  # reptile: examples in an inner step; 0 all
+                "head": "linear",  # finetune: linear or cosine
+            },
+            "hypergrad": {"name": "mixed_mode"},  # unrolled, mixed_mode, first_order, displacement
+            "episode": {"ways": 5, "shots": 1, "queries": 15},
+            "train_episode": {"ways": 0, "shots": 0, "queries": 0},  # 0: as episode
+            "inner": {"optimizer": "sgd", "rate": 0.4, "steps": 1, "eval_steps": 0},  # eval_steps 0: as steps
+            "outer": {
+                "optimizer": "adam",  # adam or sgd
+                "rate": 1e-3,
+                "schedule": "cosine",  # constant, cosine, linear
+                "clip": 10.0,  # global norm of the hypergradient; 0 does not clip
+                "steps": 1000,
+                "meta_batch": 4,  # tasks in a step; for finetune, examples
+            },
+            "log": {"every": 20},
+            "validation": {"every": 500, "episodes": 100},
+            "evaluation": {"episodes": 600, "seed": 0},
+            "checkpoint": {"every": 500},
+        }
+    )

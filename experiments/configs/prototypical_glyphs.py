@@ -1,0 +1,18 @@
+"""The default job: prototypical networks on characters of scripts that were never trained on.
+
+python -m experiments.train
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.configs._base import base
+
+
+def get_config() -> ConfigDict:
+    """5-way 1-shot, trained 20-way."""
+    config = base()
+    config.train_episode = {"ways": 20, "shots": 1, "queries": 5}
+    config.outer.update(rate=2e-3, steps=1200, meta_batch=4)
+    config.validation.update(every=300, episodes=100)
+    config.checkpoint.every = 300
+    return config

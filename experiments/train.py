@@ -1,0 +1,127 @@
+"""Meta-trains a learner, evaluates it on unseen classes, and writes a run folder.
+
+    python -m experiments.train                                          # the default job
+    python -m experiments.train --config=experiments/configs/maml_omniglot.py \
+        --config.data.path=PATH --config.inner.steps=5 --workdir=RUN     # another config, with changes
+    python -m experiments.train --config=... --workdir=RUN --resume      # goes on where it stopped
+"""
+
+from __future__ import annotations
+
+import datetime
+import pathlib
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from experiments import _launch, _runs
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", str(pathlib.Path(__file__).parent / "configs" / "prototypical_glyphs.py"), "What to train.", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; a fresh one under runs/ by default.")
+_RESUME = flags.DEFINE_bool("resume", False, "Continue the run in workdir, or start it where there is none.")
+
+
+def main() -> int:
+    """Trains, evaluates and reports."""
+    _launch.prepare()
+    import jax
+    import numpy as np
+
+    import metajax
+    from experiments import _report
+
+    config = _CONFIG.value
+    workdir = pathlib.Path(_WORKDIR.value or _fresh(flags.FLAGS["config"].default or ""))
+    train = metajax.training.open_source(config, "train")
+    validation, test = (metajax.training.open_source(config, split) for split in ("val", "test"))
+    experiment = metajax.training.build(config, num_classes=getattr(train, "num_classes", None))
+    transfer = config.learner.name == "finetune"
+    if not transfer:
+        train.check(experiment.train_spec)
+    validation.check(experiment.spec)
+    test.check(experiment.spec)
+    run = _runs.Run.open(workdir, config.to_dict(), resume=_RESUME.value)
+    if run.finished:
+        print(f"{workdir} is finished; nothing to do")
+        return 0
+    print(f"training {config.learner.name} on {train.name} into {workdir}")
+
+    tasks = 1 if transfer else config.outer.meta_batch
+    devices = jax.local_devices()
+    spread = len(devices) > 1 and tasks % len(devices) == 0
+    outer = metajax.outer_update(
+        experiment.trained, experiment.optimizer, hypergrad=experiment.hypergrad,
+        axis_name="task" if spread else None, before=False,
+    )  # fmt: skip
+    if spread:
+        outer = metajax.parallel.shard_tasks(outer)
+    example = jax.tree.map(lambda leaf: leaf[0], next(_stream(config, experiment, train, 0)))
+    state = outer.init(jax.random.key(config.seed), example)
+    checkpoints = metajax.training.Checkpoints(workdir / "checkpoints")
+    extra: dict[str, Any] = {"seconds": 0.0, "best": None}
+    if checkpoints.latest() is not None:
+        state, extra = checkpoints.restore(state)
+        print(f"resuming at step {int(state.step)}")
+    start = int(state.step)
+
+    def score(params: Any) -> dict[str, float]:
+        found = _evaluate(experiment, params, validation, config, config.validation.episodes)
+        return {f"validation_{experiment.metric}": found.mean}
+
+    recorder = metajax.training.Recorder(workdir, every=config.log.every, start=start, seconds=extra["seconds"])
+    validating = metajax.training.Validation(
+        score, recorder, every=config.validation.every, checkpoints=checkpoints,
+        better=(f"validation_{experiment.metric}", 1 if experiment.metric == "accuracy" else -1), best=extra["best"],
+    )  # fmt: skip
+    saving = metajax.training.Saving(
+        checkpoints, every=config.checkpoint.every, steps=config.outer.steps,
+        extra=lambda: {"seconds": recorder.seconds, "best": validating.best},
+    )  # fmt: skip
+    progress = metajax.training.Progress(config.outer.steps, meta_batch=config.outer.meta_batch, start=start)
+    if start < config.outer.steps:
+        state = metajax.training.fit(
+            outer, state, _stream(config, experiment, train, start), steps=config.outer.steps,
+            callbacks=[progress, recorder, validating, saving],
+        )  # fmt: skip
+        extra = {"seconds": recorder.seconds}
+    checkpoints.close()
+
+    params = jax.tree.map(np.asarray, state.params)
+    found = _evaluate(experiment, params, test, config, config.evaluation.episodes)
+    _report.draw(workdir, config, experiment, params, test, found)
+    run.finish(config, found, params, seconds=extra["seconds"])
+    print(f"report: {workdir / 'report.png'}")
+    print(found)
+    return 0
+
+
+def _fresh(config_file: str) -> pathlib.Path:
+    stem = pathlib.Path(config_file).name.partition(".py")[0]
+    return pathlib.Path("runs") / f"{stem}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
+
+
+def _stream(config: Any, experiment: Any, source: Any, step: int) -> Any:
+    import metajax
+
+    if config.learner.name == "finetune":
+        return metajax.data.batches(source, config.outer.meta_batch, config.seed, start=step)
+    return metajax.data.episodes(
+        source, experiment.train_spec, batch=config.outer.meta_batch, seed=config.seed,
+        start=step * config.outer.meta_batch,
+    )  # fmt: skip
+
+
+def _evaluate(experiment: Any, params: Any, source: Any, config: Any, episodes: int) -> Any:
+    import metajax
+
+    return metajax.evaluation.evaluate(
+        experiment.learner, params, source, experiment.spec, episodes=episodes, seed=config.evaluation.seed,
+        num_steps=experiment.eval_steps, normalisation=metajax.training.normalisation(config),
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    _launch.run(main)

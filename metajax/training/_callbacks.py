@@ -1,0 +1,214 @@
+"""What happens beside a meta step: progress, logs, validation, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from metajax.core._types import MetaState
+from metajax.training import _loop
+from metajax.training._checkpoint import Checkpoints
+
+Score = Callable[[Any], dict[str, float]]
+
+
+def _scalars(metrics: dict[str, Any]) -> dict[str, float]:
+    """Metrics as floats; the last of those that come one for each inner step."""
+    return {name: float(np.ravel(value)[-1]) for name, value in metrics.items() if np.size(value)}
+
+
+class Progress:
+    """A progress bar on standard error with loss, accuracy and tasks a second.
+
+    Args:
+      steps: steps in all.
+      meta_batch: tasks of one step.
+      start: steps that are already taken.
+
+    >>> import io
+    >>> bar = Progress(2, meta_batch=4, file=io.StringIO())
+    >>> bar(1, None, {"loss": 0.5})
+    >>> bar.close()
+    """
+
+    def __init__(self, steps: int, *, meta_batch: int, start: int = 0, file: Any = None):
+        from tqdm import tqdm
+
+        self._bar = tqdm(total=steps, initial=start, file=file, unit="step", mininterval=1.0, smoothing=0.1)
+        self._meta_batch, self._looked = meta_batch, 0.0
+
+    def __call__(self, step: int, state: MetaState, metrics: dict[str, Any]) -> None:
+        """Advances the bar; reads the metrics once a second at most."""
+        now = time.monotonic()
+        if now - self._looked > 1.0:
+            self._looked = now
+            told = {"loss": f"{float(metrics['loss']):.4f}"}
+            if "accuracy" in metrics:
+                told["accuracy"] = f"{100 * float(metrics['accuracy']):.1f}%"
+            rate = self._bar.format_dict.get("rate")
+            if rate:
+                told["tasks/s"] = f"{rate * self._meta_batch:.0f}"
+            self._bar.set_postfix(told, refresh=False)
+        self._bar.update()
+
+    def close(self) -> None:
+        """Draws the bar once more and ends it."""
+        self._bar.close()
+
+
+class Recorder:
+    """Writes metrics as JSON lines and TensorBoard events, every few steps, and validation whenever it comes.
+
+    A line holds `step`, `seconds` of training, and the metrics (means over the steps since the line before, except
+    validation). Lines beyond `start` that an interrupted run left behind are removed.
+
+    Args:
+      folder: the run folder; gets `metrics.jsonl` and `tensorboard/`.
+      every: steps between lines.
+      start: steps that are already taken.
+      seconds: seconds that the steps before `start` took.
+      tensorboard: whether to write events, which needs TensorFlow.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     recorder = Recorder(folder, every=1, tensorboard=False)
+    ...     recorder(1, None, {"loss": 0.5})
+    ...     recorder.close()
+    ...     read_metrics(folder)[0]["loss"]
+    0.5
+    """
+
+    def __init__(
+        self, folder: str | pathlib.Path, *, every: int, start: int = 0, seconds: float = 0.0, tensorboard: bool = True
+    ):
+        folder = pathlib.Path(folder)
+        kept = [line for line in read_metrics(folder) if line["step"] <= start]
+        self._file = open(folder / "metrics.jsonl", "w", encoding="utf-8")  # noqa: SIM115 closed in close
+        for line in kept:
+            self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        self._events = _event_writer(folder / "tensorboard") if tensorboard else None
+        self._every, self._waiting = every, []  # type: tuple[int, list[dict[str, Any]]]
+        self._begin = time.monotonic() - seconds
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training so far, those before a resume included."""
+        return time.monotonic() - self._begin
+
+    def __call__(self, step: int, state: MetaState, metrics: dict[str, Any]) -> None:
+        """Keeps the metrics of a step; writes their mean when a line is due."""
+        self._waiting.append(metrics)
+        if step % self._every == 0 or step == 1:
+            lines = [_scalars(waiting) for waiting in self._waiting]
+            self._waiting = []
+            self.write(step, {name: float(np.mean([line[name] for line in lines])) for name in lines[0]})
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Writes one line."""
+        line = {"step": step, "seconds": round(self.seconds, 3), **values}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._events is not None:
+            self._events(step, values)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def _event_writer(folder: pathlib.Path) -> Callable[[int, dict[str, float]], None]:
+    import tensorflow as tf
+
+    writer = tf.summary.create_file_writer(str(folder))
+
+    def write(step: int, values: dict[str, float]) -> None:
+        with writer.as_default():
+            for name, value in values.items():
+                tf.summary.scalar(name, value, step=step)
+        writer.flush()
+
+    return write
+
+
+def read_metrics(folder: str | pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl`; a line that was cut off by a kill is left out.
+
+    >>> read_metrics("there is no such folder")
+    []
+    """
+    path = pathlib.Path(folder) / "metrics.jsonl"
+    lines: list[dict[str, Any]] = []
+    if path.exists():
+        for text in path.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                break
+    return lines
+
+
+class Validation:
+    """Scores the meta-parameters every few steps, records the scores, and saves the best checkpoint.
+
+    Args:
+      score: `(params) -> metrics`, such as a call of `metajax.evaluation.evaluate` on validation episodes.
+      recorder: gets the metrics.
+      every: steps between validations.
+      checkpoints: where the best goes.
+      better: the metric to compare and its sign, 1 where higher is better.
+      best: the best value so far.
+
+    >>> Validation.__name__
+    'Validation'
+    """
+
+    def __init__(
+        self, score: Score, recorder: Recorder, *, every: int, checkpoints: Checkpoints, better: tuple[str, int],
+        best: float | None = None,
+    ):  # fmt: skip
+        self._score, self._recorder, self._every, self._checkpoints = score, recorder, every, checkpoints
+        self._name, self._sign = better
+        self.best = best
+
+    def __call__(self, step: int, state: MetaState, metrics: dict[str, Any]) -> None:
+        """Validates when it is due."""
+        if step % self._every:
+            return
+        _loop.require_finite_loss(step, metrics)
+        found = self._score(state.params)
+        self._recorder.write(step, found)
+        value = found[self._name]
+        if np.isfinite(value) and (self.best is None or self._sign * value > self._sign * self.best):
+            self.best = value
+            self._checkpoints.save(step, state, {"best": value}, kind="best")
+
+
+class Saving:
+    """Saves the last checkpoint every few steps and after the last one.
+
+    Args:
+      checkpoints: where.
+      every: steps between checkpoints.
+      steps: steps in all.
+      extra: gives the JSON values to store beside the state.
+
+    >>> Saving.__name__
+    'Saving'
+    """
+
+    def __init__(self, checkpoints: Checkpoints, *, every: int, steps: int, extra: Callable[[], dict[str, Any]]):
+        self._checkpoints, self._every, self._steps, self._extra = checkpoints, every, steps, extra
+
+    def __call__(self, step: int, state: MetaState, metrics: dict[str, Any]) -> None:
+        """Saves when it is due; a state that is not finite is never saved."""
+        if step % self._every and step != self._steps:
+            return
+        _loop.require_finite_loss(step, metrics)
+        _loop.require_finite_params(step, state)
+        self._checkpoints.save(step, state, self._extra())

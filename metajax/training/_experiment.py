@@ -1,0 +1,230 @@
+"""From a config to the parts that an experiment is made of, and from a run folder to a trained learner."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import optax
+
+from metajax import data, hypergrad, learners, models
+from metajax.core import _validate
+from metajax.core._losses import squared_error
+from metajax.core._types import Hypergrad, Learner, Loss, Model, Params
+from metajax.training import _checkpoint
+
+Config = Mapping[str, Any]
+LEARNERS = ("maml", "reptile", "prototypical", "finetune")
+_CHARACTERS = ("glyphs", "omniglot")
+
+
+class Experiment(NamedTuple):
+    """What a config describes.
+
+    Attributes:
+      learner: the learner that is evaluated and deployed.
+      trained: the learner that is meta-trained; differs from `learner` for the transfer-learning baseline.
+      hypergrad: the estimator.
+      optimizer: the outer optax transform.
+      spec: size of an episode in validation and evaluation.
+      train_spec: size of an episode in training.
+      eval_steps: inner steps in evaluation, None where as many as in training.
+      metric: "accuracy" or "mse".
+
+    >>> Experiment._fields[0]
+    'learner'
+    """
+
+    learner: Learner
+    trained: Learner
+    hypergrad: Hypergrad
+    optimizer: optax.GradientTransformation
+    spec: data.EpisodeSpec
+    train_spec: data.EpisodeSpec
+    eval_steps: int | None
+    metric: str
+
+
+def build(config: Config, *, num_classes: int | None = None) -> Experiment:
+    """Builds what `config` describes; every field is checked before anything is computed.
+
+    Args:
+      config: a mapping of the fields that `experiments/configs` document.
+      num_classes: base classes of the training source, which only `finetune` needs to train.
+
+    Raises:
+      ValueError: a field is out of range; the error names the field, its value and what is accepted.
+
+    >>> from experiments.configs import prototypical_glyphs
+    >>> build(prototypical_glyphs.get_config()).spec
+    EpisodeSpec(ways=5, shots=1, queries=15)
+    """
+    episode, train = config["episode"], config["train_episode"]
+    spec = data.EpisodeSpec(**episode)
+    train_spec = data.EpisodeSpec(**{name: train[name] or episode[name] for name in episode})
+    regression = config["data"]["name"] == "sinusoids"
+    loss = squared_error if regression else None
+    learner, trained = _learners(config, spec, regression, loss, num_classes)
+    _validate.one_of("hypergrad.name", config["hypergrad"]["name"], hypergrad.__all__[:-1])
+    eval_steps = _validate.int_at_least("inner.eval_steps", config["inner"]["eval_steps"], 0) or None
+    return Experiment(
+        learner, trained, getattr(hypergrad, config["hypergrad"]["name"])(), _outer_optimizer(config["outer"]),
+        spec, train_spec, eval_steps, "mse" if regression else "accuracy",
+    )  # fmt: skip
+
+
+def _learners(
+    config: Config, spec: data.EpisodeSpec, regression: bool, loss: Loss | None, num_classes: int | None
+) -> tuple[Learner, Learner]:
+    learner, inner = config["learner"], config["inner"]
+    name = _validate.one_of("learner.name", learner["name"], LEARNERS)
+    losses: dict[str, Any] = {} if loss is None else {"loss": loss}
+    outputs = 1 if regression else spec.ways
+    steps = _validate.positive_int("inner.steps", inner["steps"])
+    rule = _inner_rule(inner)
+    if name == "maml":
+        built = learners.maml(
+            _model(config["model"], outputs), rule, steps,
+            adapts=learner["adapts"] or None, proximal=learner["proximal"], **losses,
+        )  # fmt: skip
+        return built, built
+    if name == "reptile":
+        built = learners.reptile(
+            _model(config["model"], outputs), rule, steps,
+            batch_size=learner["batch_size"] or None, adapts=learner["adapts"] or None, **losses,
+        )  # fmt: skip
+        return built, built
+    if regression:
+        raise ValueError(f"learner.name must be 'maml' or 'reptile' for regression, got {name!r}")
+    features = _model(config["model"], None)
+    if name == "prototypical":
+        built = learners.prototypical(features, distance=learner["distance"])
+        return built, built
+    head = learner["head"]
+    return learners.finetune(features, rule, steps, head=head), learners.pretrain(features, num_classes or 1, head=head)
+
+
+def _model(config: Config, outputs: int | None) -> Model:
+    name = _validate.one_of("model.name", config["name"], ("conv4", "mlp"))
+    if name == "mlp":
+        return models.mlp(outputs or config["hidden"][-1], hidden=tuple(config["hidden"]))
+    return models.conv4(
+        outputs, width=config["width"], depth=config["depth"], pool=config["pool"],
+        normalisation=config["normalisation"],
+    )  # fmt: skip
+
+
+def _inner_rule(config: Config) -> optax.GradientTransformation:
+    rate = _validate.positive_float("inner.rate", config["rate"])
+    name = _validate.one_of("inner.optimizer", config["optimizer"], ("sgd", "adam"))
+    # without a first moment it is the rule of Reptile's paper; eps_root keeps second-order gradients finite
+    return optax.sgd(rate) if name == "sgd" else optax.adam(rate, b1=0.0, eps_root=1e-8)
+
+
+def _outer_optimizer(config: Config) -> optax.GradientTransformation:
+    rate = _validate.positive_float("outer.rate", config["rate"])
+    steps = _validate.positive_int("outer.steps", config["steps"])
+    _validate.positive_int("outer.meta_batch", config["meta_batch"])
+    clip = _validate.non_negative_float("outer.clip", config["clip"])
+    name = _validate.one_of("outer.optimizer", config["optimizer"], ("adam", "sgd"))
+    kind = _validate.one_of("outer.schedule", config["schedule"], ("constant", "cosine", "linear"))
+    schedule: Any = {
+        "constant": rate,
+        "cosine": optax.cosine_decay_schedule(rate, steps),
+        "linear": optax.linear_schedule(rate, 0.0, steps),
+    }[kind]
+    rule = optax.adam(schedule) if name == "adam" else optax.sgd(schedule)
+    return optax.chain(optax.clip_by_global_norm(clip), rule) if clip else rule
+
+
+def open_source(config: Config, split: str, *, path: str | None = None) -> data.Source:
+    """Opens the source that `config["data"]` names.
+
+    Args:
+      config: as for `build`.
+      split: "train", "val" or "test".
+      path: instead of `data.path`, other data of the same kind.
+
+    Raises:
+      ValueError: an unknown source, a missing path, or what the source itself refuses.
+
+    >>> from experiments.configs import maml_sinusoids
+    >>> open_source(maml_sinusoids.get_config(), "test").split
+    'test'
+    """
+    fields = config["data"]
+    name = _validate.one_of("data.name", fields["name"], ("glyphs", "omniglot", "image_folder", "sinusoids"))
+    path = path or fields["path"]
+    if name == "sinusoids":
+        return data.sinusoids(split=split)
+    if name == "glyphs" and not path:
+        return data.glyphs(split, size=fields["size"])
+    if not path:
+        raise ValueError(f"data.path must name the folder of {name}, got {path!r}")
+    if name == "omniglot":
+        rotations = fields["rotations"] if split == "train" else False
+        return data.omniglot(path, split=split, protocol=fields["protocol"], rotations=rotations, size=fields["size"])
+    return data.image_folder(path, split=split, **image_options(config))
+
+
+def image_options(config: Config) -> dict[str, Any]:
+    """How images from outside are read so that they look like those of the run: size, channels and ink.
+
+    >>> from experiments.configs import prototypical_glyphs
+    >>> image_options(prototypical_glyphs.get_config())
+    {'size': 28, 'channels': 1, 'invert': 'auto'}
+    """
+    fields = config["data"]
+    if fields["name"] in _CHARACTERS:
+        return {"size": fields["size"], "channels": 1, "invert": "auto"}
+    return {"size": fields["size"] or None, "channels": fields["channels"] or None, "invert": fields["invert"] or False}
+
+
+def normalisation(config: Config) -> str:
+    """The normalisation policy of the model, "none" for one without.
+
+    >>> normalisation({"model": {"name": "mlp"}})
+    'none'
+    """
+    return config["model"]["normalisation"] if config["model"]["name"] == "conv4" else "none"
+
+
+def load_config(workdir: str | pathlib.Path) -> dict[str, Any]:
+    """Reads the resolved config of a run folder.
+
+    Raises:
+      ValueError: the folder holds no run.
+
+    >>> load_config("no such folder")
+    Traceback (most recent call last):
+    ValueError: workdir must be the folder of a run, with a config.json in it, got 'no such folder'
+    """
+    path = pathlib.Path(workdir) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"workdir must be the folder of a run, with a config.json in it, got {str(workdir)!r}")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def load_run(workdir: str | pathlib.Path, *, checkpoint: str = "last") -> tuple[Learner, Params]:
+    """Loads a trained learner.
+
+    Args:
+      workdir: a run folder of `experiments.train`.
+      checkpoint: "last" or "best" (by validation).
+
+    Returns:
+      The learner and its meta-parameters (NumPy arrays), ready for `learner.adapt(params, support)`.
+
+    Raises:
+      ValueError: the folder holds no run or no such checkpoint.
+
+    >>> load_run("no such folder")
+    Traceback (most recent call last):
+    ValueError: workdir must be the folder of a run, with a config.json in it, got 'no such folder'
+    """
+    _validate.one_of("checkpoint", checkpoint, ("last", "best"))
+    config = load_config(workdir)
+    params, _ = _checkpoint.restore_params(pathlib.Path(workdir) / "checkpoints", kind=checkpoint)
+    return build(config).learner, params

@@ -1,0 +1,102 @@
+"""The loop around the meta step."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from metajax.core import _validate
+from metajax.core._types import Episode, MetaState, OuterUpdate
+
+# (step, state, metrics) after each step; what a callback needs of them it must copy before it returns
+Callback = Callable[[int, MetaState, dict[str, Any]], None]
+
+
+class NonFiniteError(ValueError):
+    """The loss or the meta-parameters are NaN or infinite.
+
+    >>> issubclass(NonFiniteError, ValueError)
+    True
+    """
+
+
+def fit(
+    outer: OuterUpdate | Callable[..., Any],
+    state: MetaState,
+    episodes: Iterable[Episode],
+    *,
+    steps: int,
+    callbacks: Sequence[Callback] = (),
+) -> MetaState:
+    """Takes meta steps until `state.step` is `steps`.
+
+    The update is compiled once and the state is donated. The loss of a step is looked at after the next one is on
+    its way, so that the accelerator never waits for the host.
+
+    Args:
+      outer: an `OuterUpdate`, or an update function `(state, episodes) -> (state, metrics)`.
+      state: where to start; consumed.
+      episodes: batches of episodes, the first for step `state.step`.
+      steps: the number of steps in all, those that `state` has behind it included.
+      callbacks: called in order after each step as `callback(step, state, metrics)`, with the steps taken so far.
+        A callback with a method `close` has it called at the end, also after an error.
+
+    Returns:
+      The state after `steps` steps.
+
+    Raises:
+      NonFiniteError: the loss of a step is not finite; the error names the step. What callbacks saved stays.
+      ValueError: `steps` is below 1, or episodes end early.
+
+    >>> import jax, jax.numpy as jnp, optax, metajax
+    >>> learner = metajax.learners.maml(metajax.models.mlp(outputs=2), inner=optax.sgd(0.1))
+    >>> outer = metajax.outer_update(learner, optax.adam(1e-2), hypergrad=metajax.hypergrad.mixed_mode())
+    >>> examples = metajax.Examples(jnp.eye(4), jnp.array([0, 0, 1, 1]), jnp.ones(4, bool))
+    >>> episode = metajax.Episode(examples, examples)
+    >>> batch = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), episode)
+    >>> losses = []
+    >>> state = metajax.training.fit(outer, outer.init(jax.random.key(0), episode), [batch] * 3, steps=3,
+    ...                              callbacks=[lambda step, state, metrics: losses.append(metrics["loss"])])
+    >>> int(state.step), bool(losses[-1] < losses[0])
+    (3, True)
+    """
+    _validate.positive_int("steps", steps)
+    update = jax.jit(outer.update if isinstance(outer, OuterUpdate) else outer, donate_argnums=0)
+    taken = int(state.step)
+    before: tuple[int, dict[str, Any]] | None = None
+    try:
+        stream = itertools.islice(iter(episodes), max(steps - taken, 0))
+        for step, batch in enumerate(stream, start=taken + 1):
+            state, metrics = update(state, batch)
+            if before is not None:
+                require_finite_loss(*before)
+            before = step, metrics
+            for callback in callbacks:
+                callback(step, state, metrics)
+        if before is not None:
+            require_finite_loss(*before)
+    finally:
+        for callback in callbacks:
+            if hasattr(callback, "close"):
+                callback.close()
+    if int(state.step) < steps:
+        raise ValueError(f"episodes must last for {steps} steps, got {int(state.step)}")
+    return state
+
+
+def require_finite_loss(step: int, metrics: dict[str, Any]) -> None:
+    """Raises a NonFiniteError that names the step where its loss is not finite."""
+    loss = float(metrics["loss"])
+    if not np.isfinite(loss):
+        raise NonFiniteError(f"the loss is {loss} at step {step}: lower the outer or inner rate, or clip the gradient")
+
+
+def require_finite_params(step: int, state: MetaState) -> None:
+    """Raises a NonFiniteError that names the step where a meta-parameter is not finite."""
+    for leaf in jax.tree.leaves(state.params):
+        if not np.all(np.isfinite(np.asarray(leaf, np.float32))):
+            raise NonFiniteError(f"a meta-parameter is not finite after step {step}")
