@@ -1,0 +1,364 @@
+"""One picture of a run: the learning curve, and one episode with its predictions."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+
+from metajax.core import _losses
+from metajax.core._types import Episode
+from metajax.evaluation._fewshot import Evaluation, Outputs
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, FAINT, RIGHT, WRONG, LINE, OTHER = "#22303c", "#8a97a3", "#2a9d6f", "#d1495b", "#2b6cb0", "#e08e2b"
+_MAX_ROWS, _MAX_SHOTS, _MAX_QUERIES = 20, 5, 15  # of the episode that is drawn
+_STEP, _SPACE, _LABEL = 1.12, 0.35, 0.75  # from image to image, between groups, for a class number: in images
+_RULES = {
+    "font.size": 9, "text.color": INK, "axes.edgecolor": FAINT, "axes.labelcolor": INK, "axes.titlecolor": INK,
+    "xtick.color": FAINT, "ytick.color": FAINT, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "font.family": "DejaVu Sans",
+}  # fmt: skip
+
+
+def report(
+    path: str | os.PathLike[str],
+    *,
+    history: Sequence[Mapping[str, Any]],
+    evaluation: Evaluation | None,
+    episode: Episode,
+    outputs: Outputs | Any,
+    title: str,
+) -> None:
+    """Draws the learning curve of a run and one episode with its predictions, as a PNG file.
+
+    Images are drawn with the border and mark of a right or a wrong prediction, a regression task in one variable
+    as its curve before and after adaptation, and any other task as its confusion matrix or as predicted against
+    true values. The file appears in one piece or not at all.
+
+    Args:
+      path: the file to write; its folder must exist.
+      history: lines of `metrics.jsonl`, each with `step`, `seconds` and some of `loss`, `accuracy`, and (in lines
+        of validations) names that start with `val`. May be empty.
+      evaluation: stated above the picture; None states nothing.
+      episode: one task, without a task axis.
+      outputs: of its query set: `Outputs`, or only those after adaptation.
+      title: stands above the picture.
+
+    Raises:
+      ValueError: outputs and query targets disagree in their number.
+
+    >>> import tempfile, pathlib, numpy as np, metajax
+    >>> x = np.linspace(-3, 3, 20)[:, None]
+    >>> wave = metajax.Examples(x, np.sin(x), np.ones(20, bool))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = pathlib.Path(folder) / "report.png"
+    ...     report(path, history=[], evaluation=None, episode=metajax.Episode(wave, wave),
+    ...            outputs=np.cos(x), title="sine")
+    ...     path.read_bytes()[1:4]
+    b'PNG'
+    """
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    outputs = jax.tree.map(np.asarray, outputs if isinstance(outputs, Outputs) else Outputs(None, outputs))
+    number, targets = len(outputs.after), len(jax.tree.leaves(episode.query.targets)[0])
+    if number != targets:
+        raise ValueError(f"outputs must have one row for each of the {targets} query examples, got {number}")
+    with matplotlib.rc_context(_RULES):
+        figure = Figure(figsize=(13, 5.6), dpi=130, facecolor="white")
+        canvas = FigureCanvasAgg(figure)
+        figure.text(0.045, 0.945, title, fontsize=14, fontweight="bold", va="center")
+        if evaluation is not None:
+            figure.text(0.045, 0.893, _subtitle(evaluation), fontsize=10, color=INK, va="center")
+        _learning_curve(figure, history)
+        _draw_episode(figure, episode, outputs)
+        _write(pathlib.Path(path), canvas)
+
+
+def _write(path: pathlib.Path, canvas: Any) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            canvas.print_png(file)
+        os.chmod(name, 0o644)  # mkstemp lets nobody else read
+        os.replace(name, path)
+    except BaseException:
+        pathlib.Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _subtitle(evaluation: Evaluation) -> str:
+    kind = {True: "transductive", False: "inductive", None: "outputs not finite"}[evaluation.transductive]
+    policy = evaluation.normalisation or "not stated"
+    found = evaluation.summary().replace("+-", "±").replace(" (", "  (")
+    return f"{evaluation.source}  ·  {found}  ·  {kind}, normalisation: {policy}"
+
+
+# --- the learning curve
+
+
+def _series(history: Sequence[Mapping[str, Any]], pattern: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of the first name that matches; empty where none does."""
+    names = [name for line in history for name in line if re.fullmatch(pattern, name)]
+    if not names:
+        return np.zeros(0), np.zeros(0)
+    lines = [line for line in history if names[0] in line]
+    return np.array([line["step"] for line in lines], float), np.array([line[names[0]] for line in lines], float)
+
+
+def _learning_curve(figure: Figure, history: Sequence[Mapping[str, Any]]) -> None:
+    classes = len(_series(history, "accuracy")[0]) > 0 or len(_series(history, r"val.*accuracy")[0]) > 0
+    lower = figure.add_axes((0.045, 0.20, 0.335, 0.25 if classes else 0.585))
+    _curve(lower, *_series(history, "loss"), 1, LINE, "training")
+    _curve(lower, *_series(history, r"val.*(loss|mse)"), 1, OTHER, "validation", marked=True)
+    lower.set_title("loss", loc="left", fontsize=9)
+    lower.set_xlabel("steps", fontsize=8, labelpad=2)
+    panels = [lower]
+    if classes:
+        upper = figure.add_axes((0.045, 0.535, 0.335, 0.25), sharex=lower)
+        _curve(upper, *_series(history, "accuracy"), 100, LINE, "training")
+        _curve(upper, *_series(history, r"val.*accuracy"), 100, OTHER, "validation", marked=True)
+        upper.set_title("accuracy, %", loc="left", fontsize=9)
+        upper.tick_params(labelbottom=False)
+        panels.append(upper)
+    for axes in panels:
+        axes.grid(color="#e7ebee", linewidth=0.8)
+        axes.tick_params(labelsize=8)
+        if not axes.lines:
+            axes.text(0.5, 0.5, "no measurement", transform=axes.transAxes, ha="center", color=FAINT)
+    shown = np.concatenate([np.asarray(line.get_ydata(), float) for line in lower.lines] or [np.zeros(0)])
+    shown = shown[np.isfinite(shown)]
+    if shown.size and shown.min() > 0 and shown.max() > 20 * shown.min():
+        lower.set_yscale("log")
+    if panels[-1].lines:
+        panels[-1].legend(frameon=False, fontsize=8, loc="lower right" if classes else "upper right", ncols=2)
+    _minutes(lower, history)
+
+
+def _curve(
+    axes: Axes, steps: np.ndarray, values: np.ndarray, factor: float, colour: str, label: str, marked: bool = False
+) -> None:
+    if not len(steps):
+        return
+    values = np.where(np.isfinite(values), factor * values, np.nan)
+    if marked or len(steps) < 20:
+        marker = "o" if len(steps) < 60 else ""
+        axes.plot(steps, values, color=colour, linewidth=1.6, marker=marker, markersize=3, label=label, zorder=3)
+        return
+    # the noise of single batches, faint, and a running mean over a fortieth of the run
+    axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.3)
+    width = max(len(steps) // 40, 1)
+    known = np.isfinite(values)
+    total, count = (np.convolve(row, np.ones(width), "same") for row in (np.where(known, values, 0), known * 1.0))
+    axes.plot(steps, np.where(count > 0, total / np.maximum(count, 1), np.nan), color=colour, linewidth=1.6, label=label)
+
+
+def _minutes(axes: Axes, history: Sequence[Mapping[str, Any]]) -> None:
+    """A second scale below: minutes of training."""
+    steps, seconds = _series(history, "seconds")
+    if len(steps) < 2 or not seconds[-1] > seconds[0] or not steps[-1] > steps[0]:
+        return
+    steps, first = np.unique(steps, return_index=True)
+    minutes = np.maximum.accumulate(seconds[first]) / 60 + 1e-9 * np.arange(len(steps))  # strictly rising
+    # beyond the ends, the mean speed goes on, so that both directions stay defined on the whole axis
+    speed = (minutes[-1] - minutes[0]) / (steps[-1] - steps[0])
+    reach = steps[-1] - steps[0]
+    steps = np.concatenate([[steps[0] - reach], steps, [steps[-1] + reach]])
+    minutes = np.concatenate([[minutes[0] - reach * speed], minutes, [minutes[-1] + reach * speed]])
+    below = axes.secondary_xaxis(
+        -42 / (axes.get_position().height * axes.figure.bbox.height * 72 / axes.figure.dpi),  # 42 points below
+        functions=(lambda x: np.interp(x, steps, minutes), lambda x: np.interp(x, minutes, steps)),
+    )
+    below.set_xlabel("minutes of training", fontsize=8, labelpad=2)
+    below.tick_params(labelsize=8)
+
+
+# --- the episode
+
+
+def _draw_episode(figure: Figure, episode: Episode, outputs: Outputs) -> None:
+    axes = figure.add_axes((0.425, 0.035, 0.56, 0.75))
+    query, support = episode.query, episode.support
+    if not _losses.is_integer(query.targets):
+        axes.set_position((0.45, 0.20, 0.52, 0.585))
+        one = np.size(query.targets) == np.size(query.inputs) == len(query.targets)
+        (_draw_curve if one else _draw_scatter)(axes, episode, outputs)
+        return
+    if outputs.after.ndim == 2 and np.ndim(support.inputs) == 4 and support.inputs.shape[-1] in (1, 3):
+        _draw_images(axes, episode, outputs.after)
+        return
+    axes.set_position((0.5, 0.13, 0.4, 0.655))
+    _draw_confusion(axes, episode, outputs.after)
+
+
+def _draw_curve(axes: Axes, episode: Episode, outputs: Outputs) -> None:
+    kept = np.asarray(episode.query.mask)
+    inputs = np.ravel(episode.query.inputs)[kept]
+    order = np.argsort(inputs)
+
+    def line(values: Any) -> np.ndarray:
+        return np.ravel(values)[kept][order]
+
+    support = np.asarray(episode.support.mask)
+    style = {"linewidth": 1.5, "markersize": 3}
+    axes.plot(inputs[order], line(episode.query.targets), "o-", color=FAINT, alpha=0.8, label="true", **style)
+    if outputs.before is not None:
+        axes.plot(inputs[order], line(outputs.before), "--", color=OTHER, label="before adaptation", **style)
+    axes.plot(inputs[order], line(outputs.after), ".-", color=LINE, label="after adaptation", **style)
+    axes.plot(
+        np.ravel(episode.support.inputs)[support], np.ravel(episode.support.targets)[support], "^", color=WRONG,
+        markersize=8, markeredgecolor="white", label="support", zorder=4,
+    )  # fmt: skip
+    axes.grid(color="#e7ebee", linewidth=0.8)
+    axes.set_xlabel("input")
+    axes.set_title("one episode: target and prediction", loc="left", fontsize=9)
+    axes.margins(y=0.18)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", ncols=4)
+
+
+def _draw_scatter(axes: Axes, episode: Episode, outputs: Outputs) -> None:
+    kept = np.asarray(episode.query.mask)
+    true = np.asarray(episode.query.targets, float)[kept].ravel()
+    for values, colour, label in ((outputs.before, OTHER, "before"), (outputs.after, LINE, "after")):
+        if values is not None:
+            axes.plot(true, np.asarray(values, float)[kept].ravel(), ".", color=colour, label=f"{label} adaptation")
+    axes.axline((0.0, 0.0), slope=1.0, color=FAINT, linewidth=0.8)
+    axes.set_xlabel("true")
+    axes.set_title("one episode: predicted against true values", loc="left", fontsize=9)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _draw_confusion(axes: Axes, episode: Episode, logits: np.ndarray) -> None:
+    true, predicted = np.asarray(episode.query.targets), _predicted(logits)
+    counted = (true >= 0) & np.reshape(episode.query.mask, (-1,) + (1,) * (true.ndim - 1))
+    true, predicted = true[counted], predicted[counted]
+    ways = int(max(true.max(initial=0), predicted.max(initial=0))) + 1
+    table = np.zeros((ways, ways), int)
+    known = predicted >= 0
+    np.add.at(table, (true[known], predicted[known]), 1)
+    axes.imshow(table, cmap="Blues", vmin=0, vmax=max(table.max(initial=0), 1))
+    if ways <= 20:
+        for (row, column), count in np.ndenumerate(table):
+            if count:
+                light = count > 0.6 * table.max()
+                axes.text(column, row, str(count), ha="center", va="center", color="white" if light else INK)
+        axes.set_xticks(range(ways), [str(way + 1) for way in range(ways)])
+        axes.set_yticks(range(ways), [str(way + 1) for way in range(ways)])
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    axes.set_title(f"one episode: {np.sum(true == predicted)} of {len(true)} right", loc="left", fontsize=9)
+
+
+def _predicted(logits: np.ndarray) -> np.ndarray:
+    """The class of the largest logit, -1 where the logits are not usable."""
+    logits = np.asarray(logits, np.float32)
+    return np.where(np.isfinite(logits.max(axis=-1)), logits.argmax(axis=-1), -1)
+
+
+def _draw_images(axes: Axes, episode: Episode, logits: np.ndarray) -> None:
+    support, query = (_by_class(examples) for examples in (episode.support, episode.query))
+    predicted, targets = _predicted(logits), np.asarray(episode.query.targets)
+    counted = np.asarray(episode.query.mask) & (targets >= 0)
+    classes = sorted(query)[:_MAX_ROWS]
+    shots = min(max((len(rows) for rows in support.values()), default=0), _MAX_SHOTS)
+    queries = min(max((len(query[way]) for way in classes), default=0), _MAX_QUERIES)
+    box = axes.get_position()
+    width, height = box.width * axes.figure.get_figwidth(), box.height * axes.figure.get_figheight()
+    plan = _plan_images(len(classes), shots, queries, width, height)
+    dark = _dark(episode)
+    font = min(9.0, 20 * plan.inches)
+    for row, way in enumerate(classes):
+        column, line = divmod(row, plan.rows)
+        left, top = column * plan.block, line * (plan.lines * _STEP + _SPACE)
+        axes.text(left - 0.15, top + 0.5, str(way + 1), ha="right", va="center", fontsize=min(9.0, 30 * plan.inches))
+        for index, example in enumerate(support.get(way, [])[:shots]):
+            y, x = divmod(index, plan.support)
+            _frame(axes, episode.support.inputs[example], left + x * _STEP, top + y * _STEP, dark, FAINT, 0.8)
+        for index, example in enumerate(query[way][:queries]):
+            y, x = divmod(index, plan.query)
+            x, y = left + plan.support * _STEP + _SPACE + x * _STEP, top + y * _STEP
+            if predicted[example] == way:
+                _frame(axes, episode.query.inputs[example], x, y, dark, RIGHT, 1.3)
+                continue
+            _frame(axes, episode.query.inputs[example], x, y, dark, WRONG, 2.2)
+            axes.text(
+                x + 0.95, y + 0.93, "?" if predicted[example] < 0 else str(predicted[example] + 1),
+                ha="right", va="bottom", fontsize=font, color="white",
+                bbox={"boxstyle": "square,pad=0.12", "facecolor": WRONG, "edgecolor": "none"},
+            )  # fmt: skip
+    hits = int(np.sum((predicted == targets)[counted]))
+    note = "" if hits == counted.sum() else "; a red tag is the class that was predicted"
+    text = f"one episode: support, then query images, {hits} of {int(counted.sum())} right{note}"
+    axes.set_title(text, loc="left", fontsize=9)
+    axes.set_xlim(-_LABEL, plan.block * -(-len(classes) // plan.rows))
+    axes.set_ylim(plan.rows * (plan.lines * _STEP + _SPACE), -0.05)
+    axes.set_aspect("equal", anchor="NW")
+    axes.axis("off")
+
+
+class _Plan(NamedTuple):
+    """Where images go: classes in blocks of `rows`, a class on `lines` lines of `support` and `query` images."""
+
+    inches: float  # side of an image
+    rows: int
+    lines: int
+    support: int
+    query: int
+    block: float  # width of a block, in images
+
+
+def _plan_images(classes: int, shots: int, queries: int, width: float, height: float) -> _Plan:
+    """The arrangement that draws the images largest on `width` x `height` inches."""
+    plans = []
+    for blocks in range(1, 5):
+        for lines in range(1, 5):
+            rows, support, query = -(-classes // blocks), -(-shots // lines), -(-queries // lines)
+            block = (support + query) * _STEP + _SPACE + _LABEL
+            inches = min(width / (blocks * block + _LABEL), height / (rows * (lines * _STEP + _SPACE)))
+            plans.append(_Plan(inches, rows, lines, support, query, block))
+    return max(plans, key=lambda plan: plan.inches)
+
+
+def _frame(axes: Axes, image: Any, left: float, top: float, dark: bool, colour: str, width: float) -> None:
+    from matplotlib.patches import Rectangle
+
+    _show(axes, image, left, top, dark)
+    axes.add_patch(Rectangle((left, top), 1, 1, fill=False, edgecolor=colour, linewidth=width))
+
+
+def _by_class(examples: Any) -> dict[int, list[int]]:
+    """Class -> rows of its kept examples."""
+    rows: dict[int, list[int]] = {}
+    for row, (target, kept) in enumerate(zip(np.asarray(examples.targets), np.asarray(examples.mask), strict=True)):
+        if kept and target >= 0:
+            rows.setdefault(int(target), []).append(row)
+    return rows
+
+
+def _dark(episode: Episode) -> bool:
+    """Whether images are light ink on black, as characters are stored: they print better the other way round."""
+    images = np.asarray(episode.support.inputs, np.float32)
+    return images.shape[-1] == 1 and bool(np.median(images) < 0.25 * max(images.max(initial=0), 1e-6))
+
+
+def _show(axes: Axes, image: Any, left: float, top: float, dark: bool) -> None:
+    pixels = np.asarray(image, np.float32)
+    pixels = pixels / 255 if np.asarray(image).dtype == np.uint8 else pixels
+    if np.asarray(image).dtype != np.uint8 and (pixels.min() < 0 or pixels.max() > 1):  # normalised in some way
+        pixels = (pixels - pixels.min()) / max(float(np.ptp(pixels)), 1e-6)
+    pixels = np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
+    axes.imshow(
+        np.clip(1 - pixels if dark else pixels, 0, 1), extent=(left, left + 1, top + 1, top),
+        interpolation="nearest" if len(pixels) < 16 else "antialiased", aspect="auto",
+    )  # fmt: skip
