@@ -58,7 +58,7 @@ def _store(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
     descriptor, name = tempfile.mkstemp(suffix=".tmp", prefix=path.stem, dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
+            np.savez(file, **arrays)
         os.replace(name, path)  # readers see the whole file or none
     except BaseException:
         with contextlib.suppress(OSError):
