@@ -156,6 +156,7 @@ def evaluate(
     if num_steps is not None:
         _validate.int_at_least("num_steps", num_steps, 0)
     batch = min(_validate.positive_int("batch", batch), episodes)
+    params = jax.tree.map(_settled, params)
 
     chunk = episode_batch(source, spec, seed=seed, start=0, count=batch)
     first: Episode = jax.tree.map(lambda leaf: leaf[0], chunk)
@@ -214,6 +215,7 @@ def predict(
     """
     if mask is None:
         mask = np.ones(jax.tree.leaves(inputs)[0].shape[0], bool)
+    params = jax.tree.map(_settled, params)
     return _predict(params, support, inputs, mask, key, learner=learner, num_steps=num_steps)
 
 
@@ -253,6 +255,14 @@ def _predict(
     params: Params, support: Examples, inputs: Any, mask: Any, key: Any, *, learner: Learner, num_steps: int | None
 ) -> Any:
     return _adapt_and_predict(learner, num_steps)(params, support, inputs, mask, key)
+
+
+def _settled(leaf: Any) -> Any:
+    """A parameter on the device, and no weak type: a weak type and a strong one would be two compilations."""
+    if hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return leaf
+    leaf = jnp.asarray(leaf)
+    return jnp.asarray(leaf, leaf.dtype)
 
 
 def _adapt_and_predict(learner: Learner, num_steps: int | None) -> Callable[..., Any]:
