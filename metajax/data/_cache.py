@@ -1,4 +1,4 @@
-"""Decoded data sets, kept on disk between runs. A cache never decides a result: whatever goes wrong, data is made anew."""
+"""Decoded data sets, kept on disk between runs. Whatever goes wrong with the cache, the data is made anew."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pathlib
 import re
 import tempfile
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -58,7 +59,7 @@ def _store(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
     descriptor, name = tempfile.mkstemp(suffix=".tmp", prefix=path.stem, dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, **dict[str, Any](arrays))
         os.replace(name, path)  # readers see the whole file or none
     except BaseException:
         with contextlib.suppress(OSError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import weakref
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import numpy as np
 
 from metajax.core import _validate
 from metajax.core._types import Episode, Examples
-from metajax.data._sources import SPLITS, ClassSource, Source
+from metajax.data._sources import SPLITS, ClassSource, Source, all_true
 from metajax.data._spec import EpisodeSpec
 
 _PREFETCH = 4  # batches that wait, ready
@@ -246,7 +247,7 @@ class _Generators:
             raise ValueError(f"seed must lie below 2**64, got {seed}")
         stream = kind * len(SPLITS) + SPLITS.index(source.split)
         self._generator = np.random.Generator(np.random.Philox(0))
-        self._state = self._generator.bit_generator.state
+        self._state: dict[str, Any] = dict(self._generator.bit_generator.state)
         self._state.update(buffer_pos=4, has_uint32=0, uinteger=0)
         self._state["state"]["counter"] = np.array([0, 0, 0, stream], np.uint64)  # 2**192 draws apart
         self._state["state"]["key"] = np.array([seed, 0], np.uint64)
@@ -263,8 +264,8 @@ def _labelled_batch(source: Source, size: int, rng: np.random.Generator) -> Epis
         query = Examples(
             np.take(source.inputs, rows, axis=0),
             source.labels[rows].astype(np.int32),
-            np.ones(size, bool),
-            np.ones(source.num_classes, bool),
+            all_true(size),
+            all_true(source.num_classes),
         )
     else:
         drawn = _stack([source.sample(EpisodeSpec(1, 1, 1), rng) for _ in range(size)]).query
@@ -286,8 +287,7 @@ def _tensorflow() -> ModuleType:
             "episodes() and batches() need TensorFlow for their input pipeline: pip install tensorflow "
             "(or tensorflow-cpu). episode() and episode_batch() work without it"
         ) from error
-    try:
-        tf.config.set_visible_devices([], "GPU")  # accelerators belong to JAX
-    except RuntimeError:
-        pass  # the program has used TensorFlow's devices before: it is too late, and its own choice
+    # Accelerators belong to JAX; but it is too late where the program has used TensorFlow's devices before.
+    with contextlib.suppress(RuntimeError):
+        tf.config.set_visible_devices([], "GPU")
     return tf

@@ -6,7 +6,7 @@ A source draws one task from one NumPy generator and knows nothing of batches, d
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -26,8 +26,11 @@ class Source(Protocol):
       split: "train", "val" or "test".
     """
 
-    name: str
-    split: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def split(self) -> str: ...
 
     def check(self, spec: EpisodeSpec) -> None:
         """Raises a ValueError where this source cannot give episodes of this size."""
@@ -158,8 +161,8 @@ class ClassSource:
         return Examples(
             inputs=np.take(self.inputs, rows, axis=0),
             targets=np.broadcast_to(targets, rows.shape).copy(),
-            mask=np.ones(rows.shape, bool),
-            class_mask=np.ones((*rows.shape[:-1], ways), bool),
+            mask=all_true(*rows.shape),
+            class_mask=all_true(*rows.shape[:-1], ways),
         )
 
     def _draw_classes(self, ways: int, rng: np.random.Generator) -> np.ndarray:
@@ -193,6 +196,15 @@ class ClassSource:
             left = by_family[index, spec.shots : int(valid[index].sum())]
             query[index] = rows[index, left[len(left) - spec.queries :]]
         return support.reshape(-1), query.reshape(-1)
+
+
+def all_true(*shape: int) -> Any:
+    """A mask that keeps everything. Typed as Any: the contract names JAX arrays, whose place NumPy arrays take.
+
+    >>> all_true(2).tolist()
+    [True, True]
+    """
+    return np.ones(shape, bool)
 
 
 def _smallest(keys: np.ndarray, count: int) -> np.ndarray:

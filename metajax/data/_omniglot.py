@@ -1,0 +1,157 @@
+"""Omniglot: 1623 handwritten characters of 50 alphabets, 20 drawings each."""
+
+from __future__ import annotations
+
+import functools
+import importlib.resources
+import json
+import os
+import pathlib
+
+import numpy as np
+from PIL import Image
+
+from metajax.core import _validate
+from metajax.data import _cache, _images
+from metajax.data._sources import SPLITS, ClassSource
+
+_VERSION = 1  # of what the cache holds
+_PARTS = {"images_background": 964, "images_evaluation": 659}  # and their classes
+PROTOCOLS = ("vinyals", "lake")
+
+
+def omniglot(
+    path: str | os.PathLike[str],
+    *,
+    split: str = "train",
+    protocol: str = "vinyals",
+    rotations: bool | None = None,
+    size: int = 28,
+) -> ClassSource:
+    """Omniglot in its published layout, with ink 255 on 0.
+
+    `path` is a folder that holds `images_background` and `images_evaluation`, as folders or as the published
+    zips: `images_background/ALPHABET/characterNN/XXXX_YY.png`.
+
+    Protocols:
+
+    - "vinyals": the class split of Vinyals et al. 2016 that few-shot papers use: 1028 train, 172 val and 423
+      test classes, drawn across background and evaluation set. The alphabet Gurmukhi has classes in train and
+      in test.
+    - "lake": test is the whole evaluation set (659 classes of 20 alphabets); val is five whole alphabets of the
+      background set, those that are val in "vinyals" too (172 classes); train is the other 25 (792 classes).
+
+    With rotations, every character turned by 90, 180 and 270 degrees is another class, so there are four times
+    as many; the turned versions of one character may stand in one episode, as in the published protocol.
+    Training uses them by default, val and test never do unless `rotations=True` says so.
+
+    Images are resized from 105 x 105 with an antialiased triangle filter (of Pillow's six filters the one
+    that keeps most for nearest neighbours on pixels). They are decoded once and kept in a cache, in the folder
+    that METAJAX_CACHE names, or else ~/.cache/metajax.
+
+    Source: Lake, Salakhutdinov & Tenenbaum 2015, "Human-level concept learning through probabilistic program
+    induction", Science 350; Vinyals et al. 2016, "Matching networks for one shot learning"
+    (arXiv:1606.04080).
+
+    Args:
+      path: the folder.
+      split: "train", "val" or "test".
+      protocol: "vinyals" or "lake".
+      rotations: whether rotated characters are further classes; None is True for train and False otherwise.
+      size: height and width of the images.
+
+    Returns:
+      A source with uint8 inputs `[n, size, size, 1]` and classes named `ALPHABET/characterNN`, and
+      `ALPHABET/characterNN/rot90` and so on.
+
+    Raises:
+      ValueError: an argument is not as above; files or classes are missing; a file is not an image.
+
+    >>> omniglot("no/such/folder")
+    Traceback (most recent call last):
+      ...
+    ValueError: path must be a folder or a zip file, got 'no/such/folder', which does not exist
+    """
+    _validate.one_of("split", split, SPLITS)
+    _validate.one_of("protocol", protocol, PROTOCOLS)
+    _validate.positive_int("size", size)
+    if rotations is not None and not isinstance(rotations, bool):
+        raise ValueError(f"rotations must be True, False or None, got {rotations!r}")
+    folder = _images.folder_or_zip(path)
+    images, names = _select(folder, split, protocol, size)
+    labels = np.unique(names, return_inverse=True)[1].astype(np.int32)
+    class_names = tuple(np.unique(names).tolist())
+    if rotations is None:
+        rotations = split == "train"
+    if rotations:
+        turned = [np.rot90(images, turns, axes=(1, 2)) for turns in range(4)]
+        images = np.concatenate(turned)
+        labels = np.concatenate([labels + turns * len(class_names) for turns in range(4)])
+        class_names += tuple(f"{name}/rot{90 * turns}" for turns in (1, 2, 3) for name in class_names)
+    return ClassSource(f"omniglot-{protocol}{'-rotated' if rotations else ''}", split, images, labels, class_names)
+
+
+def _select(folder: pathlib.Path, split: str, protocol: str, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images `[n, size, size, 1]` and class names `[n]` of a split."""
+    classes = _classes()
+    if protocol == "lake" and split != "val":
+        part = "images_evaluation" if split == "test" else "images_background"
+        images, names = _read(folder, part, size)
+        found = len(np.unique(names))
+        if found != _PARTS[part]:
+            raise ValueError(f"path {str(folder)!r} has {found} of the {_PARTS[part]} classes of {part}")
+        keep = ~np.isin(names, sorted(classes["val"]))  # whole alphabets of the background set
+        return images[keep], names[keep]
+    wanted = classes[split]
+    images, names = _read(folder, "images_evaluation" if split == "test" else "images_background", size)
+    if split == "train":
+        more, more_names = _read(folder, "images_evaluation", size)
+        images, names = np.concatenate([images, more]), np.concatenate([names, more_names])
+    missing = wanted.difference(names.tolist())
+    if missing:
+        raise ValueError(
+            f"path {str(folder)!r} lacks {len(missing)} of the {len(wanted)} {split} classes, "
+            f"the first is {min(missing)!r}"
+        )
+    keep = np.isin(names, sorted(wanted))
+    return images[keep], names[keep]
+
+
+@functools.cache
+def _classes() -> dict[str, frozenset[str]]:
+    """The split of Vinyals et al.; the file lists the first and last character of each alphabet."""
+    file = importlib.resources.files("metajax.data") / "_splits" / "omniglot_vinyals.json"
+    return {
+        split: frozenset(
+            f"{alphabet}/character{number:02d}"
+            for alphabet, (first, last) in alphabets.items()
+            for number in range(first, last + 1)
+        )
+        for split, alphabets in json.loads(file.read_text()).items()
+    }
+
+
+def _read(folder: pathlib.Path, part: str, size: int) -> tuple[np.ndarray, np.ndarray]:
+    path = next((p for p in (folder / f"{part}.zip", folder / part) if p.exists()), None)
+    if path is None:
+        raise ValueError(f"path must hold {' and '.join(_PARTS)} (folders or .zip), got {str(folder)!r} without {part}")
+    key = f"omniglot version {_VERSION} size {size} of {path.resolve()} {_images.fingerprint(path)}"
+    arrays = _cache.cached(key, functools.partial(_decode, path, part, size))
+    return arrays["images"], arrays["names"]
+
+
+def _decode(path: pathlib.Path, part: str, size: int) -> dict[str, np.ndarray]:
+    images, names = [], []
+    with _images.open_files(path) as files:
+        for name in files.names:
+            parts = name.removeprefix(f"{part}/").split("/")
+            if len(parts) != 3:
+                raise ValueError(f"path must hold {part}/ALPHABET/characterNN/NAME.png, got {name!r} in {str(path)!r}")
+            image = _images.decode(
+                files.read(name), str(path / name), size=size, channels=1, resample=Image.Resampling.BILINEAR
+            )
+            images.append(255 - image)
+            names.append("/".join(parts[:2]))
+    if not images:
+        raise ValueError(f"path must hold {part}/ALPHABET/characterNN/NAME.png, got {str(path)!r}, which is empty")
+    return {"images": np.stack(images), "names": np.array(names)}
