@@ -298,7 +298,9 @@ def _side_by_side(episode: Episode) -> bool:
     return choose_task_batching(jax.default_backend(), size) == "vmap"
 
 
-def _is_transductive(learner: Learner, params: Params, episode: Episode, num_steps: int | None, key: Any) -> bool | None:
+def _is_transductive(
+    learner: Learner, params: Params, episode: Episode, num_steps: int | None, key: Any
+) -> bool | None:
     """Whether predictions of the first half of the query set move when the second half is replaced."""
     support, query = episode
     inputs, mask = query.inputs, np.asarray(query.mask)

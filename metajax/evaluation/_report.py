@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 import re
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 INK, FAINT, RIGHT, WRONG, LINE, OTHER = "#22303c", "#8a97a3", "#2a9d6f", "#d1495b", "#2b6cb0", "#e08e2b"
 _MAX_ROWS, _MAX_SHOTS, _MAX_QUERIES = 20, 5, 15  # of the episode that is drawn
 _STEP, _SPACE, _LABEL = 1.12, 0.35, 0.75  # from image to image, between groups, for a class number: in images
-_RULES = {
+_RULES: dict[Any, Any] = {
     "font.size": 9, "text.color": INK, "axes.edgecolor": FAINT, "axes.labelcolor": INK, "axes.titlecolor": INK,
     "xtick.color": FAINT, "ytick.color": FAINT, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
     "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "font.family": "DejaVu Sans",
@@ -161,7 +162,8 @@ def _curve(
     width = max(len(steps) // 40, 1)
     known = np.isfinite(values)
     total, count = (np.convolve(row, np.ones(width), "same") for row in (np.where(known, values, 0), known * 1.0))
-    axes.plot(steps, np.where(count > 0, total / np.maximum(count, 1), np.nan), color=colour, linewidth=1.6, label=label)
+    means = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    axes.plot(steps, means, color=colour, linewidth=1.6, label=label)
 
 
 def _minutes(axes: Axes, history: Sequence[Mapping[str, Any]]) -> None:
@@ -177,11 +179,15 @@ def _minutes(axes: Axes, history: Sequence[Mapping[str, Any]]) -> None:
     steps = np.concatenate([[steps[0] - reach], steps, [steps[-1] + reach]])
     minutes = np.concatenate([[minutes[0] - reach * speed], minutes, [minutes[-1] + reach * speed]])
     below = axes.secondary_xaxis(
-        -42 / (axes.get_position().height * axes.figure.bbox.height * 72 / axes.figure.dpi),  # 42 points below
-        functions=(lambda x: np.interp(x, steps, minutes), lambda x: np.interp(x, minutes, steps)),
+        -42 / (axes.bbox.height * 72 / axes.figure.dpi),  # 42 points below
+        functions=(functools.partial(_along, steps, minutes), functools.partial(_along, minutes, steps)),
     )
     below.set_xlabel("minutes of training", fontsize=8, labelpad=2)
     below.tick_params(labelsize=8)
+
+
+def _along(xs: np.ndarray, ys: np.ndarray, x: Any) -> Any:
+    return np.interp(x, xs, ys)
 
 
 # --- the episode
@@ -211,7 +217,7 @@ def _draw_curve(axes: Axes, episode: Episode, outputs: Outputs) -> None:
         return np.ravel(values)[kept][order]
 
     support = np.asarray(episode.support.mask)
-    style = {"linewidth": 1.5, "markersize": 3}
+    style: dict[str, Any] = {"linewidth": 1.5, "markersize": 3}
     axes.plot(inputs[order], line(episode.query.targets), "o-", color=FAINT, alpha=0.8, label="true", **style)
     if outputs.before is not None:
         axes.plot(inputs[order], line(outputs.before), "--", color=OTHER, label="before adaptation", **style)
@@ -273,21 +279,20 @@ def _draw_images(axes: Axes, episode: Episode, logits: np.ndarray) -> None:
     classes = sorted(query)[:_MAX_ROWS]
     shots = min(max((len(rows) for rows in support.values()), default=0), _MAX_SHOTS)
     queries = min(max((len(query[way]) for way in classes), default=0), _MAX_QUERIES)
-    box = axes.get_position()
-    width, height = box.width * axes.figure.get_figwidth(), box.height * axes.figure.get_figheight()
+    width, height = axes.bbox.width / axes.figure.dpi, axes.bbox.height / axes.figure.dpi
     plan = _plan_images(len(classes), shots, queries, width, height)
     dark = _dark(episode)
     font = min(9.0, 20 * plan.inches)
     for row, way in enumerate(classes):
-        column, line = divmod(row, plan.rows)
-        left, top = column * plan.block, line * (plan.lines * _STEP + _SPACE)
+        column, below = divmod(row, plan.rows)
+        left, top = column * plan.block, below * (plan.lines * _STEP + _SPACE)
         axes.text(left - 0.15, top + 0.5, str(way + 1), ha="right", va="center", fontsize=min(9.0, 30 * plan.inches))
         for index, example in enumerate(support.get(way, [])[:shots]):
-            y, x = divmod(index, plan.support)
-            _frame(axes, episode.support.inputs[example], left + x * _STEP, top + y * _STEP, dark, FAINT, 0.8)
+            line, place = divmod(index, plan.support)
+            _frame(axes, episode.support.inputs[example], left + place * _STEP, top + line * _STEP, dark, FAINT, 0.8)
         for index, example in enumerate(query[way][:queries]):
-            y, x = divmod(index, plan.query)
-            x, y = left + plan.support * _STEP + _SPACE + x * _STEP, top + y * _STEP
+            line, place = divmod(index, plan.query)
+            x, y = left + plan.support * _STEP + _SPACE + place * _STEP, top + line * _STEP
             if predicted[example] == way:
                 _frame(axes, episode.query.inputs[example], x, y, dark, RIGHT, 1.3)
                 continue
@@ -353,9 +358,9 @@ def _dark(episode: Episode) -> bool:
 
 
 def _show(axes: Axes, image: Any, left: float, top: float, dark: bool) -> None:
-    pixels = np.asarray(image, np.float32)
-    pixels = pixels / 255 if np.asarray(image).dtype == np.uint8 else pixels
-    if np.asarray(image).dtype != np.uint8 and (pixels.min() < 0 or pixels.max() > 1):  # normalised in some way
+    eight_bit = np.asarray(image).dtype == np.uint8
+    pixels: np.ndarray = np.asarray(image, float) / (255 if eight_bit else 1)
+    if pixels.min() < 0 or pixels.max() > 1:  # normalised in some way
         pixels = (pixels - pixels.min()) / max(float(np.ptp(pixels)), 1e-6)
     pixels = np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
     axes.imshow(

@@ -68,7 +68,8 @@ def test_seeds_and_splits_give_other_episodes(source):
         for where, number in ((source, 0), (source, 0), (source, 1), (train, 0))
     )
     np.testing.assert_array_equal(one, same)
-    assert (one != seed).any() and (one != split).any()
+    assert (one != seed).any()
+    assert (one != split).any()
 
 
 def test_side_by_side_and_one_after_the_other_agree(source, monkeypatch):
@@ -115,7 +116,8 @@ def test_keys_are_folded_with_the_episode(source):
         for batch, seed in ((12, 0), (5, 0), (12, 1))
     )
     np.testing.assert_allclose(one, other, atol=1e-6)
-    assert len(set(one)) > 1 and (one != new).any()
+    assert len(set(one)) > 1
+    assert (one != new).any()
 
 
 def test_fewer_ways_than_outputs_are_masked_and_more_are_refused(source, monkeypatch):
@@ -126,7 +128,7 @@ def test_fewer_ways_than_outputs_are_masked_and_more_are_refused(source, monkeyp
     found = evaluate(learner, large, source, data.EpisodeSpec(3, 3, 4), episodes=20)
     assert found.mean > 0.6
     monkeypatch.setattr(_fewshot, "_scores", None)
-    with pytest.raises(ValueError, match="ways must be at most 4, .* got 5"):
+    with pytest.raises(ValueError, match=r"ways must be at most 4, .* got 5"):
         evaluate(learner, params, source, data.EpisodeSpec(5, 1, 4), episodes=20)
 
 
@@ -178,7 +180,8 @@ def test_regression_reports_the_mean_squared_error():
     found = evaluate(learner, params, waves, spec, episodes=30, num_steps=0)
     expected = [np.mean(data.episode(waves, spec, seed=0, index=index).query.targets ** 2) for index in range(30)]
     np.testing.assert_allclose(found.values, expected, rtol=1e-5)
-    assert found.metric == "mse" and found.summary() == f"mse {found.mean:.4f} +- {found.ci95:.4f} (30 episodes)"
+    assert found.metric == "mse"
+    assert found.summary() == f"mse {found.mean:.4f} +- {found.ci95:.4f} (30 episodes)"
     broken = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), params)
     assert np.isnan(evaluate(learner, broken, waves, spec, episodes=5).mean)
 
@@ -189,7 +192,8 @@ def test_the_summary_is_one_line_in_per_cent(source):
     assert found.summary() == "accuracy 98.71 +- 0.22 % (600 episodes)"
     table = str(found).splitlines()
     assert table[-1] == found.summary()
-    assert "normalisation  batch" in table and "predictions    transductive" in table
+    assert "normalisation  batch" in table
+    assert "predictions    transductive" in table
 
 
 @pytest.mark.parametrize(
@@ -215,6 +219,7 @@ def test_predict_is_adapt_and_predict(source):
     outputs = predict_query(learner, params, metajax.Episode(support, query), num_steps=4)
     expected = learner.predict(learner.adapt(params, support, num_steps=4), query.inputs)
     np.testing.assert_allclose(outputs.after, expected, atol=1e-5)
-    np.testing.assert_allclose(outputs.before, learner.predict(learner.adapt(params, support, num_steps=0), query.inputs), atol=1e-5)
+    start = learner.predict(learner.adapt(params, support, num_steps=0), query.inputs)
+    np.testing.assert_allclose(outputs.before, start, atol=1e-5)
     np.testing.assert_allclose(predict(learner, params, support, query.inputs, num_steps=4), expected, atol=1e-5)
     assert predict_query(learners.prototypical(IDENTITY), (), metajax.Episode(support, query)).before is None

@@ -11,7 +11,7 @@ import metajax
 from metajax import data
 from metajax.evaluation import Evaluation, Outputs, _report, report
 
-HISTORY = [{"step": step, "seconds": 0.5 * step, "loss": 1.0 / step, "accuracy": 1 - 1.0 / step} for step in range(1, 40)]
+HISTORY = [{"step": k, "seconds": 0.5 * k, "loss": 1.0 / k, "accuracy": 1 - 1.0 / k} for k in range(1, 40)]
 HISTORY += [{"step": 20, "seconds": 10.2, "validation_accuracy": 0.9}]
 SPEC = data.EpisodeSpec(3, 2, 4)
 
@@ -41,10 +41,12 @@ def test_right_and_wrong_predictions_differ_in_colour(tmp_path):
     episode = _images()
     right = np.eye(3)[episode.query.targets]
     picture = _draw(tmp_path / "right.png", episode, right)
-    assert _pixels_of(picture, _report.RIGHT) > 300 and _pixels_of(picture, _report.WRONG) == 0
+    assert _pixels_of(picture, _report.RIGHT) > 300
+    assert _pixels_of(picture, _report.WRONG) == 0
     for name, outputs in (("wrong", np.roll(right, 1, axis=1)), ("nan", np.full_like(right, np.nan))):
         picture = _draw(tmp_path / f"{name}.png", episode, outputs)
-        assert _pixels_of(picture, _report.RIGHT) == 0 and _pixels_of(picture, _report.WRONG) > 300
+        assert _pixels_of(picture, _report.RIGHT) == 0
+        assert _pixels_of(picture, _report.WRONG) > 300
 
 
 def test_padding_is_not_drawn(tmp_path):
@@ -63,7 +65,7 @@ def test_colour_and_float_images_are_drawn(tmp_path, channels, dtype):
 
 def test_a_regression_task_shows_both_curves(tmp_path):
     episode = data.episode(data.sinusoids(), data.EpisodeSpec(1, 10, 30), seed=0, index=0)
-    history = [{"step": 1, "seconds": 1.0, "loss": 4.0}, {"step": 2, "seconds": 2.0, "loss": 1.0, "validation_mse": 2.0}]
+    history = [{"step": k, "seconds": 1.0 * k, "loss": 1.0 / k, "validation_mse": 2.0} for k in (1, 2)]
     truth = episode.query.targets
     before = _draw(tmp_path / "both.png", episode, Outputs(truth * 0, truth), history=history)
     after = _draw(tmp_path / "after.png", episode, truth, history=history)
@@ -107,7 +109,8 @@ def test_the_result_is_stated(tmp_path):
 @pytest.mark.parametrize(("classes", "shots", "queries"), [(5, 1, 15), (20, 1, 5), (5, 5, 15), (1, 1, 1), (20, 5, 15)])
 def test_images_fit_their_area(classes, shots, queries):
     plan = _report._plan_images(classes, shots, queries, 7.0, 4.0)
-    assert plan.support * plan.lines >= shots and plan.query * plan.lines >= queries
+    assert plan.support * plan.lines >= shots
+    assert plan.query * plan.lines >= queries
     blocks = -(-classes // plan.rows)
     assert plan.inches * (blocks * plan.block + _report._LABEL) <= 7.0 + 1e-9
     assert plan.inches * plan.rows * (plan.lines * _report._STEP + _report._SPACE) <= 4.0 + 1e-9
@@ -126,7 +129,8 @@ def test_a_report_that_fails_leaves_the_old_one_and_nothing_else(tmp_path, monke
     monkeypatch.setattr(FigureCanvasAgg, "print_png", fail)
     with pytest.raises(OSError, match="disk full"):
         report(path, history=HISTORY, evaluation=None, episode=episode, outputs=np.zeros([12, 3]), title="")
-    assert os.listdir(tmp_path) == ["report.png"] and path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["report.png"]
+    assert path.read_bytes() == b"old"
 
 
 def test_settings_of_the_program_stay_as_they_are(tmp_path):

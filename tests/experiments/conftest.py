@@ -1,0 +1,120 @@
+"""Small trained runs, and launchers as processes of their own."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import metajax
+from experiments.configs import _base
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def draw_classes(folder, names, *, images, seed=0, size=8):
+    """Writes CLASS/K.png: a pattern for each class (a function of its name), dark on white, with noise."""
+    rng = np.random.default_rng(seed)
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        pattern = np.random.default_rng(list(name.encode())).random((size, size, 1)) < 0.5
+        for number in range(images):
+            ink = 200.0 * pattern + rng.normal(0, 25, (size, size, 1))
+            ink[[0, -1]] = ink[:, [0, -1]] = 0  # a white border
+            Image.fromarray((255 - ink).clip(0, 255).astype(np.uint8)[..., 0]).save(folder / name / f"{number}.png")
+    return folder
+
+
+def make_run(workdir, steps=30, **changes):
+    """Trains for a few steps in this process and leaves a run folder."""
+    config = _base.base()
+    config.update(changes)
+    config.outer.update(steps=steps, schedule="constant", rate=5e-3, meta_batch=4)
+    train = metajax.training.open_source(config, "train")
+    experiment = metajax.training.build(config, num_classes=getattr(train, "num_classes", None))
+    outer = metajax.outer_update(
+        experiment.trained, experiment.optimizer, hypergrad=experiment.hypergrad, before=False, task_batching="vmap"
+    )
+    batches = [
+        metajax.data.episode_batch(train, experiment.train_spec, seed=0, start=4 * step, count=4)
+        for step in range(steps)
+    ]
+    state = outer.init(jax.random.key(0), jax.tree.map(lambda leaf: leaf[0], batches[0]))
+    state = metajax.training.fit(outer, state, batches, steps=steps)
+    workdir.mkdir(parents=True)
+    checkpoints = metajax.training.Checkpoints(workdir / "checkpoints")
+    checkpoints.save(steps, state, {})
+    checkpoints.close()
+    (workdir / "config.json").write_text(json.dumps(config.to_dict()))
+    return workdir
+
+
+_NAMES = [f"class{number:02d}" for number in range(40)]
+_IMAGES = {"name": "image_folder", "size": 8, "channels": 1, "invert": "auto", "path": ""}
+_CONV = {"name": "conv4", "width": 8, "depth": 2}
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """A folder of 40 classes of 12 images."""
+    return draw_classes(tmp_path_factory.mktemp("pictures"), _NAMES, images=12)
+
+
+@pytest.fixture(scope="session")
+def metric_run(tmp_path_factory, pictures):
+    """A run of a prototypical network, 4-way 2-shot."""
+    return make_run(
+        tmp_path_factory.mktemp("runs") / "metric",
+        data={**_IMAGES, "path": str(pictures)},
+        model={**_CONV, "normalisation": "batch"},
+        episode={"ways": 4, "shots": 2, "queries": 3},
+    )
+
+
+@pytest.fixture(scope="session")
+def head_run(tmp_path_factory, pictures):
+    """A run of MAML with a head of 4 outputs and inductive predictions."""
+    return make_run(
+        tmp_path_factory.mktemp("runs") / "head",
+        data={**_IMAGES, "path": str(pictures)},
+        model={**_CONV, "normalisation": "support"},
+        learner={"name": "maml"},
+        episode={"ways": 4, "shots": 2, "queries": 3},
+        inner={"steps": 3, "rate": 0.5},
+    )
+
+
+@pytest.fixture(scope="session")
+def wave_run(tmp_path_factory):
+    """A run of MAML on sinusoids."""
+    return make_run(
+        tmp_path_factory.mktemp("runs") / "waves",
+        data={"name": "sinusoids"},
+        model={"name": "mlp", "hidden": (16,)},
+        learner={"name": "maml"},
+        episode={"ways": 1, "shots": 5, "queries": 5},
+        inner={"rate": 0.01},
+    )
+
+
+@pytest.fixture(scope="session")
+def launch():
+    """Runs `python -m experiments.NAME --flags`, and gives the finished process."""
+
+    def run(name, *flags):
+        command = [sys.executable, "-m", f"experiments.{name}", *map(str, flags)]
+        environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def draw():
+    """`draw_classes`, for tests that need folders of their own."""
+    return draw_classes

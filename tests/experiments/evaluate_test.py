@@ -1,0 +1,106 @@
+"""`experiments.evaluate` as a process: its result is that of the library, and it refuses what it must."""
+
+import json
+
+import pytest
+
+import metajax
+from experiments import _runs
+
+
+def _library(run, spec=None, episodes=30, seed=0, split="test", steps=None):
+    config = metajax.training.load_config(run)
+    learner, params = metajax.load_run(run)
+    source = metajax.training.open_source(config, split)
+    spec = spec or metajax.training.build(config).spec
+    found = metajax.evaluation.evaluate(learner, params, source, spec, episodes=episodes, seed=seed, num_steps=steps)
+    return found, params
+
+
+def test_the_result_is_that_of_the_library_and_is_written(launch, metric_run):
+    done = launch("evaluate", f"--workdir={metric_run}", "--episodes=30")
+    assert done.returncode == 0, done.stderr
+    expected, params = _library(metric_run)
+    assert done.stdout.splitlines()[-1] == expected.summary()
+    assert "normalisation  batch" in done.stdout
+    assert "transductive" in done.stdout
+    written = json.loads((metric_run / "evaluation.json").read_text())
+    assert set(written) >= {
+        "learner", "ways", "shots", "queries", "episodes", "accuracy_mean", "accuracy_ci95", "transductive",
+        "normalisation", "seed", "data", "split", "params_sha256",
+    }  # fmt: skip
+    assert written["accuracy_mean"] == pytest.approx(expected.mean, abs=1e-5)
+    assert written["accuracy_ci95"] == pytest.approx(expected.ci95, abs=1e-5)
+    assert (written["transductive"], written["normalisation"], written["ways"]) == (True, "batch", 4)
+    assert written["params_sha256"] == _runs.params_sha256(params)
+
+
+def test_other_episodes_and_other_data(launch, metric_run, draw, tmp_path):
+    other = draw(tmp_path / "other", [f"other{number}" for number in range(16)], images=6, seed=3, size=10)
+    flags = ["--ways=2", "--shots=1", "--queries=4", "--seed=7", f"--data={other}", "--split=test"]
+    done = launch("evaluate", f"--workdir={metric_run}", "--episodes=12", *flags)
+    assert done.returncode == 0, done.stderr
+    written = json.loads((metric_run / "evaluation.json").read_text())
+    assert [written[name] for name in ("ways", "shots", "queries", "seed", "episodes")] == [2, 1, 4, 7, 12]
+    assert written["data"] == str(other)
+    assert done.stdout.splitlines()[-1].endswith("(12 episodes)")
+
+
+def test_steps_and_fewer_ways_of_a_learner_with_a_head(launch, head_run):
+    done = launch("evaluate", f"--workdir={head_run}", "--episodes=30", "--ways=3", "--steps=6")
+    assert done.returncode == 0, done.stderr
+    expected, _ = _library(head_run, metajax.data.EpisodeSpec(3, 2, 3), steps=6)
+    assert done.stdout.splitlines()[-1] == expected.summary()
+    assert "inductive" in done.stdout
+
+
+def test_a_regression_run_reports_its_error(launch, wave_run):
+    done = launch("evaluate", f"--workdir={wave_run}", "--episodes=30")
+    assert done.returncode == 0, done.stderr
+    expected, _ = _library(wave_run)
+    assert done.stdout.splitlines()[-1] == expected.summary()
+    assert expected.summary().startswith("mse ")
+    written = json.loads((wave_run / "evaluation.json").read_text())
+    assert written["metric"] == "mse"
+    assert "accuracy_mean" not in written
+    assert written["value_mean"] == pytest.approx(expected.mean, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("run", "flag", "said"),
+    [
+        ("head_run", "--ways=5", "ways must be at most 4"),
+        ("metric_run", "--ways=50", "ways is 50"),
+        ("metric_run", "--shots=0", "shots must be an integer of at least 1, got 0"),
+        ("metric_run", "--episodes=1", "episodes must be an integer of at least 2, got 1"),
+        ("metric_run", "--seed=-1", "seed must be an integer of at least 0, got -1"),
+        ("metric_run", "--split=dev", "split must be one of"),
+        ("metric_run", "--data=nowhere", "'nowhere'"),
+        ("metric_run", "--steps=2", "steps must not be given"),
+        ("metric_run", "--workdir=nowhere", "workdir must be the folder of a run"),
+        ("metric_run", "--checkpoint=first", "checkpoint must be one of"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_writes_nothing(launch, request, run, flag, said):
+    folder = request.getfixturevalue(run)
+    (folder / "evaluation.json").unlink(missing_ok=True)
+    before = sorted(folder.rglob("*"))
+    done = launch("evaluate", f"--workdir={folder}", "--episodes=10", flag)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_images_that_do_not_fit_the_run_are_named(launch, head_run, draw, tmp_path):
+    config = json.loads((head_run / "config.json").read_text())
+    other = draw(tmp_path / "other", [f"other{number}" for number in range(16)], images=6, size=20)
+    copy = tmp_path / "run"
+    copy.mkdir()
+    (copy / "checkpoints").symlink_to(head_run / "checkpoints")
+    config["data"]["size"] = 0  # images keep their size
+    (copy / "config.json").write_text(json.dumps(config))
+    done = launch("evaluate", f"--workdir={copy}", f"--data={other}", "--ways=2")
+    assert done.returncode == 2
+    assert "(20, 20, 1), which do not fit this run" in done.stderr
+    assert not (copy / "evaluation.json").exists()
