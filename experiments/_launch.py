@@ -11,7 +11,8 @@ from typing import Any
 
 from absl import app, logging
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # numbers of mallopt in glibc
+# numbers of mallopt in glibc
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 
 
 def prepare(*, host_devices: int | None = None) -> None:
@@ -42,8 +43,10 @@ def _keep_large_blocks() -> None:
         libc = ctypes.CDLL("libc.so.6")
     except OSError:  # no glibc
         return
+    libc.mallopt(_M_ARENA_MAX, 1)  # the arenas of other threads are too small for such blocks
     libc.mallopt(_M_MMAP_MAX, 0)
     libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    libc.mallopt(_M_TOP_PAD, 64 * 2**20)
 
 
 def run(main: Callable[[], Any]) -> None:

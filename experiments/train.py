@@ -31,7 +31,6 @@ def main() -> int:
     import numpy as np
 
     import metajax
-    from experiments import _report
 
     config = _CONFIG.value
     workdir = pathlib.Path(_WORKDIR.value or _fresh(flags.FLAGS["config"].default or ""))
@@ -91,7 +90,12 @@ def main() -> int:
 
     params = jax.tree.map(np.asarray, state.params)
     found = _evaluate(experiment, params, test, config, config.evaluation.episodes)
-    _report.draw(workdir, config, experiment, params, test, found)
+    shown = metajax.data.episode(test, experiment.spec, seed=config.evaluation.seed, index=0)
+    metajax.evaluation.report(
+        workdir / "report.png", history=metajax.training.read_metrics(workdir), evaluation=found, episode=shown,
+        outputs=metajax.evaluation.predict_query(experiment.learner, params, shown, num_steps=experiment.eval_steps),
+        title=f"{config.learner.name} on {config.data.name}",
+    )  # fmt: skip
     run.finish(config, found, params, seconds=extra["seconds"])
     print(f"report: {workdir / 'report.png'}")
     print(found)

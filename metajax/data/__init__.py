@@ -2,6 +2,8 @@
 
 from metajax.data._episodes import batches, episode, episode_batch, episodes
 from metajax.data._glyphs import glyphs
+from metajax.data._image_folder import image_folder
+from metajax.data._omniglot import omniglot
 from metajax.data._sinusoids import sinusoids
 from metajax.data._sources import ClassSource, Source
 from metajax.data._spec import EpisodeSpec
@@ -15,5 +17,7 @@ __all__ = [
     "episode_batch",
     "episodes",
     "glyphs",
+    "image_folder",
+    "omniglot",
     "sinusoids",
 ]

@@ -106,5 +106,3 @@ def conv4(
 
     needs = {"batch": ("mask",), "support": ("mask", "stats")}.get(normalisation, ())
     return _wrap.from_shape(module, needs=needs)
-
-

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from metajax.core._types import MetaState, OuterUpdate
 
@@ -46,10 +46,14 @@ def shard_tasks(
     layout = MetaState(params=same, opt_state=same, hypergrad_state=split, step=same, key=same)
     sharded = jax.shard_map(outer.update, mesh=mesh, in_specs=(layout, split), out_specs=(layout, same))
 
+    def init(*arguments: Any, **keywords: Any) -> MetaState:
+        # placed where update leaves it, so that the second call finds what the first one compiled
+        return jax.device_put(outer.init(*arguments, **keywords), NamedSharding(mesh, same))
+
     def update(state: MetaState, episodes: Any) -> tuple[MetaState, dict[str, Any]]:
         num_tasks = jax.tree.leaves(episodes)[0].shape[0]
         if num_tasks % len(chosen):
             raise ValueError(f"the number of tasks must be a multiple of {len(chosen)} devices, got {num_tasks}")
         return sharded(state, episodes)
 
-    return OuterUpdate(outer.init, update)
+    return OuterUpdate(init, update)

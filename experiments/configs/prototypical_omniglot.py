@@ -1,0 +1,21 @@
+"""Prototypical networks on Omniglot, Vinyals split, trained 60-way; one run serves 5-way and 20-way (Snell et al. 2017).
+
+python -m experiments.train --config=experiments/configs/prototypical_omniglot.py --config.data.path=PATH --workdir=RUN
+python -m experiments.evaluate --workdir=RUN --ways=20
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.configs._base import base
+
+
+def get_config() -> ConfigDict:
+    """5-way 1-shot evaluation of a 60-way training."""
+    config = base()
+    config.data.name = "omniglot"
+    config.train_episode = {"ways": 60, "shots": 1, "queries": 5}
+    config.outer.update(rate=2e-3, steps=24000, meta_batch=1)
+    config.log.every = 100
+    config.validation.update(every=1000, episodes=200)
+    config.checkpoint.every = 1000
+    return config
