@@ -3,6 +3,7 @@
 import shutil
 import zipfile
 
+import jax
 import numpy as np
 import pytest
 
@@ -38,7 +39,8 @@ def test_predictions_are_those_of_the_learner(launch, request, task, run):
     asked = read_image_folder(query, **options)
     learner, params = metajax.load_run(folder)
     examples = metajax.Examples(images, labels, np.ones(6, bool), np.ones(3, bool))
-    logits = np.asarray(learner.predict(learner.adapt(params, examples), asked.images))[:, :3]
+    apply = jax.jit(lambda params: learner.predict(learner.adapt(params, examples), asked.images))
+    logits = np.asarray(apply(params))[:, :3]
     weights = np.exp(logits - logits.max(1, keepdims=True))
     best = (weights / weights.sum(1, keepdims=True)).max(1)
 
@@ -72,7 +74,7 @@ def test_plain_images_and_zips_give_predictions_without_accuracy(launch, metric_
     assert "accuracy" not in done.stdout
 
 
-def test_bad_input_ends_in_one_line(launch, metric_run, head_run, wave_run, task, draw, tmp_path):
+def test_bad_input_is_refused(refusals, metric_run, head_run, wave_run, task, draw, tmp_path):
     support, query = task
     strange = draw(tmp_path / "strange", ("oak", "elm", "yew"), images=1)
     many = draw(tmp_path / "many", [f"class{number}" for number in range(5)], images=1)
@@ -81,16 +83,25 @@ def test_bad_input_ends_in_one_line(launch, metric_run, head_run, wave_run, task
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "note.png").write_text("no image")
-    for run, folders, said in (
-        (metric_run, (support, strange), "query must hold classes of support (maple, oak, pine), got 'elm', 'yew'"),
-        (head_run, (many, many), "ways must be at most 4, the number of outputs of the model, got 5"),
-        (metric_run, (support, empty), "query"),
-        (metric_run, (empty, query), "support"),
-        (metric_run, (support, tmp_path / "nowhere"), "nowhere"),
-        (metric_run, (support, broken), "note.png"),
-        (wave_run, (support, query), "workdir must be a run on images"),
-    ):
-        done = launch("adapt", f"--workdir={run}", f"--support={folders[0]}", f"--query={folders[1]}")
-        assert (done.returncode, done.stdout) == (2, ""), (said, done.stderr)
-        assert said in done.stderr
-        assert len(done.stderr.strip().splitlines()) == 1
+    cases = [
+        (metric_run, support, strange, "query must hold classes of support (maple, oak, pine), got 'elm', 'yew'"),
+        (head_run, many, many, "ways must be at most 4, the number of outputs of the model, got 5"),
+        (metric_run, support, empty, "query must be a folder of images"),
+        (metric_run, empty, query, "support must hold images as CLASS/NAME.png"),
+        (metric_run, support, tmp_path / "nowhere", "query must be a folder or a zip file"),
+        (metric_run, support, broken, "note.png"),
+        (wave_run, support, query, "workdir must be a run on images"),
+        (head_run, support, query, "num_steps must be an integer of at least 0, got -1"),
+    ]
+    flags = [(f"--workdir={run}", f"--support={one}", f"--query={two}") for run, one, two, _ in cases]
+    flags[-1] += ("--steps=-1",)
+    for (*_, said), text in zip(cases, refusals("adapt", flags), strict=True):
+        assert said in text
+        assert "\n" not in text
+
+
+def test_an_error_is_one_line_and_exit_status_2(launch, metric_run, task):
+    done = launch("adapt", f"--workdir={metric_run}", f"--support={task[0]}", "--query=nowhere")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "nowhere" in done.stderr

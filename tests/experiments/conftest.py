@@ -56,7 +56,7 @@ def make_run(workdir, steps=30, **changes):
 
 _NAMES = [f"class{number:02d}" for number in range(40)]
 _IMAGES = {"name": "image_folder", "size": 8, "channels": 1, "invert": "auto", "path": ""}
-_CONV = {"name": "conv4", "width": 8, "depth": 2}
+_CONV = {"name": "conv4", "width": 4, "depth": 1}
 
 
 @pytest.fixture(scope="session")
@@ -102,14 +102,49 @@ def wave_run(tmp_path_factory):
     )
 
 
+def _environment():
+    return {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+
+
 @pytest.fixture(scope="session")
 def launch():
     """Runs `python -m experiments.NAME --flags`, and gives the finished process."""
 
     def run(name, *flags):
         command = [sys.executable, "-m", f"experiments.{name}", *map(str, flags)]
-        environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=120)
+
+    return run
+
+
+_REFUSALS = """
+import importlib, json, sys
+from absl import flags
+launcher = importlib.import_module("experiments." + sys.argv[1])
+told = []
+for arguments in json.loads(sys.argv[2]):
+    flags.FLAGS.unparse_flags()
+    for name in flags.FLAGS:
+        flags.FLAGS[name].unparse()
+    try:
+        flags.FLAGS([sys.argv[1], *arguments])
+        launcher.main()
+        told.append("")
+    except ValueError as error:
+        told.append(str(error))
+print(json.dumps(told))
+"""
+
+
+@pytest.fixture(scope="session")
+def refusals():
+    """Calls the launcher NAME with several lists of flags in one process, and gives the text of each ValueError."""
+
+    def run(name, flags):
+        command = [sys.executable, "-c", _REFUSALS, name, json.dumps([list(map(str, one)) for one in flags])]
+        done = subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
 
     return run
 

@@ -66,33 +66,39 @@ def test_a_regression_run_reports_its_error(launch, wave_run):
     assert written["value_mean"] == pytest.approx(expected.mean, rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("run", "flag", "said"),
-    [
-        ("head_run", "--ways=5", "ways must be at most 4"),
-        ("metric_run", "--ways=50", "ways is 50"),
-        ("metric_run", "--shots=0", "shots must be an integer of at least 1, got 0"),
-        ("metric_run", "--episodes=1", "episodes must be an integer of at least 2, got 1"),
-        ("metric_run", "--seed=-1", "seed must be an integer of at least 0, got -1"),
-        ("metric_run", "--split=dev", "split must be one of"),
-        ("metric_run", "--data=nowhere", "'nowhere'"),
-        ("metric_run", "--steps=2", "steps must not be given"),
-        ("metric_run", "--workdir=nowhere", "workdir must be the folder of a run"),
-        ("metric_run", "--checkpoint=first", "checkpoint must be one of"),
-    ],
-)
-def test_bad_input_ends_in_one_line_and_writes_nothing(launch, request, run, flag, said):
-    folder = request.getfixturevalue(run)
-    (folder / "evaluation.json").unlink(missing_ok=True)
-    before = sorted(folder.rglob("*"))
-    done = launch("evaluate", f"--workdir={folder}", "--episodes=10", flag)
+def test_bad_input_is_refused_before_anything_is_written(refusals, metric_run, head_run):
+    cases = [
+        (head_run, "--ways=5", "ways must be at most 4"),
+        (metric_run, "--ways=50", "ways is 50"),
+        (metric_run, "--shots=0", "shots must be an integer of at least 1, got 0"),
+        (metric_run, "--queries=11", "shots + queries is 2 + 11 = 13"),
+        (metric_run, "--episodes=1", "episodes must be an integer of at least 2, got 1"),
+        (metric_run, "--seed=-1", "seed must be an integer of at least 0, got -1"),
+        (metric_run, "--split=dev", "split must be one of"),
+        (metric_run, "--data=nowhere", "'nowhere'"),
+        (metric_run, "--steps=2", "steps must not be given"),
+        (head_run, "--steps=-1", "num_steps must be an integer of at least 0, got -1"),
+        (metric_run, "--workdir=nowhere", "workdir must be the folder of a run"),
+        (metric_run, "--checkpoint=first", "checkpoint must be one of"),
+    ]
+    for folder in (metric_run, head_run):
+        (folder / "evaluation.json").unlink(missing_ok=True)
+    before = [sorted(folder.rglob("*")) for folder in (metric_run, head_run)]
+    told = refusals("evaluate", [(f"--workdir={folder}", "--episodes=10", flag) for folder, flag, _ in cases])
+    for (_, flag, said), text in zip(cases, told, strict=True):
+        assert said in text, flag
+        assert "\n" not in text, flag
+    assert [sorted(folder.rglob("*")) for folder in (metric_run, head_run)] == before
+
+
+def test_an_error_is_one_line_and_exit_status_2(launch, metric_run):
+    done = launch("evaluate", f"--workdir={metric_run}", "--ways=50")
     assert (done.returncode, done.stdout) == (2, "")
-    assert said in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-    assert sorted(folder.rglob("*")) == before
+    assert "ways is 50" in done.stderr
 
 
-def test_images_that_do_not_fit_the_run_are_named(launch, head_run, draw, tmp_path):
+def test_images_that_do_not_fit_the_run_are_named(refusals, head_run, draw, tmp_path):
     config = json.loads((head_run / "config.json").read_text())
     other = draw(tmp_path / "other", [f"other{number}" for number in range(16)], images=6, size=20)
     copy = tmp_path / "run"
@@ -100,7 +106,6 @@ def test_images_that_do_not_fit_the_run_are_named(launch, head_run, draw, tmp_pa
     (copy / "checkpoints").symlink_to(head_run / "checkpoints")
     config["data"]["size"] = 0  # images keep their size
     (copy / "config.json").write_text(json.dumps(config))
-    done = launch("evaluate", f"--workdir={copy}", f"--data={other}", "--ways=2")
-    assert done.returncode == 2
-    assert "(20, 20, 1), which do not fit this run" in done.stderr
+    (told,) = refusals("evaluate", [(f"--workdir={copy}", f"--data={other}", "--ways=2")])
+    assert "(20, 20, 1), which do not fit this run" in told
     assert not (copy / "evaluation.json").exists()
