@@ -33,13 +33,14 @@ class EpisodeIterator(Iterator[Episode]):
     def __init__(self, draw: Callable[[int], Episode], first: Episode) -> None:
         tf = _tensorflow()
         leaves, self._structure = jax.tree.flatten(first)  # a class_mask of None has no leaf: it stays None
-        self._error: Exception | None = None
+        errors: list[Exception] = []  # no reference to self: an iterator that is dropped stops at once
+        self._errors = errors
 
         def leaves_of(index: np.ndarray) -> list[np.ndarray]:
             try:
                 return jax.tree.leaves(draw(int(index)))
             except Exception as error:  # tf.data would turn it into a text
-                self._error = error
+                errors.append(error)
                 raise
 
         dtypes = [tf.as_dtype(leaf.dtype) for leaf in leaves]
@@ -62,8 +63,8 @@ class EpisodeIterator(Iterator[Episode]):
         try:
             leaves = next(self._batches)
         except Exception:
-            if self._error is not None:
-                raise self._error from None
+            if self._errors:
+                raise self._errors[0] from None
             raise
         return jax.tree.unflatten(self._structure, leaves)
 

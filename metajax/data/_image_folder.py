@@ -73,7 +73,7 @@ def image_folder(
             _unsplit(files, split, splits, below)
             return _source(path, split, files, _images.classes_of(files, below), size, channels, invert)
         classes = _images.classes_of(files)
-        chosen = _named(classes, split, splits, str(path)) if splits else _hashed(classes, split, str(path))
+        chosen = _hashed(classes, split, str(path)) if splits is None else _named(classes, split, splits, str(path))
         return _source(path, split, files, {name: classes[name] for name in sorted(chosen)}, size, channels, invert)
 
 
@@ -123,14 +123,14 @@ def _check_splits(splits: Mapping[str, Sequence[str]]) -> None:
             seen[name] = key
 
 
-def _named(classes: Mapping[str, object], split: str, splits: Mapping[str, Sequence[str]], path: str) -> Sequence[str]:
+def _named(classes: Mapping[str, object], split: str, splits: Mapping[str, Sequence[str]], path: str) -> list[str]:
     for key, names in splits.items():
         for name in names:
             if name not in classes:
                 raise ValueError(f"splits[{key!r}] names class {name!r}, which is not in path {path!r}")
     if not splits.get(split):
         raise ValueError(f"splits must name classes for split {split!r}, got {dict(splits)!r}")
-    return splits[split]
+    return list(splits[split])
 
 
 def _hashed(classes: Mapping[str, object], split: str, path: str) -> list[str]:

@@ -267,9 +267,8 @@ def invert_images(images: np.ndarray, invert: Invert) -> np.ndarray:
     """
     if invert != "auto":
         return 255 - images if invert else images
-    edges = images[:, [0, -1]], images[:, :, [0, -1]]
-    border = np.concatenate([edge.reshape(len(images), -1) for edge in edges], axis=1)
-    return np.where(np.median(border, axis=1)[:, None, None, None] > 127, 255 - images, images)
+    border = np.concatenate([images[:, 0], images[:, -1], images[:, :, 0], images[:, :, -1]], axis=1)
+    return np.where(np.median(border, axis=(1, 2))[:, None, None, None] > 127, 255 - images, images)
 
 
 def read_image_folder(
