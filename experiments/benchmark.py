@@ -1,0 +1,186 @@
+"""Benchmarks: what the figures in the README come from.
+
+    python -m experiments.benchmark step        # the Conv4 meta step, beside a plain PyTorch loop (extra `bench`)
+    python -m experiments.benchmark batching    # ways to batch tasks, and what "auto" would have chosen
+    python -m experiments.benchmark import      # seconds of `import metajax`
+
+Machines are noisy: variants of one table take turns in one run, and medians are printed. `--json=PATH` writes them.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from absl import app, flags
+
+from experiments import _launch
+
+_JSON = flags.DEFINE_string("json", None, "Where to write the figures.")
+_ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed rounds; each runs every variant once.")
+_TASKS = flags.DEFINE_integer("tasks", 16, "Tasks in the meta step.")
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the benchmark that is named first."""
+    tables = {"step": _step, "batching": _batching, "import": _import}
+    name = arguments[1] if len(arguments) > 1 else ""
+    if name not in tables or len(arguments) > 2:
+        raise app.UsageError(f"name one benchmark of {', '.join(tables)}, got {arguments[1:]}")
+    figures = tables[name]()
+    if _JSON.value:
+        pathlib.Path(_JSON.value).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _rounds(variants: dict[str, Callable[[], Any]], warm_up: int = 2) -> dict[str, float]:
+    """Median seconds of each variant, which take turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for round_ in range(warm_up + _ROUNDS.value):
+        for name, call in variants.items():
+            begin = time.perf_counter()
+            call()
+            if round_ >= warm_up:
+                seconds[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def _stepper(outer: Any, episodes: Any) -> Callable[[], Any]:
+    import jax
+
+    state = outer.init(jax.random.key(0), jax.tree.map(lambda leaf: leaf[0], episodes))
+    update = jax.jit(outer.update, donate_argnums=0)
+    held = [state]
+
+    def call() -> None:
+        held[0], metrics = update(held[0], episodes)
+        jax.block_until_ready((held[0].params, metrics))
+
+    return call
+
+
+def _random_episodes(tasks: int, ways: int, shots: int, queries: int, shape: tuple[int, ...]) -> Any:
+    import numpy as np
+
+    import metajax
+
+    rng = np.random.default_rng(0)
+
+    def examples(each: int) -> Any:
+        size = ways * each
+        return metajax.Examples(
+            rng.random((tasks, size, *shape), np.float32), np.tile(np.repeat(np.arange(ways), each), (tasks, 1)),
+            np.ones((tasks, size), bool), np.ones((tasks, ways), bool),
+        )  # fmt: skip
+
+    return metajax.Episode(examples(shots), examples(queries))
+
+
+def _step() -> dict[str, Any]:
+    """Conv4, 64 filters, max pool, batch norm, 28x28, 5-way 1-shot 15 queries, 5 SGD steps, exact second order."""
+    _launch.prepare()
+    import jax
+    import optax
+
+    import metajax
+
+    episodes = _random_episodes(_TASKS.value, 5, 1, 15, (28, 28, 1))
+    learner = metajax.learners.maml(metajax.models.conv4(outputs=5), optax.sgd(0.1), 5)
+    variants, devices = {}, len(jax.local_devices())
+    for name in ("mixed_mode", "unrolled"):
+        estimator = getattr(metajax.hypergrad, name)()
+        make = lambda axis, estimator=estimator: metajax.outer_update(  # noqa: E731
+            learner, optax.adam(1e-3), hypergrad=estimator, axis_name=axis, before=False
+        )
+        variants[f"metajax {name}"] = _stepper(make(None), episodes)
+        if devices > 1 and _TASKS.value % devices == 0:
+            outer = metajax.parallel.shard_tasks(make("task"))
+            variants[f"metajax {name}, {devices} devices"] = _stepper(outer, episodes)
+    try:
+        from experiments import _torch_peer
+
+        variants["PyTorch loop"] = _torch_peer.stepper(episodes)
+        error = _torch_peer.relative_error(learner, episodes)
+        print(f"relative difference of the hypergradients of one task: {error:.1e}")
+    except ImportError:
+        print("PyTorch is not installed: pip install -e '.[bench]' brings the peer")
+    medians = _rounds(variants)
+    peer = medians.get("PyTorch loop")
+    print(f"{platform.machine()}, {jax.devices()[0].device_kind}, jax {jax.__version__}, {_TASKS.value} tasks")
+    for name, seconds in sorted(medians.items(), key=lambda item: item[1]):
+        ratio = "" if peer is None else f"  {peer / seconds:.2f} times PyTorch"
+        print(f"{name:34s} {seconds:7.3f} s{ratio}")
+    return {"seconds": medians, "tasks": _TASKS.value}
+
+
+def _batching() -> dict[str, Any]:
+    """Ways to batch tasks, on one device, for learners of different size."""
+    _launch.prepare(host_devices=1)
+    import jax
+    import optax
+
+    import metajax
+
+    conv = lambda outputs: metajax.models.conv4(outputs, pool=False)  # noqa: E731
+    cases = {
+        "MAML, MLP, sinusoids": (
+            metajax.learners.maml(metajax.models.mlp(1), optax.sgd(0.01), loss=metajax.core.squared_error),
+            _regression_episodes(24),
+        ),
+        "MAML, Conv4, 5-way": (
+            metajax.learners.maml(conv(5), optax.sgd(0.4)), _random_episodes(8, 5, 1, 5, (28, 28, 1)),
+        ),
+        "MAML, 5 steps, Conv4 with max pool": (
+            metajax.learners.maml(metajax.models.conv4(5), optax.sgd(0.4), 5),
+            _random_episodes(4, 5, 1, 15, (28, 28, 1)),
+        ),
+        "prototypical, Conv4, 20-way": (
+            metajax.learners.prototypical(conv(None)), _random_episodes(8, 20, 1, 5, (28, 28, 1)),
+        ),
+    }  # fmt: skip
+    figures: dict[str, Any] = {}
+    for case, (learner, episodes) in cases.items():
+        tasks = jax.tree.leaves(episodes)[0].shape[0]
+        variants = {}
+        for batching in ("scan", 2, "vmap", "auto"):
+            outer = metajax.outer_update(
+                learner, optax.adam(1e-3), hypergrad=metajax.hypergrad.mixed_mode(), task_batching=batching, before=False
+            )
+            variants[str(batching)] = _stepper(outer, episodes)
+        medians = _rounds(variants)
+        best = min(seconds for name, seconds in medians.items() if name != "auto")
+        told = "  ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in medians.items())
+        print(f"{case:36s} {tasks} tasks  {told}  auto / best {medians['auto'] / best:.2f}", flush=True)
+        figures[case] = {**medians, "auto_over_best": medians["auto"] / best}
+    return figures
+
+
+def _regression_episodes(tasks: int) -> Any:
+    import metajax
+
+    return metajax.data.episode_batch(
+        metajax.data.sinusoids(), metajax.data.EpisodeSpec(1, 10, 10), seed=0, start=0, count=tasks
+    )
+
+
+def _import() -> dict[str, Any]:
+    """Seconds of `import metajax` in a fresh interpreter."""
+    code = "import time; t = time.perf_counter(); import metajax; print(time.perf_counter() - t)"
+
+    def once() -> float:
+        return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+    seconds = statistics.median(once() for _ in range(_ROUNDS.value))
+    print(f"import metajax: {seconds:.2f} s (median of {_ROUNDS.value})")
+    return {"seconds": seconds}
+
+
+if __name__ == "__main__":
+    app.run(main)

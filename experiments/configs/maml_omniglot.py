@@ -1,0 +1,22 @@
+"""MAML on Omniglot, Vinyals split, 5-way 1-shot (Finn et al. 2017).
+
+python -m experiments.train --config=experiments/configs/maml_omniglot.py --config.data.path=PATH --workdir=RUN
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.configs._base import base
+
+
+def get_config() -> ConfigDict:
+    """One inner step in training, three in evaluation, as in the paper."""
+    config = base()
+    config.data.name = "omniglot"
+    config.learner.name = "maml"
+    config.train_episode = {"ways": 5, "shots": 1, "queries": 5}
+    config.inner.update(rate=0.4, steps=1, eval_steps=3)
+    config.outer.update(rate=2e-3, steps=40000, meta_batch=4)
+    config.log.every = 100
+    config.validation.update(every=2000, episodes=200)
+    config.checkpoint.every = 2000
+    return config
