@@ -103,7 +103,8 @@ def _subtitle(evaluation: Evaluation) -> str:
     kind = {True: "transductive", False: "inductive", None: "outputs not finite"}[evaluation.transductive]
     policy = evaluation.normalisation or "not stated"
     found = evaluation.summary().replace("+-", "±").replace(" (", "  (")
-    return f"{evaluation.source}  ·  {found}  ·  {kind}, normalisation: {policy}"
+    source = pathlib.PurePath(evaluation.source).name  # of a folder of images, not the whole path
+    return f"{source}  ·  {found}  ·  {kind}, normalisation: {policy}"
 
 
 # --- the learning curve
