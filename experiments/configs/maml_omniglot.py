@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     config.learner.name = "maml"
     config.train_episode = {"ways": 5, "shots": 1, "queries": 5}
     config.inner.update(rate=0.4, steps=1, eval_steps=3)
-    config.outer.update(rate=2e-3, steps=40000, meta_batch=4)
+    config.outer.update(rate=2e-3, steps=30000, meta_batch=4)
     config.log.every = 100
     config.validation.update(every=2000, episodes=200)
     config.checkpoint.every = 2000
