@@ -23,7 +23,9 @@ _STEPS = flags.DEFINE_integer("steps", None, "Inner steps; as in the run's confi
 _DATA = flags.DEFINE_string(
     "data", None, "Other data of the same kind: what data.path takes; for a run on glyphs, CLASS/NAME.png."
 )
-_SPLIT = flags.DEFINE_string("split", "test", "train, val or test.")
+_SPLIT = flags.DEFINE_string(
+    "split", "test", "train, val or test; of a folder that is not divided, test is a fifth of its classes."
+)
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "last", "last, or best (by validation).")
 
 
