@@ -151,7 +151,11 @@ def _batching() -> dict[str, Any]:
         variants = {}
         for batching in ("scan", 2, "vmap", "auto"):
             outer = metajax.outer_update(
-                learner, optax.adam(1e-3), hypergrad=metajax.hypergrad.mixed_mode(), task_batching=batching, before=False
+                learner,
+                optax.adam(1e-3),
+                hypergrad=metajax.hypergrad.mixed_mode(),
+                task_batching=batching,
+                before=False,
             )
             variants[str(batching)] = _stepper(outer, episodes)
         medians = _rounds(variants)

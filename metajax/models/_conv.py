@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -53,7 +54,7 @@ class _ConvNet(nnx.Module):
             given = None if stats is None else stats[index]
             values, used = getattr(self, f"block_{index}")(values, mask, given)
             found.append(used)
-        features = values.reshape(values.shape[0], -1)
+        features = values.reshape(values.shape[0], math.prod(values.shape[1:]))  # also of no examples
         outputs = features if self.head is None else self.head(features)
         return (outputs, tuple(found)) if self.stats_wanted else outputs
 

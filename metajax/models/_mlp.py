@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -21,7 +22,7 @@ class _MLP(nnx.Module):
         self.head = nnx.Linear(inputs, outputs, rngs=rngs)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        values = inputs.reshape(inputs.shape[0], -1)
+        values = inputs.reshape(inputs.shape[0], math.prod(inputs.shape[1:]))  # also of no examples
         for index in range(self.depth):
             values = jax.nn.relu(getattr(self, f"layer_{index}")(values))
         return self.head(values)
@@ -53,9 +54,6 @@ def mlp(outputs: int, *, hidden: Sequence[int] = (40, 40)) -> Model:
     widths = tuple(hidden)
 
     def module(shape: tuple[int, ...], rngs: nnx.Rngs) -> nnx.Module:
-        size = 1
-        for side in shape:
-            size *= side
-        return _MLP(size, outputs, widths, rngs)
+        return _MLP(math.prod(shape), outputs, widths, rngs)
 
     return _wrap.from_shape(module)

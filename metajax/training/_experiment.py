@@ -67,6 +67,11 @@ def build(config: Config, *, num_classes: int | None = None) -> Experiment:
     regression = config["data"]["name"] == "sinusoids"
     loss = squared_error if regression else None
     learner, trained = _learners(config, spec, regression, loss, num_classes)
+    for section, field in (("log", "every"), ("validation", "every"), ("checkpoint", "every")):
+        _validate.positive_int(f"{section}.{field}", config[section][field])
+    for section in ("validation", "evaluation"):
+        _validate.int_at_least(f"{section}.episodes", config[section]["episodes"], 2)
+    _validate.int_at_least("seed", config["seed"], 0)
     _validate.one_of("hypergrad.name", config["hypergrad"]["name"], hypergrad.__all__[:-1])
     eval_steps = _validate.int_at_least("inner.eval_steps", config["inner"]["eval_steps"], 0) or None
     return Experiment(

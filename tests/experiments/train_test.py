@@ -1,0 +1,133 @@
+"""`experiments.train` as a process: it trains, resumes bit by bit, and refuses what it must without writing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import metajax
+from experiments import _runs
+
+_SMALL = [
+    "--config.model.width=4", "--config.model.depth=1", "--config.data.name=image_folder", "--config.data.size=8",
+    "--config.data.channels=1", "--config.episode.ways=3", "--config.episode.queries=2", "--config.outer.meta_batch=2",
+    "--config.train_episode.ways=0", "--config.train_episode.queries=0", "--config.log.every=5",
+    "--config.validation.every=20", "--config.validation.episodes=4", "--config.evaluation.episodes=20",
+    "--config.checkpoint.every=10",
+]  # fmt: skip
+
+
+def _flags(pictures, workdir, *more, steps=40):
+    return [*_SMALL, f"--config.data.path={pictures}", f"--workdir={workdir}", f"--config.outer.steps={steps}", *more]
+
+
+def _results(workdir):
+    return json.loads((workdir / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def whole_run(launch, pictures, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("train") / "whole"
+    done = launch("train", *_flags(pictures, workdir))
+    assert done.returncode == 0, done.stderr
+    return workdir, done
+
+
+def test_a_run_leaves_everything_about_itself(whole_run):
+    workdir, done = whole_run
+    results = _results(workdir)
+    assert set(results) == {
+        "learner", "ways", "shots", "queries", "episodes", "accuracy_mean", "accuracy_ci95", "transductive",
+        "normalisation", "seed", "train_seconds", "steps", "params_sha256",
+    }  # fmt: skip
+    assert done.stdout.splitlines()[-1].startswith(f"accuracy {100 * results['accuracy_mean']:.2f} +- ")
+    assert done.stdout.splitlines()[-1].endswith("% (20 episodes)")
+    assert json.loads((workdir / "config.json").read_text())["episode"]["ways"] == 3
+    assert {"git_commit", "seed", "versions"} <= set(json.loads((workdir / "run.json").read_text()))
+    lines = metajax.training.read_metrics(workdir)
+    assert [line["step"] for line in lines if "loss" in line] == [1, *range(5, 41, 5)]
+    assert [line["step"] for line in lines if "validation_accuracy" in line] == [20, 40]
+    assert (workdir / "report.png").read_bytes()[1:4] == b"PNG"
+    assert any((workdir / "tensorboard").iterdir())
+    learner, params = metajax.load_run(workdir)
+    assert _runs.params_sha256(params) == results["params_sha256"]
+    assert learner.problem is None
+    metajax.load_run(workdir, checkpoint="best")
+
+
+def test_a_killed_run_resumes_to_the_same_parameters(whole_run, launch, pictures, tmp_path):
+    workdir = tmp_path / "killed"
+    command = [sys.executable, "-m", "experiments.train", *_flags(pictures, workdir, "--resume")]
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    give_up = time.monotonic() + 100
+    while time.monotonic() < give_up and process.poll() is None:
+        if any(line["step"] >= 15 for line in metajax.training.read_metrics(workdir)):
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = launch("train", *_flags(pictures, workdir, "--resume"))
+    assert done.returncode == 0, done.stderr
+    assert _results(workdir)["params_sha256"] == _results(whole_run[0])["params_sha256"]
+    steps = [line["step"] for line in metajax.training.read_metrics(workdir) if "loss" in line]
+    assert steps == sorted(set(steps))
+
+
+def test_a_finished_run_is_left_as_it_is(whole_run, launch, pictures):
+    workdir, _ = whole_run
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    done = launch("train", *_flags(pictures, workdir, "--resume"))
+    assert done.returncode == 0, done.stderr
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(launch, pictures, tmp_path):
+    workdir = tmp_path / "wild"
+    flags = _flags(pictures, workdir, "--config.outer.rate=1e30", "--config.checkpoint.every=1", "--config.outer.clip=0")
+    done = launch("train", *flags)
+    assert done.returncode == 2
+    assert "at step " in done.stderr or "after step " in done.stderr
+    assert not (workdir / "results.json").exists()
+    _, params = metajax.load_run(workdir)
+    metajax.training._loop.require_finite_params(1, metajax.MetaState(params, (), (), 1, None))
+
+
+def test_bad_input_is_named_and_nothing_is_written(refusals, whole_run, pictures, tmp_path):
+    elsewhere = tmp_path / "none"
+    cases = {
+        "--config.episode.ways=99": "ways is 99",
+        "--config.episode.queries=50": "shots + queries is 1 + 50",
+        "--config.episode.ways=0": "ways must be an integer of at least 1, got 0",
+        "--config.episode.shots=-1": "shots must be an integer of at least 1, got -1",
+        "--config.inner.steps=0": "inner.steps must be an integer of at least 1, got 0",
+        "--config.outer.steps=-5": "outer.steps must be an integer of at least 1, got -5",
+        "--config.outer.meta_batch=0": "outer.meta_batch must be an integer of at least 1, got 0",
+        "--config.inner.rate=-0.1": "inner.rate must be a finite number above 0, got -0.1",
+        "--config.log.every=0": "log.every must be an integer of at least 1, got 0",
+        "--config.learner.name=maleml": "learner.name must be one of",
+        "--config.hypergrad.name=exact": "hypergrad.name must be one of",
+        f"--config.data.path={tmp_path / 'missing'}": "missing",
+        "--config.model.normalisation=weight": "normalisation must be one of",
+    }
+    told = refusals("train", [_flags(pictures, elsewhere, flag) for flag in cases])
+    for flag, text, expected in zip(cases, told, cases.values(), strict=True):
+        assert expected in text, (flag, text)
+    assert not elsewhere.exists()
+    workdir, _ = whole_run
+    held, changed = refusals(
+        "train", [_flags(pictures, workdir), _flags(pictures, workdir, "--resume", "--config.inner.rate=0.7")]
+    )
+    assert "holds a run" in held
+    assert "config.inner.rate was 0.4, is 0.7" in changed
+
+
+def test_an_unknown_config_key_is_refused(launch, tmp_path):
+    done = launch("train", f"--workdir={tmp_path / 'none'}", "--config.inner.stepps=3")
+    assert done.returncode != 0
+    assert "stepps" in done.stderr
+    assert not (tmp_path / "none").exists()

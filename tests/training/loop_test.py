@@ -1,0 +1,137 @@
+"""`fit`, its callbacks and checkpoints."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import metajax
+from metajax import training
+
+
+def _setup(rate=0.1):
+    learner = metajax.learners.maml(metajax.models.mlp(outputs=2, hidden=(3,)), inner=optax.sgd(0.1))
+    outer = metajax.outer_update(learner, optax.sgd(rate), hypergrad=metajax.hypergrad.mixed_mode())
+    examples = metajax.Examples(jnp.eye(4), jnp.array([0, 0, 1, 1]), jnp.ones(4, bool), jnp.ones(2, bool))
+    episode = metajax.Episode(examples, examples)
+    batch = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), episode)
+    return outer, outer.init(jax.random.key(0), episode), batch
+
+
+def test_fit_is_the_update_repeated_and_calls_back_after_each_step():
+    outer, state, batch = _setup()
+    expected = state
+    for _ in range(3):
+        expected, _ = outer.update(expected, batch)
+    seen = []
+    found = training.fit(outer, state, [batch] * 5, steps=3, callbacks=[lambda step, *_: seen.append(step)])
+    assert seen == [1, 2, 3]
+    for ours, theirs in zip(jax.tree.leaves(found.params), jax.tree.leaves(expected.params), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
+def test_fit_compiles_once():
+    outer, state, batch = _setup()
+    count = []
+
+    def update(state, episodes):
+        count.append(1)
+        return outer.update(state, episodes)
+
+    training.fit(update, state, [batch] * 4, steps=4)
+    assert len(count) == 1
+
+
+def test_fit_refuses_too_few_episodes_and_bad_steps():
+    outer, state, batch = _setup()
+    with pytest.raises(ValueError, match="steps must be an integer of at least 1, got 0"):
+        training.fit(outer, state, [batch], steps=0)
+    with pytest.raises(ValueError, match="episodes must last for 3 steps, got 1"):
+        training.fit(outer, state, [batch], steps=3)
+
+
+def test_a_loss_that_is_not_finite_names_its_step_and_closes_callbacks():
+    outer, state, batch = _setup()
+    bad = batch._replace(query=batch.query._replace(inputs=batch.query.inputs.at[0, 0, 0].set(jnp.nan)))
+
+    class Closing:
+        closed = False
+
+        def __call__(self, *_):
+            pass
+
+        def close(self):
+            self.closed = True
+
+    closing = Closing()
+    with pytest.raises(training.NonFiniteError, match="at step 3"):
+        training.fit(outer, state, [batch, batch, bad, batch], steps=4, callbacks=[closing])
+    assert closing.closed
+
+
+def test_checkpoints_restore_the_same_state(tmp_path):
+    outer, state, batch = _setup()
+    state, _ = outer.update(state, batch)
+    like = _setup()[1]
+    checkpoints = training.Checkpoints(tmp_path)
+    with pytest.raises(ValueError, match="there is no checkpoint"):
+        checkpoints.restore(like)
+    checkpoints.save(1, state, {"seconds": 1.5})
+    restored, extra = checkpoints.restore(like)
+    checkpoints.close()
+    assert extra == {"seconds": 1.5}
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    plain = lambda state: jax.tree.leaves(state._replace(key=jax.random.key_data(state.key)))  # noqa: E731
+    for ours, theirs in zip(plain(restored), plain(state), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+        assert ours.dtype == theirs.dtype
+
+
+def test_saving_refuses_parameters_that_are_not_finite(tmp_path):
+    _, state, _ = _setup()
+    checkpoints = training.Checkpoints(tmp_path)
+    saving = training.Saving(checkpoints, every=1, steps=9, extra=dict)
+    saving(1, state, {"loss": 0.5})
+    broken = state._replace(params=jax.tree.map(lambda leaf: leaf * jnp.nan, state.params))
+    with pytest.raises(training.NonFiniteError, match="after step 2"):
+        saving(2, broken, {"loss": 0.5})
+    with pytest.raises(training.NonFiniteError, match="at step 2"):
+        saving(2, state, {"loss": float("nan")})
+    assert checkpoints.latest() == 1
+    checkpoints.close()
+
+
+def test_validation_keeps_the_best(tmp_path):
+    _, state, _ = _setup()
+    scores = iter([0.5, 0.9, float("nan"), 0.7])
+    checkpoints = training.Checkpoints(tmp_path)
+    recorder = training.Recorder(tmp_path, every=1, tensorboard=False)
+    validating = training.Validation(
+        lambda params: {"validation_accuracy": next(scores)}, recorder, every=2, checkpoints=checkpoints,
+        better=("validation_accuracy", 1),
+    )  # fmt: skip
+    for step in range(1, 9):
+        validating(step, state, {"loss": 0.5})
+    assert validating.best == 0.9
+    assert checkpoints.latest("best") == 4
+    checkpoints.close()
+    recorder.close()
+
+
+def test_the_recorder_forgets_lines_beyond_the_restored_step_and_a_torn_line(tmp_path):
+    recorder = training.Recorder(tmp_path, every=2, tensorboard=False)
+    for step in range(1, 7):
+        recorder(step, None, {"loss": float(step)})
+    recorder.close()
+    with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 8, "lo')
+    assert [line["step"] for line in training.read_metrics(tmp_path)] == [1, 2, 4, 6]
+    recorder = training.Recorder(tmp_path, every=2, start=4, seconds=10.0, tensorboard=False)
+    recorder(5, None, {"loss": 1.0})
+    recorder(6, None, {"loss": 3.0})
+    recorder.close()
+    lines = training.read_metrics(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2, 4, 6]
+    assert lines[-1]["loss"] == 2.0
+    assert lines[-1]["seconds"] >= 10.0
