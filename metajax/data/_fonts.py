@@ -6,6 +6,7 @@ their character maps tell the truth (LastResort maps every code point to a box, 
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import pathlib
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-_FAMILIES = {  # support and query of a class come from different families
+_FAMILIES = {  # upright and slanted, each regular and bold; support and query of a class differ in family
     "DejaVuSans": ("", "-Bold", "-Oblique", "-BoldOblique"),
     "DejaVuSansMono": ("", "-Bold", "-Oblique", "-BoldOblique"),
     "DejaVuSerif": ("", "-Bold", "-Italic", "-BoldItalic"),
@@ -40,26 +41,42 @@ _LATIN_BY_ANOTHER_NAME = (
 
 _TWIN = 0.95  # cosine from which two letters look alike
 _CROSS_TWIN = 0.94  # stricter between splits, so that another rasteriser or resolution finds no twin there either
-_TEST_FLOOR = 310  # test letters are dropped for a twin in another split only while more than these are left
+_SAME_FORM = 0.7  # best cosine with another family below which a font draws another form of the letter
+_TEST_FLOOR = 305  # test letters are dropped for a twin in another split only while more than these are left
 _EM = 64  # pixels per em of the renderings that are compared
 _SIDE = 24  # side of the square they are brought to
 
 
 @dataclasses.dataclass(frozen=True)
 class Font:
-    """One font file: its path, the code points it maps, and the index of its family."""
+    """One font file.
+
+    Attributes:
+      path: the file.
+      codes: the code points that it maps.
+      family: index of its family.
+      form: index of its family and slant, which regular and bold share.
+    """
 
     path: str
     codes: frozenset[int]
     family: int
+    form: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Alphabet:
-    """The letters of one split, as code points, and their groups of letters that look alike."""
+    """The letters of one split.
+
+    Attributes:
+      codes: code points, one for each class.
+      groups: `[classes]`; letters that look alike share one.
+      drawn: bool `[fonts, classes]`, which fonts draw which letter.
+    """
 
     codes: tuple[int, ...]
     groups: np.ndarray
+    drawn: np.ndarray
 
 
 @functools.cache
@@ -75,13 +92,14 @@ def fonts() -> tuple[Font, ...]:
     folder = pathlib.Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     found = []
     for family, (stem, styles) in enumerate(_FAMILIES.items()):
-        for style in styles:
+        for number, style in enumerate(styles):
             path = folder / f"{stem}{style}.ttf"
             if not path.is_file():
                 raise FileNotFoundError(
                     f"the glyph classes are rendered from matplotlib's fonts, and {path} is missing"
                 )
-            found.append(Font(str(path), frozenset(FT2Font(str(path)).get_charmap()), family))
+            codes = frozenset(FT2Font(str(path)).get_charmap())
+            found.append(Font(str(path), codes, family, form=2 * family + number // 2))
     return tuple(found)
 
 
@@ -136,18 +154,18 @@ def same_letter(letter: str) -> str:
 
 @functools.cache
 def alphabets() -> dict[str, Alphabet]:
-    """The letters of every split, with their groups.
+    """The letters of every split, with their groups and the fonts that draw them.
 
     Two letters are twins if the cosine of their size-normalised renderings reaches the threshold in any font that has
     both: the ink box is cropped and brought to a square, both stretched to it and centred in it, and the larger cosine
     counts. Upper case, lower case and styled forms of one letter count as twins. Of twins in two splits one is
     dropped, that with the most twins elsewhere first. Twins within a split share a group, also where they are twins
     only through a third letter.
+
+    A letter is not drawn in a font whose form of it resembles no other family's (the cursive forms of Cyrillic in the
+    italics), and is dropped where this leaves a single family.
     """
-    counts: dict[int, int] = {}
-    for font in fonts():
-        for code in font.codes:
-            counts[code] = counts.get(code, 0) + 1
+    counts = collections.Counter(code for font in fonts() for code in font.codes)
     codes = [
         code
         for code in sorted(counts)
@@ -156,42 +174,60 @@ def alphabets() -> dict[str, Alphabet]:
         and split_of(chr(code)) is not None
         and not has_accent(chr(code))
     ]
-    cosine, drawn = _similarity(codes)
-    cosine[drawn < _MIN_FONTS] = 1.0  # a mapped letter may be blank
+    vectors = _size_normalised(codes)
+    has_ink = vectors.any(axis=(0, 3))  # some mapped letters are blank
+    drawn = has_ink & _shares_form(vectors)
+    family = np.array([font.family for font in fonts()])
+    families = sum(drawn[family == each].any(axis=0).astype(int) for each in range(len(_FAMILIES)))
+    usable = (np.count_nonzero(has_ink, axis=0) >= _MIN_FONTS) & (families >= 2)
+
+    codes = [code for code, use in zip(codes, usable, strict=True) if use]
+    names = np.unique([same_letter(chr(code)) for code in codes], return_inverse=True)[1]
+    cosine = (names[:, None] == names).astype(np.float32)
+    for square in vectors[:, :, usable]:
+        for font_vectors in square:
+            np.maximum(cosine, font_vectors @ font_vectors.T, out=cosine)
     split = np.array([split_of(chr(code)) for code in codes])
-    kept = np.flatnonzero((drawn >= _MIN_FONTS) & _without_cross_twins(cosine >= _CROSS_TWIN, split))
+    kept = _without_cross_twins(cosine >= _CROSS_TWIN, split)
     result = {}
     for name in ("train", "val", "test"):
-        rows = kept[split[kept] == name]
-        result[name] = Alphabet(tuple(codes[row] for row in rows), _components(cosine[np.ix_(rows, rows)] >= _TWIN))
+        rows = np.flatnonzero(kept & (split == name))
+        groups = _components(cosine[np.ix_(rows, rows)] >= _TWIN)
+        result[name] = Alphabet(tuple(codes[row] for row in rows), groups, drawn[:, usable][:, rows])
     return result
 
 
-def _similarity(codes: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """The largest cosine of each pair of letters over fonts and squares, and how many fonts draw each letter."""
+def _size_normalised(codes: list[int]) -> np.ndarray:
+    """Renderings as vectors of length 1, `[2 squares, fonts, letters, pixels]`; 0 where a font lacks a letter."""
     from PIL import Image
 
-    names = np.unique([same_letter(chr(code)) for code in codes], return_inverse=True)[1]
-    cosine = (names[:, None] == names).astype(np.float32)
-    drawn = np.zeros(len(codes), int)
-    for font in fonts():
+    vectors = np.zeros([2, len(fonts()), len(codes), _SIDE * _SIDE], np.float32)
+    for number, font in enumerate(fonts()):
         renderer = Renderer(font, _EM)
-        stretched = np.zeros([len(codes), _SIDE * _SIDE], np.float32)
-        centred = np.zeros_like(stretched)
         for row, code in enumerate(codes):
             ink = renderer.draw(code) if code in font.codes else None
             if ink is None:
                 continue
-            drawn[row] += 1
             side = max(ink.size)
-            square = Image.new("L", (side, side))
-            square.paste(ink, ((side - ink.width) // 2, (side - ink.height) // 2))
-            for vectors, image in ((stretched, ink), (centred, square)):
+            centred = Image.new("L", (side, side))
+            centred.paste(ink, ((side - ink.width) // 2, (side - ink.height) // 2))
+            for square, image in enumerate((ink, centred)):  # the ink is stretched to the square by resize
                 small = np.asarray(image.resize((_SIDE, _SIDE), Image.Resampling.BOX), np.float32).ravel()
-                vectors[row] = small / np.linalg.norm(small)
-        for vectors in (stretched, centred):
-            np.maximum(cosine, vectors @ vectors.T, out=cosine)
-    return cosine, drawn
+                vectors[square, number, row] = small / np.linalg.norm(small)
+    return vectors
+
+
+def _shares_form(vectors: np.ndarray) -> np.ndarray:
+    """Which fonts, `[fonts, letters]`, draw a letter in a form that another family has as well.
+
+    Regular and bold of one family and slant have one form and are judged together: by their best cosine.
+    """
+    family = np.array([font.family for font in fonts()])
+    by_letter = vectors.transpose(0, 2, 1, 3)
+    cosine = np.matmul(by_letter, by_letter.swapaxes(2, 3)).max(axis=0)  # [letters, fonts, fonts]
+    best = np.where(family[:, None] != family, cosine, 0).max(axis=2)
+    form = np.array([font.form for font in fonts()])
+    return np.stack([best[:, form == each].max(axis=1) >= _SAME_FORM for each in form])
 
 
 def _without_cross_twins(twins: np.ndarray, split: np.ndarray) -> np.ndarray:

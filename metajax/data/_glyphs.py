@@ -12,7 +12,7 @@ from metajax.core import _validate
 from metajax.data import _cache, _fonts
 from metajax.data._sources import SPLITS, ClassSource
 
-_VERSION = 1  # of the arrays that are made here and in _fonts; part of the key of the cache
+_VERSION = 2  # of the arrays that are made here and in _fonts; part of the key of the cache
 _SEED = 2017
 _MIN_SIZE = 8
 _INK = 0.7  # longer side of the ink box over the side of the image
@@ -23,7 +23,7 @@ _SCALE = 0.1
 _SHIFT = 0.05  # of the side of the image
 
 
-def glyphs(split: str = "train", *, size: int = 28, per_font: int = 4) -> ClassSource:
+def glyphs(split: str = "train", *, size: int = 28, per_family: int = 16) -> ClassSource:
     """Letters of many scripts in up to 12 fonts, as classes for few-shot learning; nothing is downloaded.
 
     The classes are the letters (Unicode category L) that at least 8 of the DejaVu fonts hold, without accented ones.
@@ -31,7 +31,8 @@ def glyphs(split: str = "train", *, size: int = 28, per_font: int = 4) -> ClassS
     Letters that look alike (cosine 0.95 and above of the size-normalised renderings in any font, as Latin A, Greek
     Alpha and Cyrillic A) never stand in two splits, and those of one split share an entry of `groups`, so that they
     never stand in one episode; neither do upper and lower case of one letter. `families` are DejaVu Sans, Sans Mono
-    and Serif: support and query of a class come from different ones.
+    and Serif: support and query of a class come from different ones. A font that draws another form of a letter than
+    all other families (DejaVu Serif Italic: cursive Cyrillic) is not used for it.
 
     Each letter fills the image to 70 % and is drawn with light affine jitter (rotation up to 8 degrees, shear and
     scale up to 10 %, shift up to 5 % of the side). The arrays are a function of the arguments and of the installed
@@ -41,8 +42,7 @@ def glyphs(split: str = "train", *, size: int = 28, per_font: int = 4) -> ClassS
     Args:
       split: "train", "val" or "test".
       size: side of the images in pixels, at least 8.
-      per_font: images of a letter in each font, at least 2. With 4 a class has 32 to 48 images, at least 16 of them
-        outside the family of a support example.
+      per_family: images of a letter in each family, at least 2; every class has 2 or 3 families.
 
     Returns:
       A source whose `inputs` are uint8 `[n, size, size, 1]`, ink 255 on 0, and whose class names are Unicode names.
@@ -57,22 +57,22 @@ def glyphs(split: str = "train", *, size: int = 28, per_font: int = 4) -> ClassS
     """
     _validate.one_of("split", split, SPLITS)
     size = _validate.int_at_least("size", size, _MIN_SIZE)
-    per_font = _validate.int_at_least("per_font", per_font, 2)
-    arrays = _cache.cached(_key(split, size, per_font), lambda: _render(split, size, per_font))
+    per_family = _validate.int_at_least("per_family", per_family, 2)
+    arrays = _cache.cached(_key(split, size, per_family), lambda: _render(split, size, per_family))
     names = tuple(unicodedata.name(chr(code)) for code in arrays["codes"])
     return ClassSource("glyphs", split, arrays["inputs"], arrays["labels"], names, arrays["groups"], arrays["families"])
 
 
-def _key(split: str, size: int, per_font: int) -> str:
+def _key(split: str, size: int, per_family: int) -> str:
     """Everything that the arrays depend on; the fonts come with matplotlib, the rasteriser with Pillow."""
     import matplotlib
     import PIL
 
     versions = f"matplotlib {matplotlib.__version__}, pillow {PIL.__version__}, unicode {unicodedata.unidata_version}"
-    return f"glyphs {split} {size} {per_font}, version {_VERSION}, {versions}"
+    return f"glyphs {split} {size} {per_family}, version {_VERSION}, {versions}"
 
 
-def _render(split: str, size: int, per_font: int) -> dict[str, np.ndarray]:
+def _render(split: str, size: int, per_family: int) -> dict[str, np.ndarray]:
     """Draws all images of a split, letter by letter."""
     alphabet = _fonts.alphabets()[split]
     fonts = _fonts.fonts()
@@ -81,17 +81,17 @@ def _render(split: str, size: int, per_font: int) -> dict[str, np.ndarray]:
     families: list[list[int]] = [[] for _ in alphabet.codes]
     # Drawn from the code point, so that a letter looks the same whatever other letters there are.
     jitter = [
-        np.random.default_rng([_SEED, code]).uniform(-1, 1, [len(fonts), per_font, 5]).tolist()
+        np.random.default_rng([_SEED, code]).uniform(-1, 1, [len(fonts), per_family, 5]).tolist()
         for code in alphabet.codes
     ]
+    shares = _shares(alphabet.drawn, np.array([font.family for font in fonts]), per_family)
     for number, font in enumerate(fonts):
         renderer = _fonts.Renderer(font, em)
-        for row, code in enumerate(alphabet.codes):
-            ink = renderer.draw(code) if code in font.codes else None
-            if ink is None:
-                continue
-            images[row].extend(_jittered(ink, size, draw) for draw in jitter[row][number])
-            families[row].extend([font.family] * per_font)
+        for row in np.flatnonzero(shares[number]):
+            ink = renderer.draw(alphabet.codes[row])
+            count = shares[number, row]
+            images[row].extend(_jittered(ink, size, draw) for draw in jitter[row][number][:count])
+            families[row].extend([font.family] * count)
     counts = [len(each) for each in images]
     return {
         "inputs": np.stack([image for each in images for image in each])[..., None],
@@ -100,6 +100,16 @@ def _render(split: str, size: int, per_font: int) -> dict[str, np.ndarray]:
         "groups": alphabet.groups.astype(np.int32),
         "codes": np.array(alphabet.codes, np.int32),
     }
+
+
+def _shares(drawn: np.ndarray, family: np.ndarray, per_family: int) -> np.ndarray:
+    """How many images each font gives for each letter, `[fonts, letters]`: a family's are spread over its fonts."""
+    shares = np.zeros(drawn.shape, int)
+    for each in np.unique(family):
+        inside = drawn[family == each]
+        whole, rest = np.divmod(per_family, np.maximum(np.count_nonzero(inside, axis=0), 1))
+        shares[family == each] = inside * (whole + (np.cumsum(inside, axis=0) <= rest))
+    return shares
 
 
 def _jittered(ink: Any, size: int, draw: list[float]) -> np.ndarray:
