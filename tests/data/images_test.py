@@ -170,6 +170,8 @@ def test_auto_looks_at_the_median_of_all_four_edges():
     assert _images.invert_images(image, "auto")[0, 4, 4, 0] == 0
     image[0, :, 7] = 0
     assert _images.invert_images(image, "auto")[0, 4, 4, 0] == 255
+    for border, inverted in ((127, 127), (128, 127), (13, 13)):
+        assert (_images.invert_images(np.full([1, 8, 8, 1], border, np.uint8), "auto") == inverted).all()
 
 
 def test_missing_and_empty(tmp_path):
