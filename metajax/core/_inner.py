@@ -60,8 +60,13 @@ def _split_loss(problem: InnerProblem) -> Callable[..., jax.Array]:
 
 
 def _step(
-    problem: InnerProblem, gradient: Callable[..., Any], state: InnerState, meta_params: Params, frozen: Params,
-    support: Examples, key: Any,
+    problem: InnerProblem,
+    gradient: Callable[..., Any],
+    state: InnerState,
+    meta_params: Params,
+    frozen: Params,
+    support: Examples,
+    key: Any,
 ) -> tuple[InnerState, jax.Array]:
     loss, grads = gradient(state.params, meta_params, frozen, support, state.step, _rng.fold(key, state.step))
     optimizer = problem.optimizer(_tree.merge(meta_params, frozen))
@@ -139,6 +144,8 @@ def unroll(
     full = _tree.merge(meta_params, frozen)
     init_key, loop_key, finish_key = _rng.split(key, 3)
     start = inner_init(problem)(full, support, key=init_key)
+    # a start that devices share (zeros, frozen parameters) adapts to the task of each
+    start = _tree.vary(start, _tree.varying_axes((full, support)))
     inner_gradient = gradient(_split_loss(problem))
 
     @wrap

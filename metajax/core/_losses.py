@@ -32,7 +32,9 @@ def cross_entropy(outputs: jax.Array, targets: jax.Array) -> jax.Array:
     (1,)
     """
     if outputs.shape[:-1] != targets.shape:
-        raise ValueError(f"targets must have the shape of outputs {outputs.shape} without its last axis, got {targets.shape}")
+        raise ValueError(
+            f"targets must have the shape of outputs {outputs.shape} without its last axis, got {targets.shape}"
+        )
     kept = targets >= 0
     losses = optax.softmax_cross_entropy_with_integer_labels(outputs, jnp.where(kept, targets, 0))
     axes = tuple(range(1, targets.ndim))
@@ -86,11 +88,31 @@ def mean_loss(loss: Loss, outputs: Any, examples: Examples) -> jax.Array:
     >>> float(mean_loss(squared_error, jnp.zeros([2, 1]), examples))
     1.0
     """
-    losses = loss(outputs, examples.targets)
     kept = kept_examples(examples)
+    losses = loss(outputs, clear_padding(examples.targets, examples.mask))
     # where, not a product: a padding example may be NaN and must still not count
     total = jnp.sum(jnp.where(kept, losses, 0))
     return total / jnp.maximum(jnp.sum(kept), 1).astype(total.dtype)
+
+
+def clear_padding(tree: Any, mask: jax.Array | None) -> Any:
+    """Zeros in place of what stands in padding examples: leaves `[n, ...]`, mask `[n]` or None.
+
+    Masking the losses alone is not enough: the gradient of a masked loss is zero times what is there, and zero
+    times NaN is NaN.
+
+    >>> clear_padding(jnp.array([1.0, jnp.nan]), jnp.array([True, False])).tolist()
+    [1.0, 0.0]
+    """
+    if mask is None:
+        return tree
+
+    def clear(leaf: Any) -> jax.Array:
+        leaf = jnp.asarray(leaf)
+        kept = jnp.expand_dims(jnp.asarray(mask), tuple(range(1, leaf.ndim)))
+        return jnp.where(kept, leaf, jnp.zeros_like(leaf))
+
+    return jax.tree.map(clear, tree)
 
 
 def mask_classes(logits: jax.Array, class_mask: jax.Array | None) -> jax.Array:
@@ -139,7 +161,8 @@ def accuracy(outputs: jax.Array, examples: Examples) -> jax.Array:
 def count_ways(examples: Examples, ways: int | None = None) -> int:
     """The static number of classes of a task.
 
-    Taken from the length of `class_mask`, else from the argument `ways`, else from concrete targets.
+    Taken from the length of `class_mask`, else from the argument `ways`, else from the concrete targets of the
+    kept examples (1 where none is kept).
 
     Raises:
       ValueError: none of the three is known, as under `jit` without a class mask.
@@ -152,8 +175,9 @@ def count_ways(examples: Examples, ways: int | None = None) -> int:
         return int(examples.class_mask.shape[0])
     if ways is not None:
         return ways
-    if isinstance(examples.targets, jax.core.Tracer):
+    if isinstance(examples.targets, jax.core.Tracer) or isinstance(examples.mask, jax.core.Tracer):
         raise ValueError(
             "the number of ways is unknown: under jit, give support.class_mask ([ways] bool) or the learner's ways="
         )
-    return int(np.max(np.asarray(examples.targets))) + 1
+    kept = np.asarray(examples.targets)[np.asarray(examples.mask)]
+    return int(np.max(kept, initial=0)) + 1

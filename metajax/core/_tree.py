@@ -72,3 +72,30 @@ def merge(tree: PyTree, other: PyTree | None) -> PyTree:
     if other is None:
         return tree
     return jax.tree.map(lambda a, b: b if a is None else a, tree, other, is_leaf=lambda leaf: leaf is None)
+
+
+def vary(tree: PyTree, axes: Any) -> PyTree:
+    """Marks the leaves as differing between devices along `axes` (names), where they are not yet.
+
+    `shard_map` sums the gradient with respect to a value that all devices share over the devices. That is right
+    for a parameter and wrong for what adapts to the task of one device, which may start as a shared value.
+
+    >>> vary({"head": 1.0}, ())
+    {'head': 1.0}
+    """
+
+    def cast(leaf: Any) -> Any:
+        missing = tuple(axis for axis in axes if axis not in varying_axes(leaf))
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(cast, tree)
+
+
+def varying_axes(tree: PyTree) -> list[Any]:
+    """Names of the `shard_map` axes along which any leaf differs between devices.
+
+    >>> varying_axes({"head": 1.0})
+    []
+    """
+    kinds = [getattr(jax.typeof(leaf), "mat", None) for leaf in jax.tree.leaves(tree)]
+    return sorted({axis for kind in kinds for axis in getattr(kind, "varying", ())}, key=str)

@@ -29,11 +29,12 @@ class Adapted(NamedTuple):
 def forward(
     model: Model, params: Params, inputs: Any, *, mask: Any = None, key: Any = None, stats: Any = None
 ) -> tuple[Any, Any]:
-    """Returns `(outputs, stats)`; stats is None where the model keeps none."""
+    """Returns `(outputs, stats)`; stats is None where the model keeps none. What stands in padding is not seen."""
     available = {"mask": mask, "key": key, "stats": stats}
     unknown = [name for name in model.needs if name not in available]
     if unknown:
         raise ValueError(f"needs must be among 'mask', 'key' and 'stats', got {unknown[0]!r}")
+    inputs = _losses.clear_padding(inputs, mask)
     outputs = model.apply(params, inputs, **{name: available[name] for name in model.needs})
     return outputs if "stats" in model.needs else (outputs, None)
 

@@ -44,7 +44,7 @@ def convolution(inputs: jax.Array, kernel: jax.Array, *, stride: int = 1, form: 
         return jax.lax.conv_general_dilated(
             inputs, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
-    return patches(inputs, kernel.shape[:2], stride) @ kernel.reshape(-1, kernel.shape[-1])
+    return patches(inputs, (kernel.shape[0], kernel.shape[1]), stride) @ kernel.reshape(-1, kernel.shape[-1])
 
 
 def patches(inputs: jax.Array, window: tuple[int, int], stride: int) -> jax.Array:

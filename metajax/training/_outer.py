@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metajax.core import _losses, _rng, _tree, _validate
+from metajax.core import _losses, _tree, _validate
 from metajax.core._types import Episode, Hypergrad, Learner, MetaState, OuterUpdate, Params
 
 TaskBatching = Literal["auto", "vmap", "scan"] | int
@@ -60,7 +60,7 @@ def outer_update(
 
     Raises:
       ValueError: an unknown `task_batching`, a chunk size that does not divide the tasks, a `trainable` that picks
-        nothing, or leaves of episodes that disagree in their leading axis.
+        nothing, or leaves of episodes that disagree in their leading axis (or have none, or no task).
 
     >>> import jax, jax.numpy as jnp, optax, metajax
     >>> learner = metajax.learners.maml(metajax.models.mlp(outputs=2), inner=optax.sgd(0.1))
@@ -77,6 +77,7 @@ def outer_update(
         _validate.one_of("task_batching", task_batching, ("auto", "vmap", "scan"))
     else:
         _validate.positive_int("task_batching", task_batching)
+    axes = () if axis_name is None else (axis_name,)
 
     def init(key: jax.Array, episode: Episode, params: Params | None = None, num_tasks: int = 1) -> MetaState:
         params_key, state_key, key = jax.random.split(key, 3)
@@ -107,19 +108,19 @@ def outer_update(
         # where, not a product: an all-padding task may be NaN and must still not count
         counts = jnp.any(_losses.kept_examples(episode.query))
         grads, metrics = jax.tree.map(lambda leaf: jnp.where(counts, leaf, jnp.zeros_like(leaf)), (grads, metrics))
-        return _Sums(counts.astype(loss.dtype), grads, metrics, state)
+        return _Sums(counts.astype(jnp.float32), grads, metrics, state)
 
     def update(state: MetaState, episodes: Episode) -> tuple[MetaState, dict[str, Any]]:
         num_tasks = _num_tasks(episodes)
         trained, frozen = _tree.split(state.params, trainable, name="trainable")
-        local = _vary(trained, axis_name)
+        local, shared = _tree.vary((trained, frozen), axes)
         first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * num_tasks
         step_key = jax.random.fold_in(state.key, state.step)
         keys = jax.vmap(lambda task: jax.random.fold_in(step_key, task))(first + jnp.arange(num_tasks))
         size = _chunk_size(task_batching, num_tasks, episodes)
         sums = _over_tasks(
-            lambda task_state, episode, key: one_task(local, frozen, task_state, episode, key),
-            (state.hypergrad_state, episodes, keys), num_tasks, size, axis_name,
+            lambda task_state, episode, key: one_task(local, shared, task_state, episode, key),
+            (state.hypergrad_state, episodes, keys), num_tasks, size, axes,
         )  # fmt: skip
         weight, grads, metrics = sums.weight, sums.grads, sums.metrics
         if axis_name is not None:
@@ -153,8 +154,9 @@ def _describe(loss: jax.Array, aux: dict[str, Any], episode: Episode) -> dict[st
 
 def _num_tasks(episodes: Episode) -> int:
     sizes = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(episodes)}
-    if len(sizes) != 1 or None in sizes:
-        raise ValueError(f"episodes must carry one leading task axis on every leaf, got leading sizes {sizes}")
+    if len(sizes) != 1 or None in sizes or 0 in sizes:
+        found = ", ".join(sorted(map(str, sizes)))
+        raise ValueError(f"episodes must carry one leading task axis on every leaf, got leading sizes {found}")
     (size,) = sizes
     return int(size)  # type: ignore[arg-type]
 
@@ -182,14 +184,15 @@ def _chunk_size(task_batching: TaskBatching, num_tasks: int, episodes: Episode) 
     if task_batching == "auto":
         inputs = jax.tree.leaves((episodes.support.inputs, episodes.query.inputs))
         task_batching = choose_task_batching(jax.default_backend(), sum(leaf.size for leaf in inputs) // num_tasks)
-    size = {"vmap": num_tasks, "scan": 1}.get(task_batching, task_batching)  # type: ignore[call-overload]
+    sizes: dict[Any, int] = {"vmap": num_tasks, "scan": 1}
+    size: int = sizes.get(task_batching, task_batching)  # type: ignore[arg-type]
     if num_tasks % size:
         raise ValueError(f"task_batching must divide the number of tasks {num_tasks}, got a chunk size of {size}")
     return size
 
 
 def _over_tasks(
-    one_task: Callable[..., _Sums], arguments: Any, num_tasks: int, size: int, axis_name: str | None
+    one_task: Callable[..., _Sums], arguments: Any, num_tasks: int, size: int, axes: tuple[str, ...]
 ) -> _Sums:
     """Sums `one_task` over tasks, `size` at a time; the states of the estimator come back stacked."""
     if size == 1:
@@ -210,16 +213,7 @@ def _over_tasks(
 
     shapes = jax.eval_shape(lambda: run(*jax.tree.map(lambda leaf: leaf[0], chunks)))._replace(state=())
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    total, states = jax.lax.scan(add, _vary(zeros, axis_name), chunks)
+    total, states = jax.lax.scan(add, _tree.vary(zeros, axes), chunks)
     if size > 1:
         states = jax.tree.map(lambda leaf: leaf.reshape(num_tasks, *leaf.shape[2:]), states)
     return total._replace(state=states)
-
-
-def _vary(tree: Any, axis_name: str | None) -> Any:
-    """Marks values as differing between devices, so that `shard_map` reduces nothing behind our back.
-
-    Without it the gradient with respect to a replicated value is summed over devices by shard_map itself, before
-    the tasks are weighed.
-    """
-    return tree if axis_name is None else jax.lax.pcast(tree, axis_name, to="varying")
