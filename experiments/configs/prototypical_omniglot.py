@@ -1,4 +1,4 @@
-"""Prototypical networks on Omniglot, Vinyals split, trained 60-way; one run serves 5-way and 20-way (Snell et al. 2017).
+"""Prototypical networks on Omniglot, Vinyals split, trained 60-way; one run for 5-way and 20-way (Snell et al. 2017).
 
 python -m experiments.train --config=experiments/configs/prototypical_omniglot.py --config.data.path=PATH --workdir=RUN
 python -m experiments.evaluate --workdir=RUN --ways=20

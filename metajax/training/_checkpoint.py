@@ -55,12 +55,12 @@ class Checkpoints:
         step = manager.latest_step()
         if step is None:
             raise ValueError(f"there is no checkpoint in {manager.directory}")
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _plain(like))
-        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), extra=ocp.args.JsonRestore())
+        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(_plain(like)), extra=ocp.args.JsonRestore())
         stored = manager.restore(step, args=arguments)
         key = jax.random.wrap_key_data(stored.state["key"], impl=jax.random.key_impl(like.key))
-        state = MetaState(**{**stored.state, "key": key})
-        return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(state)), stored.extra
+        state = like._replace(**{**stored.state, "key": key})
+        placed = jax.tree.map(lambda leaf, place: jax.device_put(leaf, place.sharding), state, like)
+        return placed, stored.extra
 
     def close(self) -> None:
         """Waits for what is being written."""
@@ -69,9 +69,10 @@ class Checkpoints:
 
 
 def _plain(state: MetaState) -> dict[str, Any]:
+    """The state as NumPy arrays, which know nothing of devices: any number of them can restore it."""
     fields = state._asdict()
     fields["key"] = jax.random.key_data(state.key)
-    return {name: value for name, value in fields.items() if jax.tree.leaves(value) or name == "params"}
+    return {name: jax.tree.map(np.asarray, value) for name, value in fields.items() if jax.tree.leaves(value)}
 
 
 def restore_params(folder: str | pathlib.Path, *, kind: str = "last") -> tuple[Params, int]:
