@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metajax.core._types import Examples, Loss
+from metajax.core._types import Array, Examples, Loss
 
 ABSENT = -1e9  # the logit of an absent class: finite, so that its gradient is zero and never NaN
 
@@ -95,7 +95,7 @@ def mean_loss(loss: Loss, outputs: Any, examples: Examples) -> jax.Array:
     return total / jnp.maximum(jnp.sum(kept), 1).astype(total.dtype)
 
 
-def clear_padding(tree: Any, mask: jax.Array | None) -> Any:
+def clear_padding(tree: Any, mask: Array | None) -> Any:
     """Zeros in place of what stands in padding examples: leaves `[n, ...]`, mask `[n]` or None.
 
     Masking the losses alone is not enough: the gradient of a masked loss is zero times what is there, and zero
@@ -115,7 +115,7 @@ def clear_padding(tree: Any, mask: jax.Array | None) -> Any:
     return jax.tree.map(clear, tree)
 
 
-def mask_classes(logits: jax.Array, class_mask: jax.Array | None) -> jax.Array:
+def mask_classes(logits: jax.Array, class_mask: Array | None) -> jax.Array:
     """Gives absent classes a large negative logit.
 
     Args:

@@ -10,8 +10,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 PyTree = Any
+Array = jax.Array | np.ndarray
 Params = Any
 Loss = Callable[[Any, Any], jax.Array]
 
@@ -34,8 +36,8 @@ class Examples(NamedTuple):
 
     inputs: PyTree
     targets: PyTree
-    mask: jax.Array
-    class_mask: jax.Array | None = None
+    mask: Array
+    class_mask: Array | None = None
 
 
 class Episode(NamedTuple):

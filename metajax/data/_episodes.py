@@ -15,7 +15,7 @@ import numpy as np
 
 from metajax.core import _validate
 from metajax.core._types import Episode, Examples
-from metajax.data._sources import SPLITS, ClassSource, Source, all_true
+from metajax.data._sources import SPLITS, ClassSource, Source
 from metajax.data._spec import EpisodeSpec
 
 _PREFETCH = 4  # batches that wait, ready
@@ -265,8 +265,8 @@ def _labelled_batch(source: Source, size: int, rng: np.random.Generator) -> Epis
         query = Examples(
             np.take(source.inputs, rows, axis=0),
             source.labels[rows].astype(np.int32),
-            all_true(size),
-            all_true(source.num_classes),
+            np.ones(size, bool),
+            np.ones(source.num_classes, bool),
         )
     else:
         drawn = _stack([source.sample(EpisodeSpec(1, 1, 1), rng) for _ in range(size)]).query

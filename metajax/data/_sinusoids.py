@@ -8,7 +8,7 @@ import numpy as np
 
 from metajax.core import _validate
 from metajax.core._types import Episode, Examples
-from metajax.data._sources import SPLITS, Source, all_true
+from metajax.data._sources import SPLITS, Source
 from metajax.data._spec import EpisodeSpec
 
 AMPLITUDES = (0.1, 5.0)
@@ -30,7 +30,7 @@ class _Sinusoids:
         inputs = rng.uniform(*INPUTS, (spec.shots + spec.queries, 1))
         targets = amplitude * np.sin(inputs - phase)
         support, query = (
-            Examples(inputs[part].astype(np.float32), targets[part].astype(np.float32), all_true(count))
+            Examples(inputs[part].astype(np.float32), targets[part].astype(np.float32), np.ones(count, bool))
             for part, count in ((slice(spec.shots), spec.shots), (slice(spec.shots, None), spec.queries))
         )
         return Episode(support, query)

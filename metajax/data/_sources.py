@@ -161,8 +161,8 @@ class ClassSource:
         return Examples(
             inputs=np.take(self.inputs, rows, axis=0),
             targets=np.broadcast_to(targets, rows.shape).copy(),
-            mask=all_true(*rows.shape),
-            class_mask=all_true(*rows.shape[:-1], ways),
+            mask=np.ones(rows.shape, bool),
+            class_mask=np.ones((*rows.shape[:-1], ways), bool),
         )
 
     def _draw_classes(self, ways: int, rng: np.random.Generator) -> np.ndarray:
@@ -196,15 +196,6 @@ class ClassSource:
             left = by_family[index, spec.shots : int(valid[index].sum())]
             query[index] = rows[index, left[len(left) - spec.queries :]]
         return support.reshape(-1), query.reshape(-1)
-
-
-def all_true(*shape: int) -> Any:
-    """A mask that keeps everything. Typed as Any: the contract names JAX arrays, whose place NumPy arrays take.
-
-    >>> all_true(2).tolist()
-    [True, True]
-    """
-    return np.ones(shape, bool)
 
 
 def _smallest(keys: np.ndarray, count: int) -> np.ndarray:

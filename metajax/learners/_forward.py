@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from metajax.core import _losses
-from metajax.core._types import Examples, Loss, Model, Params
+from metajax.core._types import Array, Examples, Loss, Model, Params
 
 
 class Adapted(NamedTuple):
@@ -21,7 +21,7 @@ class Adapted(NamedTuple):
     """
 
     params: Params
-    class_mask: jax.Array | None
+    class_mask: Array | None
     stats: Any = None
     head: Any = None
 
@@ -46,7 +46,7 @@ def support_stats(model: Model, params: Params, support: Examples, key: Any) -> 
     return forward(model, params, support.inputs, mask=support.mask, key=key)[1]
 
 
-def masked(outputs: Any, class_mask: jax.Array | None) -> Any:
+def masked(outputs: Any, class_mask: Array | None) -> Any:
     """Outputs with the absent classes masked; structured and regression outputs pass through."""
     return outputs if class_mask is None else _losses.mask_classes(outputs, class_mask)
 

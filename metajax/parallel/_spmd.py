@@ -42,7 +42,8 @@ def shard_tasks(
     """
     chosen = jax.local_devices() if devices is None else list(devices)
     mesh = Mesh(np.array(chosen), (axis_name,))
-    same, split = PartitionSpec(), PartitionSpec(axis_name)
+    same: Any = PartitionSpec()
+    split: Any = PartitionSpec(axis_name)
     layout = MetaState(params=same, opt_state=same, hypergrad_state=split, step=same, key=same)
     sharded = jax.shard_map(outer.update, mesh=mesh, in_specs=(layout, split), out_specs=(layout, same))
 
