@@ -3,6 +3,7 @@
     python -m experiments.benchmark step        # the Conv4 meta step, beside a plain PyTorch loop (extra `bench`)
     python -m experiments.benchmark batching    # ways to batch tasks, and what "auto" would have chosen
     python -m experiments.benchmark import      # seconds of `import metajax`
+    python -m experiments.benchmark pixels      # nearest neighbour on the pixels of the default job's test episodes
 
 Machines are noisy: variants of one table take turns in one run, and medians are printed. `--json=PATH` writes them.
 """
@@ -30,7 +31,7 @@ _TASKS = flags.DEFINE_integer("tasks", 16, "Tasks in the meta step.")
 
 def main(arguments: list[str]) -> int:
     """Runs the benchmark that is named first."""
-    tables = {"step": _step, "batching": _batching, "import": _import}
+    tables = {"step": _step, "batching": _batching, "import": _import, "pixels": _pixels}
     name = arguments[1] if len(arguments) > 1 else ""
     if name not in tables or len(arguments) > 2:
         raise app.UsageError(f"name one benchmark of {', '.join(tables)}, got {arguments[1:]}")
@@ -184,6 +185,18 @@ def _import() -> dict[str, Any]:
     seconds = statistics.median(once() for _ in range(_ROUNDS.value))
     print(f"import metajax: {seconds:.2f} s (median of {_ROUNDS.value})")
     return {"seconds": seconds}
+
+
+def _pixels() -> dict[str, Any]:
+    """What a learner that learns nothing reaches: the class of the nearest support image, pixel by pixel."""
+    _launch.prepare()
+    import metajax
+
+    pixels = metajax.Model(lambda key, inputs: (), lambda params, inputs: inputs.reshape(len(inputs), -1) / 255.0)
+    learner = metajax.learners.prototypical(pixels)
+    found = metajax.evaluation.evaluate(learner, (), metajax.data.glyphs("test"), metajax.data.EpisodeSpec())
+    print(found)
+    return {"accuracy_mean": found.mean, "accuracy_ci95": found.ci95}
 
 
 if __name__ == "__main__":

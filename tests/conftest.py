@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pathlib
+import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -15,6 +17,8 @@ if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(_ROOT))  # for experiments
+sys.path.append(str(_ROOT / "tests"))  # for the modules that tests share
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -33,3 +37,12 @@ def shared_data() -> pathlib.Path:
     if not folder.is_dir():
         pytest.skip(f"needs a folder of data sets: set METAJAX_DATA ({folder} is not there)")
     return folder
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """Double precision for one test."""
+    import jax
+
+    with jax.enable_x64(True):
+        yield

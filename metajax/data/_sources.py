@@ -6,7 +6,7 @@ A source draws one task from one NumPy generator and knows nothing of batches, d
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
