@@ -13,7 +13,7 @@ import pathlib
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from experiments import _launch, _runs
 
@@ -28,15 +28,22 @@ _RESUME = flags.DEFINE_bool("resume", False, "Continue the run in workdir, or st
 
 
 def main() -> int:
-    """Trains, evaluates and reports."""
+    """Does what the flags say."""
     _launch.prepare()
+    return run(_CONFIG.value, pathlib.Path(_WORKDIR.value or _fresh()), resume=_RESUME.value)
+
+
+def run(config: ConfigDict, workdir: pathlib.Path, *, resume: bool = False) -> int:
+    """Trains, evaluates and reports.
+
+    Raises:
+      ValueError: the config or the folder is refused; nothing is written then.
+    """
     import jax
     import numpy as np
 
     import metajax
 
-    config = _CONFIG.value
-    workdir = pathlib.Path(_WORKDIR.value or _fresh(flags.FLAGS["config"].default or ""))
     train = metajax.training.open_source(config, "train")
     validation, test = (metajax.training.open_source(config, split) for split in ("val", "test"))
     experiment = metajax.training.build(config, num_classes=getattr(train, "num_classes", None))
@@ -45,8 +52,8 @@ def main() -> int:
         train.check(experiment.train_spec)
     validation.check(experiment.spec)
     test.check(experiment.spec)
-    run = _runs.Run.open(workdir, config.to_dict(), resume=_RESUME.value)
-    if run.finished:
+    folder = _runs.Run.open(workdir, config.to_dict(), resume=resume)
+    if folder.finished:
         print(f"{workdir} is finished; nothing to do")
         return 0
     print(f"training {config.learner.name} on {train.name} into {workdir}")
@@ -99,14 +106,14 @@ def main() -> int:
         outputs=metajax.evaluation.predict_query(experiment.learner, params, shown, num_steps=experiment.eval_steps),
         title=f"{config.learner.name} on {config.data.name}",
     )  # fmt: skip
-    run.finish(config, found, params, seconds=extra["seconds"])
+    folder.finish(config, found, params, seconds=extra["seconds"])
     print(f"report: {workdir / 'report.png'}")
     print(found)
     return 0
 
 
-def _fresh(config_file: str) -> pathlib.Path:
-    stem = pathlib.Path(config_file).name.partition(".py")[0]
+def _fresh() -> pathlib.Path:
+    stem = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     return pathlib.Path("runs") / f"{stem}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
 
 

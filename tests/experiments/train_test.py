@@ -10,7 +10,8 @@ import time
 import pytest
 
 import metajax
-from experiments import _runs
+from experiments import _runs, train
+from experiments.configs import prototypical_glyphs
 
 _SMALL = [
     "--config.model.width=4", "--config.model.depth=1", "--config.data.name=image_folder", "--config.data.size=8",
@@ -88,8 +89,8 @@ def test_a_finished_run_is_left_as_it_is(whole_run, launch, pictures):
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(launch, pictures, tmp_path):
     workdir = tmp_path / "wild"
-    flags = _flags(pictures, workdir, "--config.outer.rate=1e30", "--config.checkpoint.every=1", "--config.outer.clip=0")
-    done = launch("train", *flags)
+    wild = ["--config.outer.rate=1e30", "--config.model.normalisation=none"]
+    done = launch("train", *_flags(pictures, workdir, *wild, "--config.checkpoint.every=1"))
     assert done.returncode == 2
     assert "at step " in done.stderr or "after step " in done.stderr
     assert not (workdir / "results.json").exists()
@@ -97,33 +98,61 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(laun
     metajax.training._loop.require_finite_params(1, metajax.MetaState(params, (), (), 1, None))
 
 
-def test_bad_input_is_named_and_nothing_is_written(refusals, whole_run, pictures, tmp_path):
-    elsewhere = tmp_path / "none"
-    cases = {
-        "--config.episode.ways=99": "ways is 99",
-        "--config.episode.queries=50": "shots + queries is 1 + 50",
-        "--config.episode.ways=0": "ways must be an integer of at least 1, got 0",
-        "--config.episode.shots=-1": "shots must be an integer of at least 1, got -1",
-        "--config.inner.steps=0": "inner.steps must be an integer of at least 1, got 0",
-        "--config.outer.steps=-5": "outer.steps must be an integer of at least 1, got -5",
-        "--config.outer.meta_batch=0": "outer.meta_batch must be an integer of at least 1, got 0",
-        "--config.inner.rate=-0.1": "inner.rate must be a finite number above 0, got -0.1",
-        "--config.log.every=0": "log.every must be an integer of at least 1, got 0",
-        "--config.learner.name=maleml": "learner.name must be one of",
-        "--config.hypergrad.name=exact": "hypergrad.name must be one of",
-        f"--config.data.path={tmp_path / 'missing'}": "missing",
-        "--config.model.normalisation=weight": "normalisation must be one of",
-    }
-    told = refusals("train", [_flags(pictures, elsewhere, flag) for flag in cases])
-    for flag, text, expected in zip(cases, told, cases.values(), strict=True):
-        assert expected in text, (flag, text)
-    assert not elsewhere.exists()
-    workdir, _ = whole_run
-    held, changed = refusals(
-        "train", [_flags(pictures, workdir), _flags(pictures, workdir, "--resume", "--config.inner.rate=0.7")]
+def _config(pictures, changes):
+    config = prototypical_glyphs.get_config()
+    config.update(
+        data={"name": "image_folder", "size": 8, "channels": 1, "path": str(pictures)},
+        model={"width": 4, "depth": 1},
+        episode={"ways": 3, "queries": 2},
+        train_episode={"ways": 0, "queries": 0},
     )
-    assert "holds a run" in held
-    assert "config.inner.rate was 0.4, is 0.7" in changed
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"episode.ways": 99}, "ways is 99"),
+        ({"episode.queries": 50}, r"shots \+ queries is 1 \+ 50"),
+        ({"episode.ways": 0}, "ways must be an integer of at least 1, got 0"),
+        ({"episode.shots": -1}, "shots must be an integer of at least 1, got -1"),
+        ({"train_episode.ways": -3}, "ways must be an integer of at least 1, got -3"),
+        ({"inner.steps": 0}, "inner.steps must be an integer of at least 1, got 0"),
+        ({"inner.rate": -0.1}, "inner.rate must be a finite number above 0, got -0.1"),
+        ({"outer.steps": -5}, "outer.steps must be an integer of at least 1, got -5"),
+        ({"outer.meta_batch": 0}, "outer.meta_batch must be an integer of at least 1, got 0"),
+        ({"log.every": 0}, "log.every must be an integer of at least 1, got 0"),
+        ({"evaluation.episodes": 1}, "evaluation.episodes must be an integer of at least 2, got 1"),
+        ({"learner.name": "maleml"}, "learner.name must be one of"),
+        ({"hypergrad.name": "exact"}, "hypergrad.name must be one of"),
+        ({"model.normalisation": "weight"}, "normalisation must be one of"),
+        ({"data.path": "no/such/folder"}, "no/such/folder"),
+        ({"data.path": ""}, "data.path must name the folder"),
+    ],
+)
+def test_bad_input_is_named_and_nothing_is_written(pictures, tmp_path, changes, told):
+    with pytest.raises(ValueError, match=told):
+        train.run(_config(pictures, changes), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_folder_that_holds_something_else_is_refused(pictures, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="workdir must be a new or empty folder"):
+        train.run(_config(pictures, {}), tmp_path, resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_another_run_and_a_changed_config_are_refused(whole_run):
+    workdir, _ = whole_run
+    config = prototypical_glyphs.get_config()
+    config.update(json.loads((workdir / "config.json").read_text()))
+    with pytest.raises(ValueError, match="holds a run"):
+        train.run(config, workdir)
+    config.inner.rate = 0.7
+    with pytest.raises(ValueError, match=r"config.inner.rate was 0.4, is 0.7"):
+        train.run(config, workdir, resume=True)
 
 
 def test_an_unknown_config_key_is_refused(launch, tmp_path):
