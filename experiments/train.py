@@ -47,27 +47,19 @@ def run(config: ConfigDict, workdir: pathlib.Path, *, resume: bool = False) -> i
     train = metajax.training.open_source(config, "train")
     validation, test = (metajax.training.open_source(config, split) for split in ("val", "test"))
     experiment = metajax.training.build(config, num_classes=getattr(train, "num_classes", None))
-    transfer = config.learner.name == "finetune"
-    if not transfer:
-        train.check(experiment.train_spec)
     validation.check(experiment.spec)
     test.check(experiment.spec)
+    batch = next(_stream(config, experiment, train, 0))
+    outer = _meta_step(config, experiment, jax.tree.leaves(batch)[0].shape[0])
+    example = jax.tree.map(lambda leaf: leaf[0], batch)
+    # traced before anything is written, so that what does not fit together is refused here
+    jax.eval_shape(lambda key: outer.update(outer.init(key, example), batch), jax.random.key(config.seed))
     folder = _runs.Run.open(workdir, config.to_dict(), resume=resume)
     if folder.finished:
         print(f"{workdir} is finished; nothing to do")
         return 0
     print(f"training {config.learner.name} on {train.name} into {workdir}")
 
-    tasks = 1 if transfer else config.outer.meta_batch
-    devices = jax.local_devices()
-    spread = len(devices) > 1 and tasks % len(devices) == 0
-    outer = metajax.outer_update(
-        experiment.trained, experiment.optimizer, hypergrad=experiment.hypergrad,
-        axis_name="task" if spread else None, before=False,
-    )  # fmt: skip
-    if spread:
-        outer = metajax.parallel.shard_tasks(outer)
-    example = jax.tree.map(lambda leaf: leaf[0], next(_stream(config, experiment, train, 0)))
     state = outer.init(jax.random.key(config.seed), example)
     checkpoints = metajax.training.Checkpoints(workdir / "checkpoints")
     extra: dict[str, Any] = {"seconds": 0.0, "best": None}
@@ -115,6 +107,21 @@ def run(config: ConfigDict, workdir: pathlib.Path, *, resume: bool = False) -> i
 def _fresh() -> pathlib.Path:
     stem = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     return pathlib.Path("runs") / f"{stem}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
+
+
+def _meta_step(config: Any, experiment: Any, tasks: int) -> Any:
+    """The meta step, over all local devices where the tasks divide."""
+    import jax
+
+    import metajax
+
+    devices = jax.local_device_count()
+    spread = devices > 1 and tasks % devices == 0
+    outer = metajax.outer_update(
+        experiment.trained, experiment.optimizer, hypergrad=experiment.hypergrad,
+        axis_name="task" if spread else None, before=config.log.before,
+    )  # fmt: skip
+    return metajax.parallel.shard_tasks(outer) if spread else outer
 
 
 def _stream(config: Any, experiment: Any, source: Any, step: int) -> Any:

@@ -45,7 +45,7 @@ def base() -> ConfigDict:
                 "steps": 1000,
                 "meta_batch": 4,  # tasks in a step; for finetune, examples
             },
-            "log": {"every": 20},
+            "log": {"every": 20, "before": False},  # before: also measure the query before adaptation
             "validation": {"every": 500, "episodes": 100},
             "evaluation": {"episodes": 600, "seed": 0},
             "checkpoint": {"every": 500},
