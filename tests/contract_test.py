@@ -1,0 +1,439 @@
+"""The contract table: every learner with every estimator that it admits."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import worlds
+
+import metajax
+from metajax import hypergrad
+from metajax.hypergrad import _explicit
+
+pytestmark = pytest.mark.usefixtures("x64")
+STEPS = {"reptile": 3}
+GRADIENT = [name for name, row in worlds.LEARNERS.items() if row.learner.problem is not None]
+
+
+@functools.cache
+def world(name):
+    row = worlds.LEARNERS[name]
+    return row, worlds.parameters(row), worlds.episode(row)
+
+
+@functools.cache
+def result(name, estimator):
+    """The table's entry at the base point: ((loss, aux), grads) as computed under jit."""
+    _, params, episode = world(name)
+    return worlds.compiled(name, estimator)(params, episode)
+
+
+# What each estimator promises. The checks take a gradient, so that a test below can hand them a wrong one.
+
+
+def check_exact(name, grads):
+    _, params, episode = world(name)
+    loss = worlds.outer_loss(name)
+    for seed in range(3):
+        direction = worlds.random_direction(params, seed)
+        expected = worlds.finite_difference(lambda point: loss(point, episode), params, direction)
+        assert abs(expected) > 1e-4, "a direction without slope tests nothing"
+        np.testing.assert_allclose(worlds.dot(grads, direction), expected, rtol=1e-6)
+
+
+def check_first_order(name, grads):
+    row, params, episode = world(name)
+    if row.learner.problem is None:  # nothing is left out: it is the exact gradient
+        return check_exact(name, grads)
+    expected = worlds.by_hand(row, params, episode, STEPS.get(name, 2))[1]
+    assert worlds.relative_distance(grads, expected) < 1e-9
+
+
+def check_displacement(name, grads):
+    row, params, episode = world(name)
+    expected = worlds.by_hand(row, params, episode, STEPS.get(name, 2))[2]
+    assert worlds.relative_distance(grads, expected) < 1e-9
+
+
+CHECKS = {
+    **dict.fromkeys(worlds.EXACT, check_exact),
+    "first_order": check_first_order,
+    "displacement": check_displacement,
+}
+
+
+@pytest.mark.parametrize(("name", "estimator"), worlds.PAIRS)
+def test_gradient(name, estimator):
+    (loss, aux), grads = result(name, estimator)
+    row, params, episode = world(name)
+    assert jax.tree.structure(grads) == jax.tree.structure(params)
+    CHECKS[estimator](name, grads)
+    np.testing.assert_allclose(loss, worlds.outer_loss(name)(params, episode), rtol=1e-12)
+    assert aux["outputs"].shape == (9, worlds.WAYS)
+    if row.learner.problem is not None:
+        assert aux["inner_loss"].shape == (row.learner.problem.num_steps,)
+
+
+def altered_mixed_mode(change):
+    """`mixed_mode`, its two products changed on their way out."""
+
+    def gradient(loss):
+        @jax.custom_vjp
+        def value_and_slope(params, meta_params, *data):
+            return jax.value_and_grad(loss)(params, meta_params, *data)
+
+        def backward(arguments, cotangents):
+            params, meta_params, *data = arguments
+            both = lambda params: jax.grad(loss, argnums=(0, 1))(params, meta_params, *data)  # noqa: E731
+            products = jax.jvp(both, (params,), (cotangents[1],))[1]
+            return *change(*products), *([None] * len(data))
+
+        value_and_slope.defvjp(lambda *arguments: (value_and_slope(*arguments), arguments), backward)
+        return value_and_slope
+
+    return _explicit._explicit(gradient, lambda step: step)
+
+
+def zero(tree):
+    return jax.tree.map(jnp.zeros_like, tree)
+
+
+def minus(tree):
+    return jax.tree.map(jnp.negative, tree)
+
+
+def altered(estimator, change):
+    """An estimator, its gradient changed."""
+
+    def value_and_grad(*arguments, **keywords):
+        value, grads, state = estimator.value_and_grad(*arguments, **keywords)
+        return value, change(grads), state
+
+    return metajax.Hypergrad(estimator.init, value_and_grad)
+
+
+def gradient_of(name, estimator):
+    row, params, episode = world(name)
+    return worlds.jit(hypergrad.value_and_grad(row.learner, estimator))(params, episode)[1]
+
+
+def test_the_unaltered_copy_passes():
+    check_exact("maml_proximal", gradient_of("maml_proximal", altered_mixed_mode(lambda h, m: (h, m))))
+
+
+BROKEN = {
+    "hessian product dropped": ("maml", check_exact, altered_mixed_mode(lambda h, m: (zero(h), m))),
+    "hessian product turned": ("maml", check_exact, altered_mixed_mode(lambda h, m: (minus(h), m))),
+    "mixed product dropped": ("maml_proximal", check_exact, altered_mixed_mode(lambda h, m: (h, zero(m)))),
+    "mixed product turned": ("maml_proximal", check_exact, altered_mixed_mode(lambda h, m: (h, minus(m)))),
+    "mixed product dropped, ANIL": ("anil", check_exact, altered_mixed_mode(lambda h, m: (h, zero(m)))),
+    "first order for exact": ("maml", check_exact, hypergrad.first_order()),
+    "first order for exact, Adam": ("maml_adam", check_exact, hypergrad.first_order()),
+    "exact for first order": ("maml", check_first_order, hypergrad.unrolled()),
+    "exact turned": ("maml", check_exact, altered(hypergrad.unrolled(), minus)),
+    "first order turned": ("anil", check_first_order, altered(hypergrad.first_order(), minus)),
+    "displacement turned": ("reptile", check_displacement, altered(hypergrad.displacement(), minus)),
+    "displacement a step short": ("reptile", check_displacement, hypergrad.displacement()),
+    "no gradient without a problem": ("prototypical", check_exact, altered(hypergrad.unrolled(), zero)),
+}
+
+
+@pytest.mark.parametrize("breakage", BROKEN)
+def test_a_broken_estimator_fails_its_row(breakage, monkeypatch):
+    name, check, estimator = BROKEN[breakage]
+    grads = gradient_of(name, estimator)
+    if "step short" in breakage:
+        monkeypatch.setitem(STEPS, "reptile", 2)
+    with pytest.raises(AssertionError):
+        check(name, grads)
+
+
+# Closed forms: squared error of a linear model, whose inner loop and hypergradient are products of matrices.
+
+
+def quadratic(seed=0):
+    rng = np.random.default_rng(seed)
+    inputs, targets = rng.normal(size=(2, 7, 3)), rng.normal(size=(2, 7, 1))
+    pairs = list(zip(inputs, targets, strict=True))
+    parts = [metajax.Examples(jnp.array(x), jnp.array(y), jnp.ones(7, bool)) for x, y in pairs]
+    hessians, slopes = [2 * x.T @ x / 7 for x in inputs], [2 * x.T @ y / 7 for x, y in pairs]
+    return metajax.Episode(*parts), hessians, slopes, rng.normal(size=(3, 1))
+
+
+LINEAR = metajax.Model(lambda key, x: jnp.zeros([x.shape[-1], 1]), lambda w, x: x @ w)
+
+
+@pytest.mark.parametrize("proximal", [0.0, 0.7])
+@pytest.mark.parametrize("estimator", worlds.ESTIMATORS)
+def test_quadratic(estimator, proximal):
+    episode, (hessian, query_hessian), (slope, query_slope), start = quadratic()
+    rate, steps = 0.2, 4
+    weights, jacobian = start, np.eye(3)
+    for _ in range(steps):
+        weights = weights - rate * (hessian @ weights - slope + proximal * (weights - start))
+        jacobian = (np.eye(3) - rate * (hessian + proximal * np.eye(3))) @ jacobian + rate * proximal * np.eye(3)
+    outer = query_hessian @ weights - query_slope
+    expected = {"first_order": outer, "displacement": start - weights}.get(estimator, jacobian.T @ outer)
+
+    learner = metajax.learners.maml(LINEAR, optax.sgd(rate), steps, proximal=proximal, loss=metajax.core.squared_error)
+    _, grads = hypergrad.value_and_grad(learner, worlds.ESTIMATORS[estimator])(jnp.array(start), episode)
+    np.testing.assert_allclose(grads, expected, rtol=1e-12)
+
+
+def meta_sgd():
+    """A problem of a user's own: learned rates, a learned start, a learned ridge, and a fixed offset."""
+
+    def loss(params, meta_params, support, step, key):
+        del step, key
+        error = support.inputs @ params["w"] + meta_params["offset"] - support.targets
+        return jnp.mean(error**2) + jnp.exp(meta_params["ridge"]) * jnp.sum(params["w"] ** 2)
+
+    problem = metajax.InnerProblem(
+        init=lambda meta_params, support, key: {"w": meta_params["start"]},
+        loss=loss,
+        optimizer=lambda meta: optax.stateless(lambda grads, _: {"w": -jnp.exp(meta["rate"]) * grads["w"]}),
+        num_steps=3,
+        finish=lambda params, meta_params, support, key: (params, meta_params["offset"]),
+    )
+
+    def adapt(meta_params, support, *, unlabelled=None, num_steps=None, key=None):
+        return metajax.core._inner.unroll(problem, meta_params, support, key=key, num_steps=num_steps).adapted
+
+    def predict(adapted, inputs, *, mask=None, key=None):
+        return inputs @ adapted[0]["w"] + adapted[1]
+
+    def outer_loss(adapted, meta_params, query, *, key=None):
+        outputs = predict(adapted, query.inputs)
+        return jnp.mean((outputs - query.targets) ** 2), {"outputs": outputs}
+
+    return metajax.Learner(None, adapt, predict, outer_loss, problem)
+
+
+@pytest.mark.parametrize("estimator", worlds.ESTIMATORS)
+def test_what_the_inner_rule_and_loss_learn(estimator):
+    learner, (episode, _, _, start) = meta_sgd(), quadratic()
+    params = {"start": start, "rate": np.full([3, 1], -2.0), "ridge": np.array(-1.0), "offset": np.array(0.3)}
+    params = jax.tree.map(jnp.array, params)
+    _, grads = hypergrad.value_and_grad(learner, worlds.ESTIMATORS[estimator])(params, episode)
+    x, y, query_x, query_y = (np.asarray(leaf) for part in episode for leaf in part[:2])
+
+    def last(point, stopped_at=None):
+        """The inner loop in NumPy; with `stopped_at` its gradients are taken there, whatever the point."""
+        w, seen, grads_seen = point["start"], None if stopped_at is None else iter(stopped_at), []
+        for _ in range(3):
+            slope = 2 * x.T @ (x @ w + point["offset"] - y) / 7 + 2 * np.exp(point["ridge"]) * w
+            grads_seen.append(slope)
+            w = w - np.exp(point["rate"]) * (slope if seen is None else next(seen))
+        return w, grads_seen
+
+    numpy_params = jax.tree.map(np.asarray, params)
+    if estimator == "displacement":
+        expected = {**jax.tree.map(np.zeros_like, numpy_params), "start": start - last(numpy_params)[0]}
+        assert worlds.relative_distance(grads, expected) < 1e-12
+        return
+    stopped = last(numpy_params)[1] if estimator == "first_order" else None
+
+    def objective(point):
+        w = last(point, stopped)[0]
+        return np.mean((query_x @ w + point["offset"] - query_y) ** 2)
+
+    for seed in range(4):
+        direction = worlds.random_direction(numpy_params, seed)
+        expected = worlds.finite_difference(objective, numpy_params, direction, step=1e-4)
+        np.testing.assert_allclose(worlds.dot(grads, direction), expected, rtol=1e-8)
+    if estimator == "first_order":
+        assert float(grads["ridge"]) == 0  # only the inner gradient depends on it
+        assert float(jnp.min(jnp.abs(grads["rate"]))) > 0
+
+
+# What must not matter.
+
+
+def same(entry, other, tolerance=1e-12):
+    """Same loss and gradient; predictions are compared where the query is kept."""
+    ((loss, _), grads), ((other_loss, _), other_grads) = entry, other
+    np.testing.assert_allclose(loss, other_loss, rtol=tolerance)
+    assert worlds.relative_distance(grads, other_grads) < tolerance
+
+
+REPTILE = ("reptile", "displacement")
+
+
+def reorder(part, rows):
+    return part._replace(inputs=part.inputs[rows], targets=part.targets[rows], mask=part.mask[rows])
+
+
+@pytest.mark.parametrize(("name", "estimator"), worlds.PAIRS)
+def test_order_of_examples(name, estimator):
+    _, params, episode = world(name)
+    moved = metajax.Episode(
+        reorder(episode.support, np.array([7, 3, 0, 5, 1, 6, 2, 4])),
+        reorder(episode.query, np.array([2, 8, 0, 5, 3, 7, 6, 1, 4])),
+    )
+    same(worlds.compiled(name, estimator)(params, moved), result(name, estimator), 1e-11)
+
+
+@pytest.mark.parametrize("filling", ["nan", "huge"])
+@pytest.mark.parametrize(("name", "estimator"), worlds.PAIRS)
+def test_content_of_padding(name, estimator, filling):
+    _, params, episode = world(name)
+
+    def spoil(part):
+        padding = ~np.asarray(part.mask)
+        inputs, targets = np.array(part.inputs), np.array(part.targets)
+        inputs[padding], targets[padding] = (np.nan, 99) if filling == "nan" else (1e30, -5)
+        return part._replace(inputs=jnp.array(inputs), targets=jnp.array(targets))
+
+    spoiled = metajax.Episode(spoil(episode.support), spoil(episode.query))
+    same(worlds.compiled(name, estimator)(params, spoiled), result(name, estimator), 1e-15)
+
+
+@pytest.mark.parametrize(("name", "estimator"), [*((name, "mixed_mode") for name in worlds.LEARNERS), REPTILE])
+def test_amount_of_padding(name, estimator):
+    row, params, _ = world(name)
+    same(worlds.compiled(name, estimator)(params, worlds.episode(row, padding=0)), result(name, estimator), 1e-11)
+
+
+@pytest.mark.parametrize(("name", "estimator"), worlds.PAIRS)
+def test_names_of_classes(name, estimator):
+    """Labels permuted (the absent class too), with the head's columns moved along."""
+    row, params, episode = world(name)
+    names = np.array([2, 3, 0, 1])  # class c is now called names[c]
+    old = np.argsort(names)
+
+    def rename(part):
+        return part._replace(targets=jnp.array(names, jnp.int32)[part.targets], class_mask=part.class_mask[old])
+
+    def move(tree):
+        def column(path, leaf):
+            axis = row.class_axes.get(worlds.path_name(path))
+            return leaf if axis is None else jnp.take(leaf, old, axis)
+
+        return jax.tree.map_with_path(column, tree)
+
+    renamed = metajax.Episode(rename(episode.support), rename(episode.query))
+    (loss, aux), grads = worlds.compiled(name, estimator)(move(params), renamed)
+    value, expected = result(name, estimator)
+    same(((loss, aux), grads), (value, move(expected)), 1e-11)
+    np.testing.assert_allclose(aux["outputs"][:7], value[1]["outputs"][:7][:, old], rtol=1e-10)
+
+
+EAGER = [("maml", estimator) for estimator in worlds.ESTIMATORS] + [
+    (name, "mixed_mode") for name in worlds.LEARNERS if name not in ("maml", "maml_support_statistics")
+]
+
+
+@pytest.mark.parametrize(("name", "estimator"), EAGER)
+def test_jit_changes_nothing(name, estimator):
+    row, params, episode = world(name)
+    eager = hypergrad.value_and_grad(row.learner, worlds.ESTIMATORS[estimator])(params, episode)
+    same(eager, result(name, estimator), 1e-11)
+
+
+@pytest.mark.parametrize(("name", "estimator"), worlds.PAIRS)
+def test_without_a_key_twice_the_same(name, estimator):
+    _, params, episode = world(name)
+    again, first = worlds.compiled(name, estimator)(params, episode), result(name, estimator)
+    assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (again, first)), strict=True))
+
+
+@pytest.mark.parametrize("name", worlds.LEARNERS)
+def test_one_compilation_and_the_order_of_tasks(name):
+    row, params, _ = world(name)
+    outer = metajax.outer_update(
+        row.learner, optax.adam(1e-2), hypergrad=hypergrad.mixed_mode(), task_batching="scan", before=False
+    )
+    tasks = [worlds.episode(row, seed) for seed in range(3)]
+    update = worlds.jit(outer.update)
+    start = outer.init(jax.random.key(0), tasks[0], params=params)
+    state, metrics = update(start, worlds.stack(tasks))
+    moved, moved_metrics = update(start, worlds.stack([tasks[2], tasks[0], tasks[1]]))
+    assert worlds.relative_distance(moved.params, state.params) < 1e-9
+    for metric in ("loss", "accuracy", "grad_norm"):
+        np.testing.assert_allclose(moved_metrics[metric], metrics[metric], rtol=1e-11)
+    update(state, worlds.stack(tasks))
+    assert update._cache_size() == 1
+
+
+@pytest.mark.parametrize("estimator", worlds.ESTIMATORS)
+def test_one_compilation_of_every_estimator(estimator):
+    row, params, episode = world("maml")
+    outer = metajax.outer_update(row.learner, optax.adam(1e-2), hypergrad=worlds.ESTIMATORS[estimator])
+    update, state = worlds.jit(outer.update), outer.init(jax.random.key(0), episode, params=params)
+    for _ in range(3):
+        state, _ = update(state, worlds.stack([episode, episode]))
+    assert update._cache_size() == 1
+
+
+TYPES = [(*pair, "bfloat16") for pair in worlds.PAIRS] + [
+    (*pair, "float32") for pair in worlds.PAIRS if pair[1] in ("mixed_mode", "displacement")
+]
+
+
+@pytest.mark.parametrize(("name", "estimator", "dtype"), TYPES)
+def test_types_are_kept(name, estimator, dtype):
+    """A step returns what it takes: structure, shapes, dtypes, and no weak types, which would compile again."""
+    row, _, _ = world(name)
+    with jax.enable_x64(False):
+        episode = worlds.episode(row, dtype=jnp.dtype(dtype))
+        params = worlds.parameters(row, dtype=jnp.dtype(dtype))
+        outer = metajax.outer_update(
+            row.learner, optax.adam(1e-2), hypergrad=worlds.ESTIMATORS[estimator], task_batching="scan", before=False
+        )
+        before = jax.eval_shape(lambda: outer.init(jax.random.key(0), episode, params=params))
+        after, metrics = jax.eval_shape(outer.update, before, worlds.stack([episode, episode]))
+    assert jax.tree.structure(after) == jax.tree.structure(before)
+    for old, new in zip(*map(jax.tree.leaves, (before, after)), strict=True):
+        assert (old.shape, old.dtype, old.weak_type) == (new.shape, new.dtype, new.weak_type)
+    assert {leaf.dtype for leaf in jax.tree.leaves(before.params)} == {jnp.dtype(dtype)}
+    assert {metrics[metric].dtype for metric in ("loss", "accuracy", "grad_norm")} == {jnp.dtype(dtype)}
+
+
+@pytest.mark.parametrize("name", ["maml", "prototypical", "finetune"])
+def test_bfloat16_agrees_with_float64(name):
+    row, params, episode = world(name)
+    (expected, _), _ = result(name, "unrolled")
+    with jax.enable_x64(False):
+        low, tasks = (jax.tree.map(lambda leaf: np.asarray(leaf), tree) for tree in (params, episode))
+        low, tasks = jax.tree.map(
+            lambda leaf: jnp.asarray(leaf, jnp.bfloat16 if leaf.dtype == np.float64 else leaf.dtype), (low, tasks)
+        )
+        (loss, _), grads = worlds.jit(hypergrad.value_and_grad(row.learner, hypergrad.mixed_mode()))(low, tasks)
+    np.testing.assert_allclose(float(loss), float(expected), rtol=0.05)
+    assert worlds.relative_distance(grads, result(name, "unrolled")[1]) < 0.2
+
+
+@pytest.mark.parametrize(("name", "estimator"), worlds.PAIRS)
+def test_no_support_and_no_query(name, estimator):
+    """All padding, in the support or in the query set: finite numbers, no adaptation, no loss."""
+    row, params, episode = world(name)
+    nothing = jnp.zeros_like(episode.support.mask)
+    (_, aux), grads = worlds.compiled(name, estimator)(
+        params, episode._replace(support=episode.support._replace(mask=nothing))
+    )
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(grads))
+    if row.learner.problem is not None:
+        np.testing.assert_array_equal(aux["inner_loss"], 0)
+    (loss, _), grads = worlds.compiled(name, estimator)(
+        params, episode._replace(query=episode.query._replace(mask=jnp.zeros_like(episode.query.mask)))
+    )
+    assert float(loss) == 0
+    if estimator != "displacement":
+        assert worlds.dot(grads, grads) == 0
+
+
+@pytest.mark.parametrize("name", worlds.LEARNERS)
+@pytest.mark.parametrize("part", ["support", "query"])
+def test_a_kept_nan_is_not_hidden(name, part):
+    if (name, part) == ("pretrain", "support"):
+        pytest.skip("pretrain does not look at the support set")
+    _, params, episode = world(name)
+    examples = getattr(episode, part)
+    spoiled = episode._replace(**{part: examples._replace(inputs=examples.inputs.at[0].set(jnp.nan))})
+    (loss, _), _ = worlds.compiled(name, "mixed_mode")(params, spoiled)
+    assert np.isnan(loss)

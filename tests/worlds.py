@@ -1,0 +1,222 @@
+"""The rows of the contract table: small episodes, every learner, every estimator, in float64.
+
+Tests import it by name (`tests/conftest.py` puts this folder on the path).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import metajax
+from metajax import hypergrad, learners, models
+
+WAYS = 4  # outputs of the models and length of the class mask; the last class is absent
+PRESENT = 3
+FEATURES = 5
+
+
+class Row(NamedTuple):
+    """A learner of the table.
+
+    Attributes:
+      learner: the learner.
+      images: whether its inputs are images `[8, 8, 1]`, else vectors `[4]`.
+      model: its network.
+      rule: the inner optimizer, where the learner has an inner problem.
+      adapts: what adapts, and `proximal`: the weight of the proximal term.
+      class_axes: path of a parameter to the axis that counts classes.
+    """
+
+    learner: metajax.Learner
+    images: bool = False
+    model: metajax.Model | None = None
+    rule: optax.GradientTransformation | None = None
+    adapts: str | None = None
+    proximal: float = 0.0
+    class_axes: dict[str, int] = {}  # noqa: RUF012 - never written
+
+
+_MLP = models.mlp(WAYS, hidden=(6,))
+_BACKBONE = models.mlp(FEATURES, hidden=(6,))
+_CONV = models.conv4(WAYS, width=4, depth=2, normalisation="support", form="lax")  # lax: half as long to compile
+_SGD, _ADAM = optax.sgd(0.3), optax.adam(0.05, eps_root=1e-8)
+_RULE = optax.adam(0.02, b1=0.0, eps_root=1e-8)
+_HEAD = {"head/kernel": -1, "head/bias": 0}
+
+LEARNERS = {
+    "maml": Row(learners.maml(_MLP, _SGD, 2), model=_MLP, rule=_SGD, class_axes=_HEAD),
+    "maml_adam": Row(learners.maml(_MLP, _ADAM, 2), model=_MLP, rule=_ADAM, class_axes=_HEAD),
+    "anil": Row(learners.maml(_MLP, _SGD, 2, adapts="head"), False, _MLP, _SGD, "head", class_axes=_HEAD),
+    "maml_proximal": Row(learners.maml(_MLP, _SGD, 2, proximal=0.5), False, _MLP, _SGD, proximal=0.5, class_axes=_HEAD),
+    "maml_support_statistics": Row(learners.maml(_CONV, _SGD, 2), True, _CONV, _SGD, class_axes=_HEAD),
+    "reptile": Row(learners.reptile(_MLP, _RULE, 3), model=_MLP, rule=_RULE, class_axes=_HEAD),
+    "prototypical": Row(learners.prototypical(_BACKBONE)),
+    "prototypical_cosine": Row(learners.prototypical(_BACKBONE, distance="cosine")),
+    "finetune": Row(learners.finetune(_BACKBONE, optax.sgd(0.5), 3)),
+    "finetune_cosine": Row(learners.finetune(_BACKBONE, optax.sgd(0.05), 3, head="cosine")),
+    "pretrain": Row(learners.pretrain(_BACKBONE, WAYS), class_axes={"head/kernel": 0, "head/bias": 0}),
+}
+
+ESTIMATORS = {
+    "unrolled": hypergrad.unrolled(),
+    "unrolled_remat": hypergrad.unrolled(remat=True),
+    "mixed_mode": hypergrad.mixed_mode(),
+    "first_order": hypergrad.first_order(),
+    "displacement": hypergrad.displacement(),
+}
+EXACT = ("unrolled", "unrolled_remat", "mixed_mode")
+
+
+def admits(row: Row, estimator: str) -> bool:
+    """Whether the learner takes the estimator: the displacement needs fast weights."""
+    return row.learner.problem is not None or estimator != "displacement"
+
+
+PAIRS = [(name, estimator) for name, row in LEARNERS.items() for estimator in ESTIMATORS if admits(row, estimator)]
+
+
+def examples(seed: int, kept: int, padding: int, *, images: bool = False, dtype: Any = np.float64) -> metajax.Examples:
+    """Examples of three present classes and one absent one; the last `padding` rows are padding (zeros)."""
+    rng = np.random.default_rng(seed)
+    count = kept + padding
+    targets = np.arange(count) % PRESENT
+    shape = (8, 8, 1) if images else (4,)
+    inputs = rng.normal(size=(count, *shape)) + targets.reshape(-1, *[1] * len(shape))
+    mask = np.arange(count) < kept
+    inputs[~mask], targets[~mask] = 0, 0
+    present = np.arange(WAYS) < PRESENT
+    return metajax.Examples(
+        jnp.asarray(inputs, dtype), jnp.asarray(targets, jnp.int32), jnp.array(mask), jnp.array(present)
+    )
+
+
+def episode(row: Row, seed: int = 0, *, padding: int = 2, dtype: Any = np.float64) -> metajax.Episode:
+    """Six support and seven query examples, and `padding` more rows in each."""
+    return metajax.Episode(
+        examples(2 * seed, 6, padding, images=row.images, dtype=dtype),
+        examples(2 * seed + 1, 7, padding, images=row.images, dtype=dtype),
+    )
+
+
+def parameters(row: Row, seed: int = 0, *, dtype: Any = np.float64) -> Any:
+    """Meta-parameters at a point where nothing is special (no zero bias, no unit scale)."""
+    start = row.learner.init(jax.random.key(seed), episode(row).support.inputs)
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf + 0.3 * rng.normal(size=leaf.shape), dtype), start)
+
+
+def stack(episodes: list[metajax.Episode]) -> metajax.Episode:
+    """A batch of tasks."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *episodes)
+
+
+def jit(function: Any, **options: Any) -> Any:
+    """`jax.jit` that compiles faster: tests call what they compile a few times, on a few numbers."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0}, **options)
+
+
+@functools.cache
+def compiled(name: str, estimator: str) -> Any:
+    """The jitted one-task primitive of a pair, shared by all tests."""
+    return jit(hypergrad.value_and_grad(LEARNERS[name].learner, ESTIMATORS[estimator]))
+
+
+@functools.cache
+def outer_loss(name: str) -> Any:
+    """The jitted `(meta_params, episode) -> loss` of a learner, without any estimator."""
+    learner = LEARNERS[name].learner
+
+    @jit
+    def loss(meta_params: Any, episode: metajax.Episode) -> Any:
+        return learner.outer_loss(learner.adapt(meta_params, episode.support), meta_params, episode.query)[0]
+
+    return loss
+
+
+def finite_difference(function: Any, point: Any, direction: Any, step: float = 3e-6) -> float:
+    """Central difference of fourth order along a direction."""
+
+    def at(distance: float) -> float:
+        return float(function(jax.tree.map(lambda x, d: x + distance * d, point, direction)))
+
+    return (8 * (at(step) - at(-step)) - (at(2 * step) - at(-2 * step))) / (12 * step)
+
+
+def random_direction(tree: Any, seed: int) -> Any:
+    """A random unit vector in the space of a tree."""
+    rng = np.random.default_rng(seed)
+    draws = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape), tree)
+    norm = np.sqrt(sum(np.sum(leaf**2) for leaf in jax.tree.leaves(draws)))
+    return jax.tree.map(lambda leaf: leaf / norm, draws)
+
+
+def dot(a: Any, b: Any) -> float:
+    """Inner product of two trees."""
+    return float(sum(np.sum(np.asarray(x) * np.asarray(y)) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)))
+
+
+def relative_distance(a: Any, b: Any) -> float:
+    """`|a - b| / |b|` over two trees of one structure."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    difference = jax.tree.map(lambda x, y: np.asarray(x, np.float64) - np.asarray(y, np.float64), a, b)
+    return (dot(difference, difference) / max(dot(b, b), 1e-300)) ** 0.5
+
+
+def path_name(path: Any) -> str:
+    """`head/kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def by_hand(row: Row, meta_params: Any, episode: metajax.Episode, steps: int) -> tuple[Any, Any, Any]:
+    """MAML and Reptile as a loop in Python, without the learner, the inner loop or an estimator.
+
+    Padding rows are cut off and the loss is written out. Returns the adapted weights (all of them), the gradient
+    of the query loss there (through support statistics), and the displacement.
+    """
+    picks = lambda path: row.adapts is None or path.startswith(row.adapts)  # noqa: E731
+    flat = {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(meta_params)}
+    treedef = jax.tree.structure(meta_params)
+    start = {path: leaf for path, leaf in flat.items() if picks(path)}
+
+    def cut(part: metajax.Examples) -> tuple[Any, Any]:
+        kept = np.asarray(part.mask)
+        return part.inputs[kept], np.asarray(part.targets)[kept]
+
+    def apply(weights: dict[str, Any], inputs: Any, stats: Any = None) -> tuple[Any, Any]:
+        tree = jax.tree.unflatten(treedef, [weights[path] for path in flat])
+        if "stats" in row.model.needs:
+            return row.model.apply(tree, inputs, mask=None, stats=stats)
+        return row.model.apply(tree, inputs), None
+
+    def loss(weights: dict[str, Any], inputs: Any, targets: Any, stats: Any = None) -> Any:
+        logits = apply(weights, inputs, stats)[0][:, :PRESENT]
+        return jnp.mean(jax.nn.logsumexp(logits, axis=1) - logits[np.arange(len(targets)), targets])
+
+    def support_loss(fast: dict[str, Any]) -> Any:
+        away = sum(jnp.sum((fast[path] - start[path]) ** 2) for path in fast)
+        return loss({**flat, **fast}, *cut(episode.support)) + 0.5 * row.proximal * away
+
+    fast, rule_state = start, row.rule.init(start)
+    slope = jit(jax.grad(support_loss))
+    for _ in range(steps):
+        change, rule_state = row.rule.update(slope(fast), rule_state, fast)
+        fast = {path: fast[path] + change[path] for path in fast}
+    adapted = {**flat, **fast}
+
+    def query_loss(weights: dict[str, Any]) -> Any:
+        return loss(weights, *cut(episode.query), apply(weights, cut(episode.support)[0])[1])
+
+    def tree(weights: dict[str, Any]) -> Any:
+        return jax.tree.unflatten(treedef, [weights[path] for path in flat])
+
+    return (
+        tree(adapted),
+        tree(jit(jax.grad(query_loss))(adapted)),
+        tree({path: flat[path] - adapted[path] for path in flat}),
+    )
