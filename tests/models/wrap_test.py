@@ -1,0 +1,88 @@
+"""Modules of flax as pure models."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx
+
+from metajax import models
+
+_X = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+
+
+class _Noisy(nnx.Module):
+    def __init__(self, rngs):
+        self.linear = nnx.Linear(3, 4, rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, inputs):
+        return self.dropout(self.norm(self.linear(inputs)))
+
+
+class _LinenNoisy(linen.Module):
+    @linen.compact
+    def __call__(self, inputs, deterministic=True):
+        values = linen.BatchNorm(use_running_average=False)(linen.Dense(4)(inputs))
+        return linen.Dropout(0.5)(values, deterministic=deterministic)
+
+
+def test_nnx_parameters_are_a_plain_tree_and_apply_is_the_module():
+    model = models.from_nnx(lambda rngs: nnx.Linear(3, 2, rngs=rngs))
+    params = model.init(jax.random.key(0), _X)
+    assert jax.tree.map(jnp.shape, params) == {"bias": (2,), "kernel": (3, 2)}
+    np.testing.assert_allclose(model.apply(params, _X), _X @ params["kernel"] + params["bias"], rtol=1e-5)
+    other = jax.tree.map(jnp.zeros_like, params)
+    np.testing.assert_array_equal(model.apply(other, _X), 0)
+    np.testing.assert_allclose(model.apply(params, _X), _X @ params["kernel"] + params["bias"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "model", [models.from_nnx(_Noisy, needs=("key",)), models.from_linen(_LinenNoisy(), needs=("key",))],
+    ids=["nnx", "linen"],
+)  # fmt: skip
+def test_dropout_follows_the_key_and_state_does_not_leak(model):
+    params = model.init(jax.random.key(0), _X)
+    apply = jax.jit(lambda params, key: model.apply(params, _X, key=key))
+    one, again, other = (apply(params, jax.random.key(seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(one, again)
+    assert np.any(one != other)
+    silent = model.apply(params, _X, key=None)
+    np.testing.assert_array_equal(silent, model.apply(params, _X, key=None))
+    assert np.all(silent != 0)
+    assert all("dropout" not in path for path in params)
+
+
+def test_batch_normalisation_of_a_linen_module_uses_the_call():
+    model = models.from_linen(linen.BatchNorm(use_running_average=False))
+    outputs = model.apply(model.init(jax.random.key(0), _X), _X)
+    np.testing.assert_allclose(outputs.mean(0), 0, atol=1e-5)
+
+
+def test_wrapped_models_differentiate_and_map():
+    model = models.from_nnx(lambda rngs: nnx.Linear(3, 2, rngs=rngs))
+    params = model.init(jax.random.key(0), _X)
+    loss = lambda params, x: jnp.sum(model.apply(params, x) ** 2)  # noqa: E731
+    grads = jax.vmap(jax.grad(loss), in_axes=(None, 0))(params, jnp.stack([_X, 2 * _X]))
+    np.testing.assert_allclose(grads["kernel"][0], jax.grad(loss)(params, _X)["kernel"], rtol=1e-5)
+
+
+def test_mlp_against_numpy_and_its_refusals():
+    model = models.mlp(2, hidden=(4,))
+    params = model.init(jax.random.key(0), _X)
+    hidden = np.maximum(_X @ params["layer_0"]["kernel"] + params["layer_0"]["bias"], 0)
+    np.testing.assert_allclose(
+        model.apply(params, _X), hidden @ params["head"]["kernel"] + params["head"]["bias"], rtol=1e-4, atol=1e-5
+    )
+    with pytest.raises(ValueError, match="outputs must be an integer of at least 1, got 0"):
+        models.mlp(0)
+    with pytest.raises(ValueError, match="hidden must be an integer of at least 1, got -2"):
+        models.mlp(2, hidden=(-2,))
+
+
+def test_unsigned_images_are_scaled():
+    images = np.array([[0, 255, 51]], np.uint8)
+    linear = models.from_linen(linen.Dense(2))
+    params = linear.init(jax.random.key(0), images)
+    np.testing.assert_allclose(linear.apply(params, images), linear.apply(params, images / np.float32(255)), rtol=1e-6)

@@ -1,0 +1,76 @@
+"""What every public name promises, and what the package keeps out."""
+
+import importlib
+import inspect
+import pathlib
+import pkgutil
+import re
+import subprocess
+import sys
+
+import pytest
+
+import metajax
+
+_ROOT = pathlib.Path(metajax.__file__).parent
+_PACKAGES = ["metajax", *(f"metajax.{module.name}" for module in pkgutil.iter_modules([str(_ROOT)]))]
+_PUBLIC = [
+    (package, name)
+    for package in _PACKAGES
+    for name in importlib.import_module(package).__all__
+    if not inspect.ismodule(getattr(importlib.import_module(package), name))
+]
+
+
+@pytest.mark.parametrize(("package", "name"), _PUBLIC)
+def test_a_public_name_is_documented_with_an_example_and_annotated(package, name):
+    thing = getattr(importlib.import_module(package), name)
+    assert thing.__doc__, f"{package}.{name} has no docstring"
+    if inspect.isfunction(thing):
+        signature = inspect.signature(thing)
+        assert signature.return_annotation is not inspect.Signature.empty
+        assert all(p.annotation is not inspect.Parameter.empty for p in signature.parameters.values())
+    if not getattr(thing, "_is_protocol", False):
+        assert ">>> " in thing.__doc__, f"{package}.{name} has no example"
+
+
+def test_import_brings_neither_tensorflow_nor_torch_nor_pyplot():
+    code = "import metajax, sys; print([name for name in ('tensorflow', 'torch', 'matplotlib') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_package_works_without_tensorflow():
+    code = """
+import sys
+sys.modules["tensorflow"] = None
+import metajax
+source, spec = metajax.data.sinusoids(), metajax.data.EpisodeSpec(1, 5, 5)
+assert metajax.data.episode(source, spec, seed=0, index=0).query.inputs.shape == (5, 1)
+try:
+    metajax.data.episodes(source, spec, batch=1, seed=0)
+except ImportError as error:
+    assert "tensorflow" in str(error)
+else:
+    raise SystemExit("an ImportError was due")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+_SOURCES = sorted(_ROOT.rglob("*.py"))
+
+
+def test_no_file_is_long_and_none_reaches_into_jax():
+    for path in _SOURCES:
+        text = path.read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= 500, path
+        assert "jax._src" not in text, path
+        assert not re.search(r"^\s*print\(", text, re.MULTILINE), path
+        assert "absl" not in text, path
+
+
+def test_learners_and_estimators_never_name_each_other():
+    for one, other in (("learners", "hypergrad"), ("hypergrad", "learners")):
+        for path in (_ROOT / one).glob("*.py"):
+            imports = re.findall(r"^(?:from|import) .*", path.read_text(encoding="utf-8"), re.MULTILINE)
+            assert not [line for line in imports if f"metajax.{other}" in line or f"import {other}" in line], path

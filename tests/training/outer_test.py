@@ -1,0 +1,238 @@
+"""The meta step: ways to batch tasks, devices, weights, what is trained, and what it refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+import metajax
+from metajax import hypergrad, learners, models
+
+_STEPS, _TASKS = 20, 8
+_LEARNERS = {
+    "maml": learners.maml(models.mlp(3, hidden=(5,)), optax.sgd(0.1), 2),
+    "prototypical": learners.prototypical(models.mlp(4, hidden=(5,))),
+}
+
+
+def _episodes(tasks=_TASKS, seed=0, dtype=np.float64):
+    rng = np.random.default_rng(seed)
+
+    def examples(each):
+        targets = np.tile(np.repeat(np.arange(3), each), (tasks, 1))
+        inputs = rng.normal(size=(tasks, 3 * each, 4)) + targets[..., None]
+        return metajax.Examples(
+            inputs.astype(dtype), targets.astype(np.int32), np.ones(targets.shape, bool), np.ones((tasks, 3), bool)
+        )
+
+    return jax.tree.map(jnp.asarray, metajax.Episode(examples(1), examples(2)))
+
+
+def _task(episodes, index=0):
+    return jax.tree.map(lambda leaf: leaf[index], episodes)
+
+
+def _make(learner="maml", estimator=None, **options):
+    estimator = estimator or hypergrad.mixed_mode()
+    return metajax.outer_update(_LEARNERS[learner], optax.adam(1e-2), hypergrad=estimator, **options)
+
+
+def _start(outer, dtype=jnp.float64):
+    state = outer.init(jax.random.key(0), _task(_episodes()))
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), state.params)
+    return outer.init(jax.random.key(0), _task(_episodes()), params=params)
+
+
+def _run(update, state, steps=_STEPS, dtype=np.float64):
+    for step in range(steps):
+        state, metrics = update(state, _episodes(seed=step, dtype=dtype))
+    return state, metrics
+
+
+def _distance(tree, other):
+    difference = jax.tree.map(lambda a, b: a - b, tree, other)
+    return float(optax.tree.norm(difference) / optax.tree.norm(other))
+
+
+@pytest.fixture(params=list(_LEARNERS))
+def reference(request, x64):
+    outer = _make(request.param, task_batching="vmap")
+    return request.param, *_run(jax.jit(outer.update), _start(outer))
+
+
+def test_all_ways_to_run_tasks_agree_in_float64(reference):
+    name, expected, known = reference
+    mesh = Mesh(np.array(jax.devices()[:4]), ("task",))
+    same, split = PartitionSpec(), PartitionSpec("task")
+
+    def over_devices(batching):
+        outer = _make(name, task_batching=batching, axis_name="task")
+        return jax.shard_map(outer.update, mesh=mesh, in_specs=(same, split), out_specs=(same, same))
+
+    updates = {batching: _make(name, task_batching=batching).update for batching in ("scan", 2, 4)}
+    updates |= {"shard_map vmap": over_devices("vmap"), "shard_map scan": over_devices("scan")}
+    start = _start(_make(name))
+    for label, update in updates.items():
+        state, metrics = _run(jax.jit(update), start)
+        assert _distance(state.params, expected.params) < 1e-9, label
+        for metric in known:
+            np.testing.assert_allclose(metrics[metric], known[metric], rtol=1e-8, err_msg=label)
+
+
+def test_pmap_agrees_in_float64(reference):
+    name, expected, _ = reference
+    outer = _make(name, axis_name="task")
+    update = jax.pmap(outer.update, axis_name="task", in_axes=(None, 0), out_axes=None, devices=jax.devices()[:4])
+
+    def spread(state, episodes):
+        return update(state, jax.tree.map(lambda leaf: leaf.reshape(4, -1, *leaf.shape[1:]), episodes))
+
+    assert _distance(_run(spread, _start(outer))[0].params, expected.params) < 1e-9
+
+
+def test_first_gradients_agree_in_float32():
+    found = {}
+    for batching in ("vmap", "scan", 2):
+        outer = metajax.outer_update(
+            _LEARNERS["maml"], optax.sgd(1.0), hypergrad=hypergrad.mixed_mode(), task_batching=batching
+        )
+        start = _start(outer, jnp.float32)
+        state, _ = _run(jax.jit(outer.update), start, 1, np.float32)
+        found[batching] = jax.tree.map(lambda a, b: a - b, start.params, state.params)
+    assert _distance(found["scan"], found["vmap"]) < 1e-5
+    assert _distance(found[2], found["vmap"]) < 1e-5
+
+
+def test_a_task_whose_query_is_padding_weighs_nothing(x64):
+    episodes = _episodes()
+    empty = episodes.query._replace(
+        mask=episodes.query.mask.at[3:].set(False), inputs=episodes.query.inputs.at[3:].set(jnp.nan)
+    )
+    outer = _make()
+    start = _start(outer)
+    state, metrics = jax.jit(outer.update)(start, episodes._replace(query=empty))
+    expected, known = jax.jit(outer.update)(start, jax.tree.map(lambda leaf: leaf[:3], episodes))
+    assert _distance(state.params, expected.params) < 1e-12
+    np.testing.assert_allclose(metrics["loss"], known["loss"], rtol=1e-12)
+    nothing = episodes._replace(query=empty._replace(mask=jnp.zeros_like(empty.mask)))
+    _, metrics = jax.jit(outer.update)(start, nothing)
+    assert metrics["grad_norm"] == 0
+
+
+def test_metrics_before_adaptation_are_those_of_the_start(x64):
+    outer = _make()
+    start = _start(outer)
+    _, metrics = outer.update(start, _episodes())
+    learner = _LEARNERS["maml"]
+
+    def loss(episode, steps):
+        adapted = learner.adapt(start.params, episode.support, num_steps=steps)
+        return learner.outer_loss(adapted, start.params, episode.query)[0]
+
+    for name, steps in (("loss_before", 0), ("loss", None)):
+        expected = np.mean([loss(_task(_episodes(), index), steps) for index in range(_TASKS)])
+        np.testing.assert_allclose(metrics[name], expected, rtol=1e-10)
+    assert metrics["inner_loss"].shape == (2,)
+    assert "loss_before" not in _make(before=False).update(start, _episodes())[1]
+
+
+def test_what_is_not_trainable_is_shared_and_may_hold_integers(x64):
+    network = models.mlp(3, hidden=(5,))
+
+    def init(key, inputs):
+        return {"network": network.init(key, inputs), "shift": jnp.arange(4)}
+
+    model = metajax.Model(init, lambda params, inputs: network.apply(params["network"], inputs + params["shift"]))
+    learner = learners.maml(model, optax.sgd(0.1), adapts="head")
+    for estimator in (hypergrad.unrolled(), hypergrad.mixed_mode(), hypergrad.first_order(), hypergrad.displacement()):
+        outer = metajax.outer_update(learner, optax.adam(1e-2), hypergrad=estimator, trainable="head")
+        start = outer.init(jax.random.key(0), _task(_episodes()))
+        state, _ = jax.jit(outer.update)(start, _episodes())
+        np.testing.assert_array_equal(state.params["shift"], start.params["shift"])
+        np.testing.assert_array_equal(
+            state.params["network"]["layer_0"]["kernel"], start.params["network"]["layer_0"]["kernel"]
+        )
+        assert np.any(state.params["network"]["head"]["kernel"] != start.params["network"]["head"]["kernel"])
+        assert len(jax.tree.leaves(start.opt_state)) == 1 + 2 * 2  # a count, and two moments of kernel and bias
+
+
+def test_new_values_of_untrained_meta_parameters_are_averaged_and_written():
+    base = learners.prototypical(models.mlp(4))
+
+    def outer_loss(adapted, meta_params, query, *, key=None):
+        loss, aux = base.outer_loss(adapted, meta_params["model"], query, key=key)
+        empty = jax.tree.map(lambda _: None, meta_params)
+        return loss, {**aux, "state": {**empty, "mean": jnp.mean(query.inputs)}}
+
+    learner = metajax.Learner(
+        lambda key, inputs: {"model": base.init(key, inputs), "mean": jnp.zeros([])},
+        lambda meta_params, support, **rest: base.adapt(meta_params["model"], support, **rest),
+        base.predict,
+        outer_loss,
+    )
+    outer = metajax.outer_update(learner, optax.sgd(0.1), hypergrad=hypergrad.unrolled(), trainable="model")
+    episodes = _episodes(dtype=np.float32)
+    state, metrics = jax.jit(outer.update)(outer.init(jax.random.key(0), _task(episodes)), episodes)
+    np.testing.assert_allclose(state.params["mean"], np.mean(episodes.query.inputs), rtol=1e-5)
+    assert "state" not in metrics
+
+
+def test_it_composes_with_scan_donation_clipping_and_eval_shape():
+    outer = metajax.outer_update(
+        _LEARNERS["maml"],
+        optax.apply_if_finite(optax.chain(optax.clip_by_global_norm(1e-3), optax.sgd(1.0)), 3),
+        hypergrad=hypergrad.mixed_mode(),
+    )
+    episodes = _episodes(dtype=np.float32)
+    shapes = jax.eval_shape(lambda key: outer.init(key, _task(episodes)), jax.random.key(0))
+    start = outer.init(jax.random.key(0), _task(episodes))
+    assert jax.tree.map(lambda a, b: a.shape == b.shape and a.dtype == b.dtype, shapes, start)
+    before = jax.tree.map(np.asarray, start.params)
+    several = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), episodes)
+    state, metrics = jax.jit(lambda s, e: jax.lax.scan(outer.update, s, e), donate_argnums=0)(start, several)
+    assert metrics["loss"].shape == (3,)
+    moved = optax.tree.norm(jax.tree.map(lambda a, b: a - b, state.params, before))
+    assert 0 < moved <= 3.01e-3
+    bad = episodes._replace(query=episodes.query._replace(inputs=episodes.query.inputs * jnp.nan))
+    held = jax.tree.map(np.asarray, state.params)
+    after, _ = jax.jit(outer.update)(state, bad)
+    jax.tree.map(np.testing.assert_array_equal, after.params, held)
+    assert jax.tree.map(lambda leaf: leaf.dtype, after.params) == jax.tree.map(lambda leaf: leaf.dtype, before)
+
+
+def test_task_keys_are_those_of_the_global_task():
+    noisy = metajax.Model(
+        lambda key, inputs: jnp.zeros([4, 3]),
+        lambda w, inputs, key: (inputs + jax.random.normal(key, inputs.shape)) @ w,
+        ("key",),
+    )
+    learner = learners.maml(noisy, optax.sgd(0.1))
+    episodes = _episodes(dtype=np.float32)
+    results = []
+    for batching in ("vmap", "scan"):
+        outer = metajax.outer_update(learner, optax.sgd(0.1), hypergrad=hypergrad.unrolled(), task_batching=batching)
+        results.append(outer.update(outer.init(jax.random.key(0), _task(episodes)), episodes)[0].params)
+    outer = metajax.outer_update(learner, optax.sgd(0.1), hypergrad=hypergrad.unrolled(), axis_name="task")
+    spread = metajax.parallel.shard_tasks(outer, devices=jax.devices()[:4])
+    results.append(spread.update(spread.init(jax.random.key(0), _task(episodes)), episodes)[0].params)
+    np.testing.assert_allclose(results[0], results[1], atol=1e-6)
+    np.testing.assert_allclose(results[0], results[2], atol=1e-6)
+
+
+def test_what_is_refused():
+    episodes = _episodes(dtype=np.float32)
+    with pytest.raises(ValueError, match="task_batching must be one of 'auto', 'vmap', 'scan', got 'pmap'"):
+        _make(task_batching="pmap")
+    with pytest.raises(ValueError, match="task_batching must be an integer of at least 1, got 0"):
+        _make(task_batching=0)
+    outer = _make(task_batching=3)
+    with pytest.raises(ValueError, match="must divide the number of tasks 8, got a chunk size of 3"):
+        outer.update(outer.init(jax.random.key(0), _task(episodes)), episodes)
+    with pytest.raises(ValueError, match="trainable must pick at least one leaf, got 'tail'"):
+        _make(trainable="tail").init(jax.random.key(0), _task(episodes))
+    outer = _make()
+    broken = episodes._replace(query=jax.tree.map(lambda leaf: leaf[:2], episodes.query))
+    with pytest.raises(ValueError, match="one leading task axis on every leaf"):
+        outer.update(outer.init(jax.random.key(0), _task(episodes)), broken)
