@@ -20,6 +20,8 @@ _ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(_ROOT))  # for experiments
 sys.path.append(str(_ROOT / "tests"))  # for the modules that tests share
 
+collect_ignore = ["parity/record_torch_maml.py"]  # a script that needs torch
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Deprecated calls made by the package are errors, and decoded data is kept in pytest's own cache."""
