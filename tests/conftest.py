@@ -27,6 +27,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Deprecated calls made by the package are errors, and decoded data is kept in pytest's own cache."""
     for category in ("DeprecationWarning", "FutureWarning", "PendingDeprecationWarning"):
         config.addinivalue_line("filterwarnings", f"error::{category}:metajax")
+    if getattr(config.option, "dist", "no") == "load":
+        config.option.dist = "loadfile"  # tests of a file share what they compiled
     if getattr(config, "cache", None) is not None:
         os.environ.setdefault("METAJAX_CACHE", str(config.cache.mkdir("metajax")))
 

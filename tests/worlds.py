@@ -173,7 +173,15 @@ def path_name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def by_hand(row: Row, meta_params: Any, episode: metajax.Episode, steps: int) -> tuple[Any, Any, Any]:
+@functools.cache
+def by_hand(name: str, steps: int | None = None, seed: int = 0) -> tuple[Any, Any, Any]:
+    """`loop_by_hand` at the base point of a row, on the task of a seed."""
+    row = LEARNERS[name]
+    steps = row.learner.problem.num_steps if steps is None else steps
+    return loop_by_hand(row, parameters(row), episode(row, seed), steps)
+
+
+def loop_by_hand(row: Row, meta_params: Any, episode: metajax.Episode, steps: int) -> tuple[Any, Any, Any]:
     """MAML and Reptile as a loop in Python, without the learner, the inner loop or an estimator.
 
     Padding rows are cut off and the loss is written out. Returns the adapted weights (all of them), the gradient

@@ -36,13 +36,13 @@ def test_a_frozen_table_of_integers(estimator):
     learner = metajax.learners.maml(model, optax.sgd(0.1), 2, adapts="w")
     examples = worlds.examples(0, 6, 0, dtype=np.float32)
     weights, order = jnp.ones([4, worlds.WAYS]), jnp.array([3, 1, 0, 2])
-    _, grads, _ = worlds.ESTIMATORS[estimator].value_and_grad(
-        learner, {"w": weights, "order": None}, (), metajax.Episode(examples, examples),
-        frozen={"w": None, "order": order},
-    )  # fmt: skip
+    episode, entry = metajax.Episode(examples, examples), worlds.ESTIMATORS[estimator]
+    _, grads, _ = worlds.jit(
+        lambda kept, frozen: entry.value_and_grad(learner, kept, (), episode, frozen=frozen)
+    )({"w": weights, "order": None}, {"w": None, "order": order})  # fmt: skip
     moved = examples._replace(inputs=examples.inputs[:, order])
     plain = metajax.learners.maml(metajax.Model(lambda key, x: None, lambda w, x: x @ w), optax.sgd(0.1), 2)
-    _, expected = hypergrad.value_and_grad(plain, worlds.ESTIMATORS[estimator])(weights, metajax.Episode(moved, moved))
+    _, expected = worlds.jit(hypergrad.value_and_grad(plain, entry))(weights, metajax.Episode(moved, moved))
     np.testing.assert_allclose(grads["w"], expected, rtol=1e-5, atol=1e-7)
     assert grads["order"] is None
 
@@ -56,7 +56,8 @@ def test_first_order_is_exact_without_curvature(x64):
     weights, inputs, targets = (jnp.array(rng.normal(size=size)) for size in ((3, 2), (5, 3), (5, 2)))
     examples = metajax.Examples(inputs, targets, jnp.ones(5, bool))
     episode = metajax.Episode(examples, examples)
-    grads = [hypergrad.value_and_grad(learner, worlds.ESTIMATORS[name])(weights, episode)[1] for name in EXPLICIT]
+    estimators = [worlds.ESTIMATORS[name] for name in EXPLICIT]
+    grads = [worlds.jit(hypergrad.value_and_grad(learner, entry))(weights, episode)[1] for entry in estimators]
     for other in grads[1:]:
         np.testing.assert_allclose(other, grads[0], rtol=1e-12)
 

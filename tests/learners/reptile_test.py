@@ -1,10 +1,13 @@
 """Reptile's minibatches: drawn without replacement among the kept examples, anew in each step."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import worlds
 
 import metajax
 from metajax import learners
@@ -15,9 +18,14 @@ MODEL = metajax.Model(lambda key, x: jnp.zeros([x.shape[-1], 8]), lambda w, x: x
 SUPPORT = metajax.Examples(jnp.eye(8), jnp.arange(8), jnp.arange(8) < 6)
 
 
-def drawn(key, *, steps=1, batch_size=2, support=SUPPORT):
+@functools.cache
+def adapt(steps, batch_size):
     learner = learners.reptile(MODEL, optax.sgd(1.0), steps, batch_size=batch_size)
-    weights = learner.adapt(jnp.zeros([8, 8]), support, key=key).params
+    return worlds.jit(lambda support, key: learner.adapt(jnp.zeros([8, 8]), support, key=key).params)
+
+
+def drawn(key, *, steps=1, batch_size=2, support=SUPPORT):
+    weights = adapt(steps, batch_size)(support, key)
     return np.flatnonzero(np.any(weights != 0, axis=1))
 
 

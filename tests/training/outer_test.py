@@ -79,7 +79,6 @@ def test_all_ways_to_run_tasks_agree_in_float64(reference):
 
     updates = {batching: _make(name, task_batching=batching, before=False).update for batching in ("scan", 4)}
     updates |= {"8 devices": over_devices("auto", 8), "2 devices, chunks": over_devices(2, 2)}
-    updates |= {"4 devices, scan": over_devices("scan", 4)}
     start = _start(_make(name))
     for label, update in updates.items():
         state, metrics = _run(worlds.jit(update), start)
