@@ -22,14 +22,38 @@ _PUBLIC = [
 ]
 
 
+def _unannotated(function):
+    signature = inspect.signature(function)
+    names = [
+        name for name, parameter in signature.parameters.items()
+        if parameter.annotation is inspect.Parameter.empty and name not in ("self", "cls")
+    ]  # fmt: skip
+    silent = signature.return_annotation is inspect.Signature.empty and function.__name__ != "__init__"
+    return names + ["return"] * silent
+
+
+def test_what_is_public_is_listed_once_in_order_and_there():
+    for package in _PACKAGES:
+        module = importlib.import_module(package)
+        assert list(module.__all__) == sorted(set(module.__all__)), package
+        assert module.__doc__, package
+        assert all(hasattr(module, name) for name in module.__all__), package
+    assert set(metajax.core.__all__) - set(metajax.__all__) == {"accuracy", "cross_entropy", "squared_error"}
+
+
 @pytest.mark.parametrize(("package", "name"), _PUBLIC)
 def test_a_public_name_is_documented_with_an_example_and_annotated(package, name):
     thing = getattr(importlib.import_module(package), name)
     assert thing.__doc__, f"{package}.{name} has no docstring"
     if inspect.isfunction(thing):
-        signature = inspect.signature(thing)
-        assert signature.return_annotation is not inspect.Signature.empty
-        assert all(p.annotation is not inspect.Parameter.empty for p in signature.parameters.values())
+        assert not _unannotated(thing)
+    elif inspect.isclass(thing):
+        own = {key: value for key, value in vars(thing).items() if inspect.isfunction(value)}
+        for key, method in own.items():
+            generated = method.__module__ != thing.__module__ or "<string>" in method.__code__.co_filename
+            if not generated and (not key.startswith("_") or key == "__init__"):
+                assert not _unannotated(method), f"{package}.{name}.{key}"
+                assert key == "__init__" or inspect.getdoc(method), f"{package}.{name}.{key} has no docstring"
     if not getattr(thing, "_is_protocol", False):
         assert ">>> " in thing.__doc__, f"{package}.{name} has no example"
 
@@ -38,6 +62,16 @@ def test_import_brings_neither_tensorflow_nor_torch_nor_pyplot():
     code = "import metajax, sys; print([name for name in ('tensorflow', 'torch', 'matplotlib') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_import_is_quick():
+    """Under 2 s on an idle machine; processor time and a wide margin, since this one may be busy."""
+    code = "import time, metajax; print(time.process_time())"
+    times = [
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+        for _ in range(3)
+    ]
+    assert min(times) < 4, times
 
 
 def test_the_package_works_without_tensorflow():
@@ -63,7 +97,8 @@ _SOURCES = sorted(_ROOT.rglob("*.py"))
 def test_no_file_is_long_and_none_reaches_into_jax():
     for path in _SOURCES:
         text = path.read_text(encoding="utf-8")
-        assert len(text.splitlines()) <= 500, path
+        assert len(text.splitlines()) < 500, path
+        assert max(map(len, text.splitlines()), default=0) <= 120, path
         assert "jax._src" not in text, path
         assert not re.search(r"^\s*print\(", text, re.MULTILINE), path
         assert "absl" not in text, path
