@@ -110,7 +110,7 @@ def _fresh() -> pathlib.Path:
 
 
 def _meta_step(config: Any, experiment: Any, tasks: int) -> Any:
-    """The meta step, over all local devices where the tasks divide."""
+    """The meta step, over all local devices where the tasks divide, on augmented episodes where the config says so."""
     import jax
 
     import metajax
@@ -121,7 +121,11 @@ def _meta_step(config: Any, experiment: Any, tasks: int) -> Any:
         experiment.trained, experiment.optimizer, hypergrad=experiment.hypergrad,
         axis_name="task" if spread else None, before=config.log.before,
     )  # fmt: skip
-    return metajax.parallel.shard_tasks(outer) if spread else outer
+    if spread:
+        outer = metajax.parallel.shard_tasks(outer)
+    if experiment.transform is not None:
+        outer = metajax.training.augment(outer, experiment.transform)
+    return outer
 
 
 def _stream(config: Any, experiment: Any, source: Any, step: int) -> Any:

@@ -17,6 +17,8 @@ def base() -> ConfigDict:
                 "protocol": "vinyals",  # omniglot: vinyals or lake
                 "rotations": True,  # omniglot: rotated training classes are new classes
             },
+            # random affine map of each training image: degrees, fractions; all 0 changes nothing
+            "augment": {"rotation": 0.0, "scale": 0.0, "shear": 0.0, "shift": 0.0},
             "model": {
                 "name": "conv4",  # conv4 or mlp
                 "width": 64,

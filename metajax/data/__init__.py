@@ -7,6 +7,7 @@ from metajax.data._omniglot import omniglot
 from metajax.data._sinusoids import sinusoids
 from metajax.data._sources import ClassSource, Source
 from metajax.data._spec import EpisodeSpec
+from metajax.data._transforms import random_affine
 
 __all__ = [
     "ClassSource",
@@ -19,5 +20,6 @@ __all__ = [
     "glyphs",
     "image_folder",
     "omniglot",
+    "random_affine",
     "sinusoids",
 ]

@@ -1,5 +1,6 @@
 """The meta step, the loop around it, and runs on disk."""
 
+from metajax.training._augment import augment
 from metajax.training._callbacks import Progress, Recorder, Saving, Validation, read_metrics
 from metajax.training._checkpoint import Checkpoints
 from metajax.training._experiment import (
@@ -22,6 +23,7 @@ __all__ = [
     "Recorder",
     "Saving",
     "Validation",
+    "augment",
     "build",
     "choose_task_batching",
     "fit",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from metajax.core import _validate
 from metajax.core._losses import squared_error
 from metajax.core._types import Hypergrad, Learner, Loss, Model, Params
 from metajax.training import _checkpoint
+from metajax.training._augment import Transform
 
 Config = Mapping[str, Any]
 LEARNERS = ("maml", "reptile", "prototypical", "finetune")
@@ -32,6 +34,7 @@ class Experiment(NamedTuple):
       train_spec: size of an episode in training.
       eval_steps: inner steps in evaluation, None where as many as in training.
       metric: "accuracy" or "mse".
+      transform: what `augment` does to the training images, None for nothing.
 
     >>> Experiment._fields[0]
     'learner'
@@ -45,6 +48,7 @@ class Experiment(NamedTuple):
     train_spec: data.EpisodeSpec
     eval_steps: int | None
     metric: str
+    transform: Transform | None
 
 
 def build(config: Config, *, num_classes: int | None = None) -> Experiment:
@@ -77,6 +81,7 @@ def build(config: Config, *, num_classes: int | None = None) -> Experiment:
     return Experiment(
         learner, trained, getattr(hypergrad, config["hypergrad"]["name"])(), _outer_optimizer(config["outer"]),
         spec, train_spec, eval_steps, "mse" if regression else "accuracy",
+        _transform(config),
     )  # fmt: skip
 
 
@@ -119,6 +124,16 @@ def _model(config: Config, outputs: int | None) -> Model:
         outputs, width=config["width"], depth=config["depth"], pool=config["pool"],
         normalisation=config["normalisation"],
     )  # fmt: skip
+
+
+def _transform(config: Config) -> Transform | None:
+    fields = config["augment"]
+    bounds: dict[str, Any] = {name: _validate.non_negative_float(f"augment.{name}", fields[name]) for name in fields}
+    if not any(bounds.values()):
+        return None
+    if config["data"]["name"] == "sinusoids":
+        raise ValueError(f"augment must be all 0 for sinusoids, which are no images, got {bounds}")
+    return functools.partial(data.random_affine, **bounds)
 
 
 def _inner_rule(config: Config) -> optax.GradientTransformation:
