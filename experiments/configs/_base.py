@@ -16,6 +16,7 @@ def base() -> ConfigDict:
                 "invert": "",  # image_folder: "" no, "auto" dark on white becomes white on black
                 "protocol": "vinyals",  # omniglot: vinyals or lake
                 "rotations": True,  # omniglot: rotated training classes are new classes
+                "mirrored": False,  # omniglot: mirror images of training classes are new classes
             },
             # random affine map of each training image: degrees, fractions; all 0 changes nothing
             "augment": {"rotation": 0.0, "scale": 0.0, "shear": 0.0, "shift": 0.0},

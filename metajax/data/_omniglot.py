@@ -26,6 +26,7 @@ def omniglot(
     split: str = "train",
     protocol: str = "vinyals",
     rotations: bool | None = None,
+    mirrored: bool = False,
     size: int = 28,
 ) -> ClassSource:
     """Omniglot in its published layout, with ink 255 on 0.
@@ -43,7 +44,8 @@ def omniglot(
 
     With rotations, every character turned by 90, 180 and 270 degrees is another class, so there are four times
     as many; the turned versions of one character may stand in one episode, as in the published protocol.
-    Training uses them by default, val and test never do unless `rotations=True` says so.
+    Training uses them by default, val and test never do unless `rotations=True` says so. `mirrored` doubles the
+    number of classes once more, by the mirror image of each; the published protocol does not.
 
     Images are resized from 105 x 105 with an antialiased triangle filter (of Pillow's six filters the one
     that keeps most for nearest neighbours on pixels). They are decoded once and kept in a cache, in the folder
@@ -58,11 +60,12 @@ def omniglot(
       split: "train", "val" or "test".
       protocol: "vinyals" or "lake".
       rotations: whether rotated characters are further classes; None is True for train and False otherwise.
+      mirrored: whether mirror images are further classes.
       size: height and width of the images.
 
     Returns:
       A source with uint8 inputs `[n, size, size, 1]` and classes named `ALPHABET/characterNN`, and
-      `ALPHABET/characterNN/rot90` and so on.
+      `ALPHABET/characterNN/rot90` and so on, then `ALPHABET/characterNN/mirrored` and so on.
 
     Raises:
       ValueError: an argument is not as above; files or classes are missing; a file is not an image.
@@ -77,6 +80,8 @@ def omniglot(
     _validate.positive_int("size", size)
     if rotations is not None and not isinstance(rotations, bool):
         raise ValueError(f"rotations must be True, False or None, got {rotations!r}")
+    if not isinstance(mirrored, bool):
+        raise ValueError(f"mirrored must be True or False, got {mirrored!r}")
     folder = _images.folder_or_zip(path)
     images, names = _select(folder, split, protocol, size)
     labels = np.unique(names, return_inverse=True)[1].astype(np.int32)
@@ -88,7 +93,12 @@ def omniglot(
         images = np.concatenate(turned)
         labels = np.concatenate([labels + turns * len(class_names) for turns in range(4)])
         class_names += tuple(f"{name}/rot{90 * turns}" for turns in (1, 2, 3) for name in class_names)
-    return ClassSource(f"omniglot-{protocol}{'-rotated' if rotations else ''}", split, images, labels, class_names)
+    if mirrored:
+        images = np.concatenate([images, images[:, :, ::-1]])
+        labels = np.concatenate([labels, labels + len(class_names)])
+        class_names += tuple(f"{name}/mirrored" for name in class_names)
+    name = f"omniglot-{protocol}{'-rotated' if rotations else ''}{'-mirrored' if mirrored else ''}"
+    return ClassSource(name, split, images, labels, class_names)
 
 
 def _select(folder: pathlib.Path, split: str, protocol: str, size: int) -> tuple[np.ndarray, np.ndarray]:

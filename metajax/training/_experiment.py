@@ -184,8 +184,8 @@ def open_source(config: Config, split: str, *, path: str | None = None) -> data.
     if not path:
         raise ValueError(f"data.path must name the folder of {name}, got {path!r}")
     if name == "omniglot":
-        rotations = fields["rotations"] if split == "train" else False
-        return data.omniglot(path, split=split, protocol=fields["protocol"], rotations=rotations, size=fields["size"])
+        more = {name: fields[name] and split == "train" for name in ("rotations", "mirrored")}
+        return data.omniglot(path, split=split, protocol=fields["protocol"], size=fields["size"], **more)
     return data.image_folder(path, split=split, **image_options(config))
 
 

@@ -131,6 +131,18 @@ def test_ink_is_bright_and_rotations_turn_it(standin):
     assert ink == pytest.approx(255 * 50 * 20 / 105**2, rel=0.01), "resizing keeps the amount of ink"
 
 
+def test_mirror_images_are_classes_only_when_asked_for(standin):
+    plain, mirrored = (omniglot(standin, split="val", rotations=True, mirrored=mirrored) for mirrored in (False, True))
+    assert mirrored.num_classes == 2 * plain.num_classes
+    assert mirrored.name == "omniglot-vinyals-rotated-mirrored"
+    for suffix in ("", "/rot90"):
+        one, other = (
+            mirrored.inputs[mirrored.members[mirrored.class_names.index(f"Hebrew/character07{suffix}{end}")]]
+            for end in ("", "/mirrored")
+        )
+        np.testing.assert_array_equal(one[:, :, ::-1], other)
+
+
 def test_rotations_may_meet_in_an_episode(standin):
     source = omniglot(standin, split="val", rotations=True)
     assert source.groups is None
@@ -179,6 +191,7 @@ def test_the_cache_is_used_and_follows_the_files(tmp_path, monkeypatch):
         ({"split": "background"}, "split must be one of 'train', 'val', 'test', got 'background'"),
         ({"protocol": "ravi"}, "protocol must be one of 'vinyals', 'lake', got 'ravi'"),
         ({"rotations": 4}, "rotations must be True, False or None, got 4"),
+        ({"mirrored": 1}, "mirrored must be True or False, got 1"),
         ({"size": 0}, "size must be an integer of at least 1, got 0"),
     ],
 )
