@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import pathlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -25,16 +24,21 @@ def prepare(*, host_devices: int | None = None) -> None:
     _keep_large_blocks()
     import jax
 
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", host_devices or len(os.sched_getaffinity(0)))
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    from metajax.data import cache_folder
+
+    flags, folder = os.environ.get("XLA_FLAGS", ""), cache_folder()
+    if "JAX_NUM_CPU_DEVICES" not in os.environ and "xla_force_host_platform_device_count" not in flags:
+        jax.config.update("jax_num_cpu_devices", host_devices or _cores())
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and folder is not None:
+        jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def cache_folder() -> pathlib.Path:
-    """Where compiled programs and decoded data are kept: METAJAX_CACHE, or `~/.cache/metajax`."""
-    return pathlib.Path(os.environ.get("METAJAX_CACHE") or pathlib.Path.home() / ".cache" / "metajax")
+def _cores() -> int:
+    """Cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _keep_large_blocks() -> None:

@@ -42,8 +42,9 @@ class Run:
             if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
                 raise ValueError(f"workdir must be a new or empty folder, or hold a run, got {str(folder)!r}")
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / "run.json", _environment(resolved))
+            # the config first: a folder that has one can be resumed
             write_json(path, resolved)
+            write_json(folder / "run.json", _environment(resolved))
             return cls(folder, False)
         if not resume:
             raise ValueError(f"workdir {str(folder)!r} holds a run: continue it with --resume, or name another folder")

@@ -29,6 +29,8 @@ _RESUME = flags.DEFINE_bool("resume", False, "Continue the run in workdir, or st
 
 def main() -> int:
     """Does what the flags say."""
+    if _RESUME.value and not _WORKDIR.value:
+        raise ValueError("workdir must name the run that --resume continues, got none")
     _launch.prepare()
     return run(_CONFIG.value, pathlib.Path(_WORKDIR.value or _fresh()), resume=_RESUME.value)
 
@@ -69,7 +71,8 @@ def run(config: ConfigDict, workdir: pathlib.Path, *, resume: bool = False) -> i
     start = int(state.step)
 
     def score(params: Any) -> dict[str, float]:
-        found = _evaluate(experiment, params, validation, config, config.validation.episodes)
+        # NumPy, as after training: one compilation for both, on one device
+        found = _evaluate(experiment, jax.tree.map(np.asarray, params), validation, config, config.validation.episodes)
         return {f"validation_{experiment.metric}": found.mean}
 
     recorder = metajax.training.Recorder(workdir, every=config.log.every, start=start, seconds=extra["seconds"])
@@ -115,14 +118,15 @@ def _meta_step(config: Any, experiment: Any, tasks: int) -> Any:
 
     import metajax
 
-    devices = jax.local_device_count()
-    spread = devices > 1 and tasks % devices == 0
+    # the most devices over which the tasks divide
+    devices = max(count for count in range(1, jax.local_device_count() + 1) if tasks % count == 0)
+    spread = devices > 1
     outer = metajax.outer_update(
         experiment.trained, experiment.optimizer, hypergrad=experiment.hypergrad,
         axis_name="task" if spread else None, before=config.log.before,
     )  # fmt: skip
     if spread:
-        outer = metajax.parallel.shard_tasks(outer)
+        outer = metajax.parallel.shard_tasks(outer, devices=jax.local_devices()[:devices])
     if experiment.transform is not None:
         outer = metajax.training.augment(outer, experiment.transform)
     return outer

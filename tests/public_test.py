@@ -91,6 +91,17 @@ else:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_the_code_of_the_readme_runs_as_it_stands():
+    text = (_ROOT.parent / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2
+    code = "\n".join(blocks)
+    for long, short in (("steps=200", "steps=2"), ("spec))", "spec, episodes=4))")):  # its length is no claim
+        assert long in code
+        code = code.replace(long, short)
+    exec(compile(code, "README.md", "exec"), {})
+
+
 _SOURCES = sorted(_ROOT.rglob("*.py"))
 
 

@@ -69,8 +69,8 @@ def _step(
     key: Any,
 ) -> tuple[InnerState, jax.Array]:
     loss, grads = gradient(state.params, meta_params, frozen, support, state.step, _rng.fold(key, state.step))
-    optimizer = problem.optimizer(_tree.merge(meta_params, frozen))
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    optimizer = optax.with_extra_args_support(problem.optimizer(_tree.merge(meta_params, frozen)))
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=loss)
     params = optax.apply_updates(state.params, updates)
     return InnerState(params, opt_state, state.step + 1), loss
 

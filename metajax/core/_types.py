@@ -164,10 +164,12 @@ class OuterUpdate(NamedTuple):
     Attributes:
       init: `(key, episode, params=None) -> MetaState`; one episode (no task axis) gives the shapes.
       update: `(state, episodes) -> (state, metrics)`; every leaf of `episodes` has a leading task axis.
+      axis_name: the `pmap` or `shard_map` axis that `update` must run under, None for none.
 
     >>> OuterUpdate._fields
-    ('init', 'update')
+    ('init', 'update', 'axis_name')
     """
 
     init: Callable[..., MetaState]
     update: Callable[..., tuple[MetaState, dict[str, Any]]]
+    axis_name: str | None = None

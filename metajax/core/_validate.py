@@ -53,6 +53,17 @@ def _real(name: str, value: Any, accepted: str, test: Any) -> float:
     return float(value)
 
 
+def instance(name: str, value: Any, kind: type) -> Any:
+    """Returns `value` if it is of type `kind`.
+
+    >>> instance("ways", 5, int)
+    5
+    """
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} must be a {kind.__name__}, got {value!r}")
+    return value
+
+
 def one_of(name: str, value: Any, accepted: Sequence[Any]) -> Any:
     """Returns `value` if it is one of `accepted`.
 

@@ -1,5 +1,6 @@
 """Sources of episodes, and the pipeline that draws from them."""
 
+from metajax.data._cache import cache_folder
 from metajax.data._episodes import batches, episode, episode_batch, episodes
 from metajax.data._glyphs import glyphs
 from metajax.data._image_folder import image_folder
@@ -14,6 +15,7 @@ __all__ = [
     "EpisodeSpec",
     "Source",
     "batches",
+    "cache_folder",
     "episode",
     "episode_batch",
     "episodes",

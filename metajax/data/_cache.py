@@ -41,17 +41,28 @@ def cached(key: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.
     return arrays
 
 
-def _path(key: str) -> pathlib.Path | None:
+def cache_folder() -> pathlib.Path | None:
+    """Where data (and by the launchers, compiled programs) are kept: METAJAX_CACHE, or `~/.cache/metajax`.
+
+    None where METAJAX_CACHE is empty, or where there is no home folder.
+
+    >>> folder = cache_folder()
+    >>> folder is None or isinstance(folder, pathlib.Path)
+    True
+    """
     folder = os.environ.get("METAJAX_CACHE")
     if folder == "":
         return None
-    slug = re.sub(r"[^a-z0-9]+", "-", key.lower())[:32].strip("-")
-    name = f"{slug}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
     try:
-        root = pathlib.Path(folder) if folder else pathlib.Path.home() / ".cache" / "metajax"
+        return pathlib.Path(folder) if folder else pathlib.Path.home() / ".cache" / "metajax"
     except RuntimeError:  # a user without a home folder
         return None
-    return root / name
+
+
+def _path(key: str) -> pathlib.Path | None:
+    root = cache_folder()
+    slug = re.sub(r"[^a-z0-9]+", "-", key.lower())[:32].strip("-")
+    return root and root / f"{slug}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
 
 
 def _store(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:

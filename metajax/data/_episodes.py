@@ -31,7 +31,7 @@ class EpisodeIterator(Iterator[Episode]):
     """
 
     def __init__(self, draw: Callable[[int], Episode], first: Episode) -> None:
-        tf = _tensorflow()
+        tf = tensorflow()
         leaves, self._structure = jax.tree.flatten(first)  # a class_mask of None has no leaf: it stays None
         errors: list[Exception] = []  # no reference to self: an iterator that is dropped stops at once
         self._errors = errors
@@ -279,7 +279,8 @@ def _stack(drawn: list[Episode]) -> Episode:
     return jax.tree.map(lambda *leaves: np.stack(leaves), *drawn)
 
 
-def _tensorflow() -> ModuleType:
+def tensorflow() -> ModuleType:
+    """TensorFlow, kept off the accelerators, or an ImportError that says what needs it."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # its start-up messages; to be set before the import
     try:
         import tensorflow as tf

@@ -15,7 +15,6 @@ from metajax.core._types import Episode, Examples
 from metajax.data._spec import EpisodeSpec
 
 SPLITS = ("train", "val", "test")
-_REDRAWS = 20  # before classes are drawn group by group
 
 
 class Source(Protocol):
@@ -57,7 +56,7 @@ class ClassSource:
         the class has enough examples outside the families of its support (fonts, writers).
 
     Raises:
-      ValueError: lengths disagree, or a class has fewer than two examples.
+      ValueError: lengths disagree, labels, groups or families are no integers, or a class has fewer than two examples.
 
     >>> import numpy as np
     >>> source = ClassSource("toy", "train", np.arange(6.0)[:, None], np.array([0, 0, 0, 1, 1, 1]), ("a", "b"))
@@ -80,6 +79,13 @@ class ClassSource:
 
     def __post_init__(self) -> None:
         _validate.one_of("split", self.split, SPLITS)
+        object.__setattr__(self, "inputs", np.asarray(self.inputs))
+        for name in ("labels", "groups", "families"):
+            if getattr(self, name) is not None:
+                line = np.asarray(getattr(self, name))
+                if line.ndim != 1 or not np.issubdtype(line.dtype, np.integer):
+                    raise ValueError(f"{name} must be a line of integers, got {line.dtype} of shape {line.shape}")
+                object.__setattr__(self, name, line)
         for name, value, length, what in (
             ("labels", self.labels, len(self.inputs), "inputs"),
             ("groups", self.groups, self.num_classes, "classes"),
@@ -136,8 +142,8 @@ class ClassSource:
     def draw(self, spec: EpisodeSpec, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Draws one episode as rows of `inputs`: support `[ways * shots]` and query `[ways * queries]`, class by class.
 
-        Every set of classes that may stand together is equally likely, and so is every set of examples of a
-        class (with families: the support comes from as few families as hold it).
+        Classes come in random order, one that shares a group with an earlier one is passed over. Every set of
+        examples of a class is equally likely (with families: the support comes from as few families as hold it).
         """
         classes = self._draw_classes(spec.ways, rng)
         counts = self._counts[classes]
@@ -168,12 +174,9 @@ class ClassSource:
     def _draw_classes(self, ways: int, rng: np.random.Generator) -> np.ndarray:
         if self.groups is None:
             return rng.choice(self.num_classes, ways, replace=False)
-        for _ in range(_REDRAWS):  # rejection: uniform over the sets of classes without a shared group
-            classes = rng.choice(self.num_classes, ways, replace=False)
-            if len(set(self.groups[classes].tolist())) == ways:
-                return classes
-        chosen = rng.choice(np.unique(self.groups), ways, replace=False)
-        return np.array([rng.choice(np.flatnonzero(self.groups == group)) for group in chosen])
+        order = rng.permutation(self.num_classes)
+        first = np.unique(self.groups[order], return_index=True)[1]  # where each group comes first in that order
+        return order[np.sort(first)[:ways]]
 
     def _draw_across_families(
         self, spec: EpisodeSpec, rng: np.random.Generator, places: np.ndarray, valid: np.ndarray

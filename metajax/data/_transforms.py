@@ -66,14 +66,14 @@ def _bilinear(images: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
     """Values of `[n, h, w, c]` at fractional places `[n, h', w']`, 0 outside."""
     count, height, width, channels = images.shape
     # a rim of zeros: a place outside is clipped onto it
-    flat = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0))).reshape(count, -1, channels)
+    flat = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0))).reshape(count, (height + 2) * (width + 2), channels)
     top, left = jnp.floor(y), jnp.floor(x)
     below, beside = y - top, x - left
 
     def at(row: jax.Array, column: jax.Array) -> jax.Array:
         row = jnp.clip(row.astype(jnp.int32) + 1, 0, height + 1)
         column = jnp.clip(column.astype(jnp.int32) + 1, 0, width + 1)
-        place = (row * (width + 2) + column).reshape(count, -1, 1)
+        place = (row * (width + 2) + column).reshape(count, y.shape[1] * y.shape[2], 1)
         return (
             jnp.take_along_axis(flat, place, axis=1, mode="promise_in_bounds")
             .reshape(*y.shape, channels)

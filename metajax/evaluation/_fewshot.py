@@ -16,6 +16,7 @@ from metajax.data._episodes import check_source, episode_batch
 from metajax.data._sources import Source
 from metajax.data._spec import EpisodeSpec
 from metajax.evaluation import _metrics
+from metajax.training import choose_task_batching
 
 
 class Evaluation(NamedTuple):
@@ -138,7 +139,7 @@ def evaluate(
 
     Raises:
       ValueError: an argument is out of range, the source is too small for `spec`, or (before anything is
-        computed) `spec.ways` exceeds the outputs of the model.
+        computed) `spec.ways` exceeds the outputs of the model; an episode's query set is all padding.
 
     >>> import numpy as np, metajax
     >>> from metajax.data._sources import ClassSource
@@ -148,8 +149,7 @@ def evaluate(
     >>> evaluate(learner, (), source, EpisodeSpec(2, 1, 1), episodes=10).summary()
     'accuracy 100.00 +- 0.00 % (10 episodes)'
     """
-    if not isinstance(learner, Learner):
-        raise ValueError(f"learner must be a metajax.Learner, got {learner!r}")
+    _validate.instance("learner", learner, Learner)
     check_source(source, spec)
     _validate.int_at_least("episodes", episodes, 2)
     _validate.int_at_least("seed", seed, 0)
@@ -166,17 +166,19 @@ def evaluate(
     run = functools.partial(
         _scores, learner=learner, num_steps=num_steps, metric=metric, side_by_side=_side_by_side(first)
     )
+    name = f"{source.name} ({source.split})"
     pending: list[Any] = []
     for start in range(0, episodes, batch):
         if start:
             # The last chunk is drawn in full too, and its surplus left out: one shape, one compilation.
             chunk = episode_batch(source, spec, seed=seed, start=start, count=batch)
+        if not np.any(chunk.query.mask, axis=-1).all():
+            raise ValueError(f"{name} gives an episode without query examples, from {start} to {start + batch - 1}")
         pending.append(run(params, chunk, key, start))
         if len(pending) > 1:  # one chunk is computed while the next is drawn, and no more wait
             pending[-2] = np.asarray(pending[-2])
     values = np.concatenate([np.asarray(scores) for scores in pending])[:episodes].astype(np.float64)
     mean, ci95 = _metrics.mean_and_interval(values)
-    name = f"{source.name} ({source.split})"
     return Evaluation(metric, mean, ci95, values, episodes, seed, normalisation, transductive, spec, name)
 
 
@@ -292,8 +294,6 @@ def _scores(
 
 
 def _side_by_side(episode: Episode) -> bool:
-    from metajax.training import choose_task_batching  # here: metajax.training validates with this module
-
     size = sum(np.size(leaf) for leaf in jax.tree.leaves((episode.support.inputs, episode.query.inputs)))
     return choose_task_batching(jax.default_backend(), size) == "vmap"
 

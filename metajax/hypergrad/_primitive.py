@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from metajax.core import _rng, _validate
 from metajax.core._types import Episode, Hypergrad, Learner, Params
 
 
@@ -19,6 +20,9 @@ def value_and_grad(learner: Learner, estimator: Hypergrad) -> Callable[..., tupl
       `(meta_params, episode, *, key=None) -> ((loss, aux), grads)`. `aux` holds `outputs` (the predictions for
       the query set) and, with an inner loop, `inner_loss` `[num_steps]`.
 
+    Raises:
+      ValueError: a part of another type.
+
     >>> import jax.numpy as jnp, optax, metajax
     >>> model = metajax.Model(lambda key, x: jnp.zeros([3, 2]), lambda w, x: x @ w)
     >>> learner = metajax.learners.maml(model, inner=optax.sgd(0.1), num_steps=2)
@@ -29,8 +33,12 @@ def value_and_grad(learner: Learner, estimator: Hypergrad) -> Callable[..., tupl
     ((2,), (3, 2))
     """
 
+    _validate.instance("learner", learner, Learner)
+    _validate.instance("estimator", estimator, Hypergrad)
+
     def fn(meta_params: Params, episode: Episode, *, key: Any = None) -> tuple[Any, Params]:
-        state = estimator.init(learner, meta_params, episode, key)
+        init_key, key = _rng.split(key, 2)
+        state = estimator.init(learner, meta_params, episode, init_key)
         value, grads, _ = estimator.value_and_grad(learner, meta_params, state, episode, key=key)
         return value, grads
 

@@ -50,7 +50,7 @@ def pretrain(
       loss: `(outputs, targets) -> [n]`.
 
     Raises:
-      ValueError: an unknown head, or `num_classes` below 1.
+      ValueError: a part of another type, an unknown head, or `num_classes` below 1.
 
     Source: Chen et al. 2019, A Closer Look at Few-shot Classification, arXiv:1904.04232.
 
@@ -60,6 +60,7 @@ def pretrain(
     True
     """
     _check_head(head)
+    _validate.instance("model", model, Model)
     if num_classes is not None:
         _validate.positive_int("num_classes", num_classes)
 
@@ -83,13 +84,7 @@ def pretrain(
             return outputs
         return masked(_apply_head(head, adapted.head, outputs), adapted.class_mask)
 
-    def outer_loss(
-        adapted: Adapted, meta_params: Params, query: Examples, *, key: Any = None
-    ) -> tuple[jax.Array, dict[str, Any]]:
-        del meta_params
-        return query_loss(loss, predict(adapted, query.inputs, mask=query.mask, key=key), query)
-
-    return Learner(init, adapt, predict, outer_loss, None)
+    return Learner(init, adapt, predict, query_loss(predict, loss), None)
 
 
 def finetune(
@@ -117,7 +112,7 @@ def finetune(
       differentiate the whole fit.
 
     Raises:
-      ValueError: an unknown head, or `num_steps` below 1.
+      ValueError: a part of another type, an unknown head, or `num_steps` below 1.
 
     Source: Chen et al. 2019, A Closer Look at Few-shot Classification, arXiv:1904.04232.
 
@@ -130,6 +125,8 @@ def finetune(
     [0, 1]
     """
     _check_head(head)
+    _validate.instance("model", model, Model)
+    _validate.instance("inner", inner, optax.GradientTransformation)
     _validate.positive_int("num_steps", num_steps)
 
     def head_init(meta_params: Params, features: Examples, key: Any) -> Params:
@@ -165,10 +162,4 @@ def finetune(
         features, _ = forward(model, adapted.params, inputs, mask=mask, key=key, stats=adapted.stats)
         return masked(_apply_head(head, adapted.head, features), adapted.class_mask)
 
-    def outer_loss(
-        adapted: Adapted, meta_params: Params, query: Examples, *, key: Any = None
-    ) -> tuple[jax.Array, dict[str, Any]]:
-        del meta_params
-        return query_loss(loss, predict(adapted, query.inputs, mask=query.mask, key=key), query)
-
-    return Learner(init, adapt, predict, outer_loss, None)
+    return Learner(init, adapt, predict, query_loss(predict, loss), None)

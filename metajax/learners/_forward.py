@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -51,6 +52,14 @@ def masked(outputs: Any, class_mask: Array | None) -> Any:
     return outputs if class_mask is None else _losses.mask_classes(outputs, class_mask)
 
 
-def query_loss(loss: Loss, outputs: Any, query: Examples) -> tuple[jax.Array, dict[str, Any]]:
-    """What an `outer_loss` returns: the mean loss of the kept examples, and the outputs."""
-    return _losses.mean_loss(loss, outputs, query), {"outputs": outputs}
+def query_loss(predict: Callable[..., Any], loss: Loss) -> Callable[..., tuple[jax.Array, dict[str, Any]]]:
+    """The `outer_loss` of a learner: the mean loss of what it predicts for the kept query examples."""
+
+    def outer_loss(
+        adapted: Adapted, meta_params: Params, query: Examples, *, key: Any = None
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        del meta_params
+        outputs = predict(adapted, query.inputs, mask=query.mask, key=key)
+        return _losses.mean_loss(loss, outputs, query), {"outputs": outputs}
+
+    return outer_loss

@@ -42,8 +42,8 @@ def maml(
       a kept example gives a NaN loss; in a padding example it has no effect.
 
     Raises:
-      ValueError: `num_steps` is below 1, `proximal` is negative, or (at trace time) `adapts` picks nothing, or a
-        task has more classes than the model has outputs.
+      ValueError: a part of another type, `num_steps` is below 1, `proximal` is negative, or (at trace time)
+        `adapts` picks nothing, or a task has more classes than the model has outputs.
 
     Source: Finn, Abbeel and Levine 2017, arXiv:1703.03400.
 
@@ -81,7 +81,7 @@ def reptile(
       loss: `(outputs, targets) -> [n]`.
 
     Raises:
-      ValueError: `num_steps` or `batch_size` is below 1.
+      ValueError: a part of another type, `num_steps` or `batch_size` is below 1.
 
     Source: Nichol, Achiam and Schulman 2018, arXiv:1803.02999.
 
@@ -105,6 +105,8 @@ def _gradient_learner(
     loss: Loss,
     batch_size: int | None,
 ) -> Learner:
+    _validate.instance("model", model, Model)
+    _validate.instance("inner", inner, optax.GradientTransformation)
     _validate.positive_int("num_steps", num_steps)
     _validate.non_negative_float("proximal", proximal)
 
@@ -144,13 +146,7 @@ def _gradient_learner(
         outputs, _ = forward(model, adapted.params, inputs, mask=mask, key=key, stats=adapted.stats)
         return masked(outputs, adapted.class_mask)
 
-    def outer_loss(
-        adapted: Adapted, meta_params: Params, query: Examples, *, key: Any = None
-    ) -> tuple[jax.Array, dict[str, Any]]:
-        del meta_params
-        return query_loss(loss, predict(adapted, query.inputs, mask=query.mask, key=key), query)
-
-    return Learner(model.init, adapt, predict, outer_loss, problem)
+    return Learner(model.init, adapt, predict, query_loss(predict, loss), problem)
 
 
 def _minibatch(support: Examples, size: int, key: jax.Array) -> Examples:

@@ -39,7 +39,8 @@ def prototypical(
       negative logit. Without any kept support example all classes are absent and predictions mean nothing.
 
     Raises:
-      ValueError: an unknown distance, a scale that is not positive, or (under jit) an unknown number of ways.
+      ValueError: a part of another type, an unknown distance, a scale that is not positive, or (under
+        jit) an unknown number of ways.
 
     Source: Snell, Swersky and Zemel 2017, Prototypical Networks for Few-shot Learning, arXiv:1703.05175.
 
@@ -49,6 +50,7 @@ def prototypical(
     >>> learner.predict(learner.adapt((), support), jnp.array([[1.0, 0.0]])).tolist()
     [[-0.0, -2.0]]
     """
+    _validate.instance("model", model, Model)
     _validate.one_of("distance", distance, ("euclidean", "cosine"))
     if ways is not None:
         _validate.positive_int("ways", ways)
@@ -68,13 +70,7 @@ def prototypical(
         logits = _euclidean(features, adapted.head) if distance == "euclidean" else cosine(features, adapted.head)
         return masked(factor * logits, adapted.class_mask)
 
-    def outer_loss(
-        adapted: Adapted, meta_params: Params, query: Examples, *, key: Any = None
-    ) -> tuple[jax.Array, dict[str, Any]]:
-        del meta_params
-        return query_loss(loss, predict(adapted, query.inputs, mask=query.mask, key=key), query)
-
-    return Learner(model.init, adapt, predict, outer_loss, None)
+    return Learner(model.init, adapt, predict, query_loss(predict, loss), None)
 
 
 def class_means(features: jax.Array, support: Examples, num_classes: int) -> tuple[jax.Array, jax.Array]:

@@ -34,7 +34,7 @@ def from_nnx(module: Callable[[nnx.Rngs], nnx.Module], *, needs: tuple[str, ...]
     Args:
       module: a factory `(rngs) -> module` whose module maps inputs to outputs.
       needs: which of `mask` and `stats` the module's call takes as keywords; with `key`, the module's dropout
-        streams follow the key, and a call without one is deterministic (`module.eval()`).
+        streams follow the key, and a call without one is deterministic.
 
     >>> import jax, jax.numpy as jnp, metajax
     >>> from flax import nnx
@@ -67,7 +67,8 @@ def from_shape(module: Callable[[tuple[int, ...], nnx.Rngs], nnx.Module], *, nee
             rest = nnx.split(module(shape, rngs), nnx.Param, ...)[2]  # its parameters are never computed under jit
         bound = nnx.merge(graph, params_state, rest)
         if "key" in needs:
-            bound.train() if key is not None else bound.eval()
+            # not eval(): that would also make a batch normalisation use running statistics, which nothing has run
+            bound.set_attributes(deterministic=key is None, raise_if_not_found=False)
         return bound(as_floats(inputs), **needed)
 
     return Model(init, apply, needs)
@@ -86,8 +87,8 @@ def from_linen(module: linen.Module, *, needs: tuple[str, ...] = (), **call: Any
 
     Args:
       module: maps inputs to outputs.
-      needs: which of `mask` and `stats` the module's call takes as keywords; with `key`, the `dropout` stream
-        follows the key and the call gets `deterministic=`.
+      needs: which of `mask` and `stats` the module's call takes as keywords (None at initialisation); with `key`, the
+        `dropout` stream follows the key and the call gets `deterministic=`.
       **call: static keywords of every call, such as `train=True`.
 
     >>> import jax, jax.numpy as jnp, metajax
@@ -98,22 +99,23 @@ def from_linen(module: linen.Module, *, needs: tuple[str, ...] = (), **call: Any
     (4, 2)
     """
 
-    def init(key: jax.Array, inputs: Any) -> Any:
-        return module.init(key, as_floats(inputs), **_switch(None), **call)["params"]
+    absent = {name: None for name in needs if name != "key"} | ({"deterministic": True} if "key" in needs else {})
 
-    def _switch(key: Any) -> dict[str, Any]:
-        return {"deterministic": key is None} if "key" in needs else {}
+    def init(key: jax.Array, inputs: Any) -> Any:
+        return module.init(key, as_floats(inputs), **absent, **call)["params"]
 
     def apply(params: Any, inputs: Any, **needed: Any) -> Any:
         key = needed.pop("key", None)
         inputs = as_floats(inputs)
-        variables = dict(jax.eval_shape(lambda: module.init(jax.random.key(0), inputs, **_switch(None), **call)))
+        variables = dict(jax.eval_shape(lambda: module.init(jax.random.key(0), inputs, **absent, **call)))
         if set(variables) - {"params"}:
-            variables = dict(module.init(jax.random.key(0), inputs, **_switch(None), **call))
+            variables = dict(module.init(jax.random.key(0), inputs, **absent, **call))
         variables["params"] = params
         rngs = {} if key is None else {"dropout": key}
         mutable = [name for name in variables if name != "params"] or False
-        result = module.apply(variables, inputs, rngs=rngs, mutable=mutable, **_switch(key), **call, **needed)
+        if "key" in needs:
+            needed["deterministic"] = key is None
+        result = module.apply(variables, inputs, rngs=rngs, mutable=mutable, **call, **needed)
         return result[0] if mutable else result
 
     return Model(init, apply, needs)

@@ -9,24 +9,23 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from metajax.core import _validate
 from metajax.core._types import MetaState, OuterUpdate
 
 
-def shard_tasks(
-    outer: OuterUpdate, *, axis_name: str = "task", devices: Sequence[jax.Device] | None = None
-) -> OuterUpdate:
+def shard_tasks(outer: OuterUpdate, *, devices: Sequence[jax.Device] | None = None) -> OuterUpdate:
     """Spreads the tasks of each step over devices with `shard_map`.
 
     Args:
-      outer: made by `metajax.outer_update(..., axis_name=axis_name)`.
-      axis_name: the name given there.
+      outer: made by `metajax.outer_update(..., axis_name=...)`, with any name.
       devices: which devices; all local ones by default.
 
     Returns:
       An `OuterUpdate` with the same signature: parameters replicated, episodes split along their task axis.
 
     Raises:
-      ValueError: (when called) the number of tasks is not a multiple of the number of devices.
+      ValueError: `outer` has no axis name; or (when called) the number of tasks is not a multiple
+        of the number of devices.
 
     >>> import jax, jax.numpy as jnp, optax, metajax
     >>> learner = metajax.learners.maml(metajax.models.mlp(outputs=2), inner=optax.sgd(0.1))
@@ -40,6 +39,10 @@ def shard_tasks(
     >>> int(state.step)
     1
     """
+    _validate.instance("outer", outer, OuterUpdate)
+    axis_name = outer.axis_name
+    if axis_name is None:
+        raise ValueError('outer must be made with an axis name, as outer_update(..., axis_name="task"), got None')
     chosen = jax.local_devices() if devices is None else list(devices)
     mesh = Mesh(np.array(chosen), (axis_name,))
     same: Any = PartitionSpec()
@@ -57,4 +60,4 @@ def shard_tasks(
             raise ValueError(f"the number of tasks must be a multiple of {len(chosen)} devices, got {num_tasks}")
         return sharded(state, episodes)
 
-    return OuterUpdate(init, update)
+    return OuterUpdate(init, update)  # and no axis name: the axis is bound here

@@ -55,7 +55,7 @@ def augment(outer: OuterUpdate, transform: Transform) -> OuterUpdate:
         episodes = Episode(changed(support_key, episodes.support), changed(query_key, episodes.query))
         return outer.update(state, episodes)
 
-    return OuterUpdate(outer.init, update)
+    return outer._replace(update=update)
 
 
 def _shape(leaf: Any) -> jax.ShapeDtypeStruct:

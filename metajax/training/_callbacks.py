@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import time
 from collections.abc import Callable
@@ -88,10 +89,11 @@ class Recorder:
     ):
         folder = pathlib.Path(folder)
         kept = [line for line in read_metrics(folder) if line["step"] <= start]
-        self._file = open(folder / "metrics.jsonl", "w", encoding="utf-8")  # noqa: SIM115 closed in close
-        for line in kept:
-            self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        path = folder / "metrics.jsonl"
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, path)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 closed in close
         self._events = _event_writer(folder / "tensorboard") if tensorboard else None
         self._every, self._waiting = every, []  # type: tuple[int, list[dict[str, Any]]]
         self._begin = time.monotonic() - seconds
@@ -123,8 +125,9 @@ class Recorder:
 
 
 def _event_writer(folder: pathlib.Path) -> Callable[[int, dict[str, float]], None]:
-    import tensorflow as tf
+    from metajax.data._episodes import tensorflow
 
+    tf = tensorflow()
     writer = tf.summary.create_file_writer(str(folder))
 
     def write(step: int, values: dict[str, float]) -> None:

@@ -37,7 +37,12 @@ class Checkpoints:
         self._managers = {kind: ocp.CheckpointManager(root / kind, options=options) for kind in ("last", "best")}
 
     def save(self, step: int, state: MetaState, extra: dict[str, Any], *, kind: str = "last") -> None:
-        """Saves a checkpoint of step `step`; the one before goes when this one is whole."""
+        """Saves a checkpoint of step `step`; the one before goes when this one is whole.
+
+        A step that is there already is left as it is: a run that was killed between two checkpoints passes it again.
+        """
+        if step in self._managers[kind].all_steps():
+            return
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(_plain(state)), extra=ocp.args.JsonSave(extra))
         self._managers[kind].save(step, args=arguments, force=True)
 

@@ -76,6 +76,7 @@ def build(config: Config, *, num_classes: int | None = None) -> Experiment:
     for section in ("validation", "evaluation"):
         _validate.int_at_least(f"{section}.episodes", config[section]["episodes"], 2)
     _validate.int_at_least("seed", config["seed"], 0)
+    _validate.int_at_least("evaluation.seed", config["evaluation"]["seed"], 0)
     _validate.one_of("hypergrad.name", config["hypergrad"]["name"], hypergrad.__all__[:-1])
     eval_steps = _validate.int_at_least("inner.eval_steps", config["inner"]["eval_steps"], 0) or None
     return Experiment(
@@ -118,6 +119,8 @@ def _learners(
 
 def _model(config: Config, outputs: int | None) -> Model:
     name = _validate.one_of("model.name", config["name"], ("conv4", "mlp"))
+    if not config["hidden"]:
+        raise ValueError(f"model.hidden must hold at least one width, got {config['hidden']!r}")
     if name == "mlp":
         return models.mlp(outputs or config["hidden"][-1], hidden=tuple(config["hidden"]))
     return models.conv4(
@@ -178,6 +181,8 @@ def open_source(config: Config, split: str, *, path: str | None = None) -> data.
     name = _validate.one_of("data.name", fields["name"], ("glyphs", "omniglot", "image_folder", "sinusoids"))
     path = path or fields["path"]
     if name == "sinusoids":
+        if path:
+            raise ValueError(f"data.path must be empty for sinusoids, which are made and not read, got {path!r}")
         return data.sinusoids(split=split)
     if name == "glyphs" and not path:
         return data.glyphs(split, size=fields["size"])

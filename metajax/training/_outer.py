@@ -41,8 +41,9 @@ def outer_update(
 
     Args:
       learner: what adapts.
-      optimizer: any optax transform of the averaged hypergradient. Clipping and the handling of steps that are not
-        finite are optax's: `optax.chain(optax.clip_by_global_norm(10.0), ...)`, `optax.apply_if_finite(...)`.
+      optimizer: any optax transform of the averaged hypergradient; one that asks for a `value` gets
+        the loss. Clipping and the handling of steps that are not finite are optax's:
+        `optax.chain(optax.clip_by_global_norm(10.0), ...)`, `optax.apply_if_finite(...)`.
       hypergrad: the estimator.
       trainable: path regex or predicate of the meta-parameters that are trained. The rest gets no gradient and no
         optimizer state, may hold integers, and is never copied for a task. None trains all.
@@ -59,8 +60,9 @@ def outer_update(
       `[num_steps]`; `grad_norm` of the averaged hypergradient.
 
     Raises:
-      ValueError: an unknown `task_batching`, a chunk size that does not divide the tasks, a `trainable` that picks
-        nothing, or leaves of episodes that disagree in their leading axis (or have none, or no task).
+      ValueError: a part of another type, an unknown `task_batching`, a chunk size that does not divide the tasks,
+        a `trainable` that picks nothing, or leaves of episodes that disagree in their leading axis (or
+        have none, or no task).
 
     >>> import jax, jax.numpy as jnp, optax, metajax
     >>> learner = metajax.learners.maml(metajax.models.mlp(outputs=2), inner=optax.sgd(0.1))
@@ -73,10 +75,14 @@ def outer_update(
     >>> int(state.step), sorted(metrics)
     (1, ['accuracy', 'accuracy_before', 'grad_norm', 'inner_loss', 'loss', 'loss_before'])
     """
+    _validate.instance("learner", learner, Learner)
+    _validate.instance("optimizer", optimizer, optax.GradientTransformation)
+    _validate.instance("hypergrad", hypergrad, Hypergrad)
     if isinstance(task_batching, str):
         _validate.one_of("task_batching", task_batching, ("auto", "vmap", "scan"))
     else:
         _validate.positive_int("task_batching", task_batching)
+    optimizer = optax.with_extra_args_support(optimizer)
     axes = () if axis_name is None else (axis_name,)
 
     def init(key: jax.Array, episode: Episode, params: Params | None = None, num_tasks: int = 1) -> MetaState:
@@ -91,7 +97,7 @@ def outer_update(
         return MetaState(params, optimizer.init(trained), many, jnp.zeros([], jnp.int32), key)
 
     def one_task(trained: Params, frozen: Params, state: Any, episode: Episode, key: jax.Array) -> _Sums:
-        task_key, before_key = jax.random.split(key)
+        task_key, adapt_key, before_key = jax.random.split(key, 3)
         (loss, aux), grads, state = hypergrad.value_and_grad(
             learner, trained, state, episode, key=task_key, frozen=frozen
         )
@@ -100,7 +106,7 @@ def outer_update(
             metrics["inner_loss"] = aux["inner_loss"]
         if before and learner.problem is not None:
             full = jax.lax.stop_gradient(_tree.merge(trained, frozen))
-            adapted = learner.adapt(full, episode.support, num_steps=0, key=before_key)
+            adapted = learner.adapt(full, episode.support, num_steps=0, key=adapt_key)
             value, told = learner.outer_loss(adapted, full, episode.query, key=before_key)
             metrics |= {f"{name}_before": metric for name, metric in _describe(value, told, episode).items()}
         if "state" in aux:
@@ -126,14 +132,14 @@ def outer_update(
         if axis_name is not None:
             weight, grads, metrics = jax.lax.psum((weight, grads, metrics), axis_name)
         grads, metrics = jax.tree.map(lambda leaf: leaf / jnp.maximum(weight, 1).astype(leaf.dtype), (grads, metrics))
-        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained, value=metrics["loss"])
         params = _tree.merge(optax.apply_updates(trained, updates), frozen)
         if "state" in metrics:
             params = _write(params, metrics.pop("state"), weight)
         metrics["grad_norm"] = optax.tree.norm(grads)
         return MetaState(params, opt_state, sums.state, state.step + 1, state.key), metrics
 
-    return OuterUpdate(init, update)
+    return OuterUpdate(init, update, axis_name)
 
 
 def _write(params: Params, new: Any, weight: jax.Array) -> Params:

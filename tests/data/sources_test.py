@@ -1,5 +1,7 @@
 """ClassSource: who is drawn, how often, and what is refused. Inputs are row numbers, so that rows can be traced."""
 
+import itertools
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -93,8 +95,16 @@ def test_classes_of_one_group_never_meet():
         assert len(set(groups[classes])) == 3
         key = frozenset(classes.tolist())
         sets[key] = sets.get(key, 0) + 1
-    assert len(sets) == 3 * 2 + 3 * 2 + 3 + 2  # every admissible set is drawn,
-    assert stats.chisquare(list(sets.values())).pvalue > 1e-3  # and all are equally likely
+    assert len(sets) == 3 * 2 + 3 * 2 + 3 + 2  # every admissible set is drawn
+    sizes = np.bincount(groups)
+
+    def chance(order):  # one class after the other, each from those whose group is not taken
+        left = len(groups) - np.cumsum([0, *sizes[groups[list(order[:-1])]]])
+        return np.prod(1 / left)
+
+    expected = [count * sum(map(chance, itertools.permutations(key))) for key in sets]
+    assert sum(expected) == pytest.approx(count)
+    assert stats.chisquare(list(sets.values()), expected).pvalue > 1e-3
 
 
 def test_groups_are_respected_where_chance_would_hardly_do_it():
@@ -171,6 +181,8 @@ def test_arguments_that_do_not_fit():
         ClassSource("toy", "train", inputs, labels, ("a",))
     with pytest.raises(ValueError, match=r"class_names of toy \(train\) is empty"):
         ClassSource("toy", "train", inputs[:0], labels[:0], ())
+    with pytest.raises(ValueError, match=r"labels must be a line of integers, got float64 of shape \(4,\)"):
+        ClassSource("toy", "train", np.zeros([4, 1]), np.array([0.0, 0, 1, 1]), ("a", "b"))
     with pytest.raises(ValueError, match=r"groups must have one entry for each of the 2 classes, got 3"):
         ClassSource("toy", "train", inputs, labels, ("a", "b"), groups=np.arange(3))
     with pytest.raises(ValueError, match=r"families must have one entry for each of the 4 inputs, got 2"):

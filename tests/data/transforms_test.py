@@ -109,3 +109,7 @@ def test_bad_bounds(arguments, message):
 def test_images_without_channels():
     with pytest.raises(ValueError, match=r"images must be \[n, height, width, c\], got shape \(8, 8\)"):
         data.random_affine(jax.random.key(0), jnp.zeros([8, 8]))
+
+
+def test_no_images():
+    assert data.random_affine(jax.random.key(0), jnp.zeros([0, 8, 8, 1]), rotation=5).shape == (0, 8, 8, 1)

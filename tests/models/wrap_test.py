@@ -86,3 +86,36 @@ def test_unsigned_images_are_scaled():
     linear = models.from_linen(linen.Dense(2))
     params = linear.init(jax.random.key(0), images)
     np.testing.assert_allclose(linear.apply(params, images), linear.apply(params, images / np.float32(255)), rtol=1e-6)
+
+
+class _NormedAndNoisy(nnx.Module):
+    def __init__(self, rngs):
+        self.norm, self.dropout = nnx.BatchNorm(3, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, inputs):
+        return self.dropout(self.norm(inputs))
+
+
+def test_without_a_key_dropout_is_off_and_batch_normalisation_still_normalises():
+    model = models.from_nnx(_NormedAndNoisy, needs=("key",))
+    inputs = 100 + 10 * _X
+    params = model.init(jax.random.key(0), inputs)
+    silent = model.apply(params, inputs, key=None)
+    np.testing.assert_allclose(silent, (inputs - inputs.mean(0)) / inputs.std(0), rtol=1e-3, atol=1e-3)
+    assert np.any(model.apply(params, inputs, key=jax.random.key(1)) == 0)
+
+
+class _Masking(linen.Module):
+    @linen.compact
+    def __call__(self, inputs, mask):
+        outputs = linen.Dense(2)(inputs)
+        return outputs if mask is None else jnp.where(mask[:, None], outputs, 0)
+
+
+def test_a_linen_module_that_takes_a_mask():
+    model = models.from_linen(_Masking(), needs=("mask",))
+    params = model.init(jax.random.key(0), _X)
+    mask = jnp.arange(len(_X)) < 2
+    outputs = model.apply(params, _X, mask=mask)
+    assert np.all(outputs[:2] != 0)
+    assert np.all(outputs[2:] == 0)

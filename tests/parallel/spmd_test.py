@@ -53,3 +53,8 @@ def test_tasks_that_do_not_divide_are_refused():
     state = outer.init(jax.random.key(0), jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), episodes))
     with pytest.raises(ValueError, match="multiple of 4 devices, got 6"):
         outer.update(state, episodes)
+
+
+def test_a_meta_step_without_an_axis_is_refused():
+    with pytest.raises(ValueError, match=r"outer must be made with an axis name, .* got None"):
+        metajax.parallel.shard_tasks(_outer(None))

@@ -119,6 +119,22 @@ def test_validation_keeps_the_best(tmp_path):
     recorder.close()
 
 
+def test_a_run_killed_between_the_best_and_the_last_checkpoint_passes_the_best_again(tmp_path):
+    _, state, _ = _setup()
+    for _ in range(2):  # the second time as after a kill: no last checkpoint, so the best value is forgotten
+        checkpoints = training.Checkpoints(tmp_path)
+        recorder = training.Recorder(tmp_path, every=1, tensorboard=False)
+        validating = training.Validation(
+            lambda params: {"validation_accuracy": 0.5}, recorder, every=2, checkpoints=checkpoints,
+            better=("validation_accuracy", 1),
+        )  # fmt: skip
+        for step in (1, 2, 3):
+            validating(step, state, {"loss": 0.5})
+        assert checkpoints.latest("best") == 2
+        checkpoints.close()
+        recorder.close()
+
+
 def test_the_recorder_forgets_lines_beyond_the_restored_step_and_a_torn_line(tmp_path):
     recorder = training.Recorder(tmp_path, every=2, tensorboard=False)
     for step in range(1, 7):

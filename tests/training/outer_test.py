@@ -359,6 +359,23 @@ def test_steps_and_keys():
     assert len(set(seen)) == 8
 
 
+@pytest.mark.parametrize("where", ["inner", "outer"])
+def test_optimizers_that_ask_for_the_value_get_the_loss(where):
+    asking = optax.polyak_sgd(max_learning_rate=0.1)
+    inner, optimizer = (asking, optax.sgd(0.1)) if where == "inner" else (optax.sgd(0.1), asking)
+    learner = metajax.learners.maml(metajax.models.mlp(outputs=2, hidden=(3,)), inner)
+    outer = metajax.outer_update(learner, optimizer, hypergrad=metajax.hypergrad.unrolled())
+    examples = metajax.Examples(jnp.eye(4), jnp.array([0, 0, 1, 1]), jnp.ones(4, bool), jnp.ones(2, bool))
+    episode = metajax.Episode(examples, examples)
+    episodes = jax.tree.map(lambda leaf: leaf[None], episode)
+    state = outer.init(jax.random.key(0), episode)
+    losses = []
+    for _ in range(3):
+        state, metrics = outer.update(state, episodes)
+        losses.append(float(metrics["loss"]))
+    assert losses[2] < losses[1] < losses[0]
+
+
 def test_what_is_refused():
     episodes = _episodes(dtype=np.float32)
     with pytest.raises(ValueError, match="task_batching must be one of 'auto', 'vmap', 'scan', got 'pmap'"):
