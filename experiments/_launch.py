@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import pathlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,7 @@ def prepare(*, host_devices: int | None = None) -> None:
       host_devices: devices to make of the CPU; None makes one for each core.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # announces itself, and only the input pipeline uses TensorFlow
     _keep_large_blocks()
     import jax
 
@@ -66,7 +68,25 @@ def run(main: Callable[[], Any]) -> None:
             return 2
         except KeyboardInterrupt:
             print("\ninterrupted; the same command with --resume and this --workdir continues", file=sys.stderr)
-            return 130
+            sys.stdout.flush()
+            sys.stderr.flush()
+            # at once: XLA may still be compiling in other threads, and tearing them down crashes
+            os._exit(130)
 
     logging.set_verbosity(logging.WARNING)
-    app.run(guarded)
+    app.run(guarded, flags_parser=_parse)
+
+
+def _parse(arguments: list[str]) -> list[str]:
+    """Parses flags; what is wrong with a config is told in one line, as everything else."""
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if name == "--config" and not pathlib.Path(value.partition(":")[0]).is_file():
+            print(f"error: --config must name a config file, got {value!r}", file=sys.stderr)
+            sys.exit(2)
+    try:
+        return app.parse_flags_with_usage(arguments)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        given = ", ".join(argument for argument in arguments if argument.startswith("--config."))
+        print(f"error: {' '.join(str(error).split())} (given {given})", file=sys.stderr)
+        sys.exit(2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -24,34 +25,39 @@ class Run:
     Attributes:
       folder: where it is.
       finished: whether results.json, which is written last, is there.
+      lock: an open file; the folder is this process's as long as it lives.
     """
 
     folder: pathlib.Path
     finished: bool
+    lock: Any = dataclasses.field(repr=False)
 
     @classmethod
     def open(cls, folder: pathlib.Path, config: dict[str, Any], *, resume: bool) -> Run:
         """Starts a run in an empty folder, or with `resume` finds the one that is there.
 
         Raises:
-          ValueError: the folder holds something and `resume` is not set, or holds a run of another config.
+          ValueError: the folder holds something and `resume` is not set, holds a run of another config, or another
+            process writes into it.
         """
         resolved = json.loads(json.dumps(config))  # tuples become lists, as they are in the file
         path = folder / "config.json"
         if not path.exists():
-            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            if folder.exists() and (not folder.is_dir() or {*folder.iterdir()} - {folder / ".lock"}):
                 raise ValueError(f"workdir must be a new or empty folder, or hold a run, got {str(folder)!r}")
             folder.mkdir(parents=True, exist_ok=True)
+            lock = _lock(folder)
             # the config first: a folder that has one can be resumed
             write_json(path, resolved)
             write_json(folder / "run.json", _environment(resolved))
-            return cls(folder, False)
+            return cls(folder, False, lock)
         if not resume:
             raise ValueError(f"workdir {str(folder)!r} holds a run: continue it with --resume, or name another folder")
         changed = _differences(json.loads(path.read_text(encoding="utf-8")), resolved)
         if changed:
             raise ValueError(f"config differs from that of the run in {str(folder)!r}: {'; '.join(changed)}")
-        return cls(folder, (folder / "results.json").exists())
+        lock = _lock(folder)
+        return cls(folder, (folder / "results.json").exists(), lock)
 
     def finish(self, config: Any, found: Any, params: Any, *, seconds: float) -> None:
         """Writes results.json, after which the run counts as finished."""
@@ -63,6 +69,17 @@ class Run:
             "params_sha256": params_sha256(params),
         }
         write_json(self.folder / "results.json", results)
+
+
+def _lock(folder: pathlib.Path) -> Any:
+    """Takes the folder for this process; the system releases it when the process ends, however it ends."""
+    file = open(folder / ".lock", "a", encoding="utf-8")  # noqa: SIM115 held as long as the run
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise ValueError(f"workdir {str(folder)!r} is in use by another process") from error
+    return file
 
 
 def describe(found: Any) -> dict[str, Any]:

@@ -28,6 +28,8 @@ _SPLIT = flags.DEFINE_string(
 )
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "last", "last, or best (by validation).")
 
+_OUTPUT = flags.DEFINE_string("output", None, "File for the result; evaluation.json in the run folder by default.")
+
 
 def main() -> int:
     """Evaluates and prints the table; the last line is the result."""
@@ -64,7 +66,7 @@ def main() -> int:
         "checkpoint": _CHECKPOINT.value,
         "params_sha256": _runs.params_sha256(params),
     }
-    _runs.write_json(workdir / "evaluation.json", result)
+    _runs.write_json(pathlib.Path(_OUTPUT.value or workdir / "evaluation.json"), result)
     print(f"{'learner':<13}  {config['learner']['name']} from {workdir}")
     print(found)
     return 0

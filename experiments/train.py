@@ -79,6 +79,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, *, resume: bool = False) -> i
     validating = metajax.training.Validation(
         score, recorder, every=config.validation.every, checkpoints=checkpoints,
         better=(f"validation_{experiment.metric}", 1 if experiment.metric == "accuracy" else -1), best=extra["best"],
+        steps=config.outer.steps,
     )  # fmt: skip
     saving = metajax.training.Saving(
         checkpoints, every=config.checkpoint.every, steps=config.outer.steps,

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import pathlib
+import re
 import stat
 import zipfile
 from collections.abc import Callable, Collection, Iterator
@@ -207,7 +208,8 @@ def decode(
                 raise ValueError(f"it has {width} x {height} pixels, the limit is {MAX_PIXELS}")
             return _to_array(image, size, channels, resample)
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and others on damaged files
-        raise ValueError(f"{name!r} is not a readable PNG, JPEG or BMP image ({error})") from error
+        reason = re.sub(r" <_io.*>", "", str(error))  # the address of a buffer tells nobody anything
+        raise ValueError(f"{name!r} is not a readable PNG, JPEG or BMP image ({reason})") from error
 
 
 def _to_array(image: Image.Image, size: int | None, channels: int | None, resample: int | None) -> np.ndarray:

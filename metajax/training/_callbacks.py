@@ -106,10 +106,14 @@ class Recorder:
     def __call__(self, step: int, state: MetaState, metrics: dict[str, Any]) -> None:
         """Keeps the metrics of a step; writes their mean when a line is due."""
         self._waiting.append(metrics)
+        self._step = step
         if step % self._every == 0 or step == 1:
-            lines = [_scalars(waiting) for waiting in self._waiting]
-            self._waiting = []
-            self.write(step, {name: float(np.mean([line[name] for line in lines])) for name in lines[0]})
+            self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        lines = [_scalars(waiting) for waiting in self._waiting]
+        self._waiting = []
+        self.write(self._step, {name: float(np.mean([line[name] for line in lines])) for name in lines[0]})
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Writes one line."""
@@ -120,7 +124,9 @@ class Recorder:
             self._events(step, values)
 
     def close(self) -> None:
-        """Closes the file."""
+        """Writes the mean of the steps since the last line, and closes the file."""
+        if self._waiting:
+            self._write_waiting()
         self._file.close()
 
 
@@ -165,6 +171,7 @@ class Validation:
       every: steps between validations.
       checkpoints: where the best goes.
       better: the metric to compare and its sign, 1 where higher is better.
+      steps: steps in all; the last one is validated too.
       best: the best value so far.
 
     >>> Validation.__name__
@@ -173,15 +180,16 @@ class Validation:
 
     def __init__(
         self, score: Score, recorder: Recorder, *, every: int, checkpoints: Checkpoints, better: tuple[str, int],
-        best: float | None = None,
+        best: float | None = None, steps: int | None = None,
     ):  # fmt: skip
+        self._steps = steps
         self._score, self._recorder, self._every, self._checkpoints = score, recorder, every, checkpoints
         self._name, self._sign = better
         self.best = best
 
     def __call__(self, step: int, state: MetaState, metrics: dict[str, Any]) -> None:
         """Validates when it is due."""
-        if step % self._every:
+        if step % self._every and step != self._steps:
             return
         _loop.require_finite_loss(step, metrics)
         found = self._score(state.params)

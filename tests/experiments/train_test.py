@@ -1,7 +1,9 @@
 """`experiments.train` as a process: it trains, resumes bit by bit, and refuses what it must without writing."""
 
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -160,6 +162,40 @@ def test_another_run_and_a_changed_config_are_refused(whole_run):
 
 def test_an_unknown_config_key_is_refused(launch, tmp_path):
     done = launch("train", f"--workdir={tmp_path / 'none'}", "--config.inner.stepps=3")
-    assert done.returncode != 0
-    assert "stepps" in done.stderr
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert "--config.inner.stepps=3" in line
     assert not (tmp_path / "none").exists()
+
+
+def test_a_missing_config_file_is_named(launch):
+    done = launch("train", "--config=no/such/config.py")
+    assert done.returncode == 2
+    assert done.stderr == "error: --config must name a config file, got 'no/such/config.py'\n"
+
+
+def test_a_folder_that_another_process_writes_into_is_refused(whole_run, launch, pictures, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(whole_run[0], copy)
+    (copy / "results.json").unlink()
+    with open(copy / ".lock", "a", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = launch("train", *_flags(pictures, copy, "--resume"))
+    assert done.returncode == 2
+    assert f"workdir {str(copy)!r} is in use by another process" in done.stderr
+
+
+def test_an_interrupt_while_the_first_step_compiles(pictures, tmp_path):
+    workdir = tmp_path / "early"
+    command = [sys.executable, "-m", "experiments.train", *_flags(pictures, workdir)]
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "0"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    give_up = time.monotonic() + 100
+    while time.monotonic() < give_up and not (workdir / "run.json").exists():
+        time.sleep(0.02)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    told = process.communicate(timeout=100)[1]
+    assert process.returncode == 130, told
+    assert "--resume" in told
