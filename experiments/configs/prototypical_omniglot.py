@@ -2,6 +2,8 @@
 
 python -m experiments.train --config=experiments/configs/prototypical_omniglot.py --config.data.path=PATH --workdir=RUN
 python -m experiments.evaluate --workdir=RUN --ways=20
+
+accuracy 98.64 +- 0.20 % at 5 ways, 94.57 +- 0.24 % at 20 on 600 test episodes.
 """
 
 from ml_collections import ConfigDict
