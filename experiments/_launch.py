@@ -7,9 +7,10 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, logging
+from ml_collections import config_flags
 
 # numbers of mallopt in glibc
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
@@ -87,6 +88,20 @@ def _parse(arguments: list[str]) -> list[str]:
     try:
         return app.parse_flags_with_usage(arguments)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        given = ", ".join(argument for argument in arguments if argument.startswith("--config."))
-        print(f"error: {' '.join(str(error).split())} (given {given})", file=sys.stderr)
-        sys.exit(2)
+        _refuse(error, arguments)
+
+
+def _refuse(error: Exception, arguments: list[str]) -> NoReturn:
+    given = ", ".join(argument for argument in arguments if argument.startswith("--config."))
+    while error.args and isinstance(error.args[0], Exception):  # ml_collections wraps a KeyError
+        error = error.args[0]
+    print(f"error: {' '.join(str(error.args[0]).split())} (given {given})", file=sys.stderr)
+    sys.exit(2)
+
+
+def define_config(default: pathlib.Path) -> Any:
+    """Defines --config, a config file whose fields are flags; unknown ones are refused."""
+    try:
+        return config_flags.DEFINE_config_file("config", str(default), "What to train.", lock_config=True)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # it reads the command line already here
+        _refuse(error, sys.argv)

@@ -17,12 +17,7 @@ from ml_collections import ConfigDict, config_flags
 
 from experiments import _launch, _runs
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    str(pathlib.Path(__file__).parent / "configs" / "prototypical_glyphs.py"),
-    "What to train.",
-    lock_config=True,
-)
+_CONFIG = _launch.define_config(pathlib.Path(__file__).parent / "configs" / "prototypical_glyphs.py")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; a fresh one under runs/ by default.")
 _RESUME = flags.DEFINE_bool("resume", False, "Continue the run in workdir, or start it where there is none.")
 

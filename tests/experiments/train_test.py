@@ -190,7 +190,10 @@ def test_an_interrupt_while_the_first_step_compiles(pictures, tmp_path):
     workdir = tmp_path / "early"
     command = [sys.executable, "-m", "experiments.train", *_flags(pictures, workdir)]
     environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "0"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it
+    )  # fmt: skip
     give_up = time.monotonic() + 100
     while time.monotonic() < give_up and not (workdir / "run.json").exists():
         time.sleep(0.02)
