@@ -190,10 +190,9 @@ def test_an_interrupt_while_the_first_step_compiles(pictures, tmp_path):
     workdir = tmp_path / "early"
     command = [sys.executable, "-m", "experiments.train", *_flags(pictures, workdir)]
     environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "0"}
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it
-    )  # fmt: skip
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it, with heirs
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     give_up = time.monotonic() + 100
     while time.monotonic() < give_up and not (workdir / "run.json").exists():
         time.sleep(0.02)
