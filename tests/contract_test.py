@@ -427,11 +427,14 @@ def test_no_support_and_no_query(name, estimator):
         assert worlds.dot(grads, grads) == 0
 
 
-@pytest.mark.parametrize("name", worlds.LEARNERS)
-@pytest.mark.parametrize("part", ["support", "query"])
+# pretrain does not look at the support set
+SEEN = [
+    (name, part) for name in worlds.LEARNERS for part in ("support", "query") if (name, part) != ("pretrain", "support")
+]
+
+
+@pytest.mark.parametrize(("name", "part"), SEEN)
 def test_a_kept_nan_is_not_hidden(name, part):
-    if (name, part) == ("pretrain", "support"):
-        pytest.skip("pretrain does not look at the support set")
     _, params, episode = world(name)
     examples = getattr(episode, part)
     spoiled = episode._replace(**{part: examples._replace(inputs=examples.inputs.at[0].set(jnp.nan))})

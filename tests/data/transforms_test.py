@@ -11,7 +11,7 @@ COUNT = 400
 
 
 def _bar(height: int = 30, width: int = 5, side: int = 61) -> jax.Array:
-    """The same smooth-edged upright bar in the middle of each image."""
+    """The same upright bar in the middle of each image."""
     image = np.zeros([COUNT, side, side, 1], np.float32)
     middle = side // 2
     image[:, middle - height // 2 : middle + height // 2 + 1, middle - width // 2 : middle + width // 2 + 1] = 1
