@@ -7,7 +7,9 @@ python -m experiments.evaluate --workdir=RUN --data=PATH --split=test        # o
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
+from typing import Any
 
 from absl import flags
 
@@ -40,10 +42,8 @@ def main() -> int:
     workdir = pathlib.Path(_WORKDIR.value)
     config = metajax.training.load_config(workdir)
     experiment = metajax.training.build(config)
-    given = {"ways": _WAYS.value, "shots": _SHOTS.value, "queries": _QUERIES.value}
-    spec = metajax.data.EpisodeSpec(
-        **{name: getattr(experiment.spec, name) if value is None else value for name, value in given.items()}
-    )
+    given: dict[str, Any] = {"ways": _WAYS.value, "shots": _SHOTS.value, "queries": _QUERIES.value}
+    spec = dataclasses.replace(experiment.spec, **{name: size for name, size in given.items() if size is not None})
     if _STEPS.value is not None and config["learner"]["name"] == "prototypical":
         raise ValueError(f"steps must not be given for prototypical, which takes no inner steps, got {_STEPS.value}")
     learner, params = metajax.load_run(workdir, checkpoint=_CHECKPOINT.value)

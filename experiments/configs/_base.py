@@ -37,8 +37,24 @@ def base() -> ConfigDict:
                 "head": "linear",  # finetune: linear or cosine
             },
             "hypergrad": {"name": "mixed_mode"},  # unrolled, mixed_mode, first_order, displacement
-            "episode": {"ways": 5, "shots": 1, "queries": 15},
-            "train_episode": {"ways": 0, "shots": 0, "queries": 0},  # 0: as episode
+            "episode": {
+                "ways": 5,
+                "max_ways": 0,  # above 0: the number of ways is drawn from ways to max_ways
+                "shots": 1,
+                "max_shots": 0,  # above 0: the number of shots is drawn from shots to max_shots
+                "queries": 15,
+                "imbalanced": 0,  # above 0: the largest support set, drawn by the rule of Meta-Dataset instead of shots
+                "hierarchical": False,  # classes of one alphabet, script, domain
+            },
+            "train_episode": {  # 0: as episode
+                "ways": 0,
+                "max_ways": 0,
+                "shots": 0,
+                "max_shots": 0,
+                "queries": 0,
+                "imbalanced": 0,
+                "hierarchical": False,
+            },
             "inner": {"optimizer": "sgd", "rate": 0.4, "steps": 1, "eval_steps": 0},  # eval_steps 0: as steps
             "outer": {
                 "optimizer": "adam",  # adam or sgd

@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     config.data.update(name="omniglot", mirrored=True)
     config.augment.update(rotation=8.0, scale=0.1, shear=0.1, shift=0.05)
     config.learner.name = "maml"
-    config.train_episode = {"ways": 5, "shots": 1, "queries": 5}
+    config.train_episode.update(ways=5, shots=1, queries=5)
     config.inner.update(rate=0.4, steps=1, eval_steps=3)
     config.outer.update(rate=2e-3, steps=60000, meta_batch=4)
     config.log.every = 100

@@ -14,8 +14,8 @@ def get_config() -> ConfigDict:
     config.data.name = "sinusoids"
     config.model.update(name="mlp", hidden=(40, 40))
     config.learner.name = "maml"
-    config.episode = {"ways": 1, "shots": 10, "queries": 100}
-    config.train_episode = {"ways": 1, "shots": 10, "queries": 10}
+    config.episode.update(ways=1, shots=10, queries=100)
+    config.train_episode.update(ways=1, shots=10, queries=10)
     config.inner.update(rate=0.01, steps=1)
     config.outer.update(rate=1e-3, schedule="constant", clip=0.0, steps=20000, meta_batch=25)
     config.log.every = 200

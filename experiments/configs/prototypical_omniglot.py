@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     config = base()
     config.data.update(name="omniglot", mirrored=True)
     config.augment.update(rotation=12.0, scale=0.15, shear=0.2, shift=0.07)
-    config.train_episode = {"ways": 60, "shots": 1, "queries": 5}
+    config.train_episode.update(ways=60, shots=1, queries=5)
     config.outer.update(rate=2e-3, steps=28000, meta_batch=1)
     config.log.every = 100
     config.validation.update(every=1000, episodes=200)

@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     config = base()
     config.learner.update(name="reptile", batch_size=10)
     config.hypergrad.name = "displacement"
-    config.train_episode = {"ways": 5, "shots": 10, "queries": 5}
+    config.train_episode.update(ways=5, shots=10, queries=5)
     config.inner.update(optimizer="adam", rate=1e-3, steps=5, eval_steps=50)
     config.outer.update(optimizer="sgd", rate=1.0, schedule="linear", clip=0.0, steps=3000, meta_batch=4)
     return config

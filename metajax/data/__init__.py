@@ -1,24 +1,34 @@
 """Sources of episodes, and the pipeline that draws from them."""
 
 from metajax.data._cache import cache_folder
-from metajax.data._episodes import batches, episode, episode_batch, episodes
+from metajax.data._device_sampler import DeviceData, device_sampler
+from metajax.data._episodes import episode, episode_batch
 from metajax.data._glyphs import glyphs
 from metajax.data._image_folder import image_folder
 from metajax.data._omniglot import omniglot
+from metajax.data._pipeline import EpisodeIterator, batches, episodes
+from metajax.data._sampler_source import from_sampler
 from metajax.data._sinusoids import sinusoids
-from metajax.data._sources import ClassSource, Source
-from metajax.data._spec import EpisodeSpec
+from metajax.data._sources import ClassSource, Drawn, Source
+from metajax.data._spec import Bucket, EpisodeSpec, Imbalanced
 from metajax.data._transforms import random_affine
 
 __all__ = [
+    "Bucket",
     "ClassSource",
+    "DeviceData",
+    "Drawn",
+    "EpisodeIterator",
     "EpisodeSpec",
+    "Imbalanced",
     "Source",
     "batches",
     "cache_folder",
+    "device_sampler",
     "episode",
     "episode_batch",
     "episodes",
+    "from_sampler",
     "glyphs",
     "image_folder",
     "omniglot",

@@ -25,7 +25,7 @@ _MIN_FONTS = 8
 # The split of each script. Latin and Greek train; Cyrillic, Georgian (Asomtavruli, Nuskhuri and Mkhedruli) and Lao
 # test; Armenian is for model selection. The table is explicit so that a class never changes its split, and letters
 # of scripts that are not listed are not used.
-_SCRIPTS = {
+SCRIPTS = {
     "LATIN": "train",
     "GREEK": "train",
     "ARMENIAN": "val",
@@ -128,9 +128,9 @@ def split_of(letter: str) -> str | None:
     ('train', 'val', 'test', None)
     """
     words = unicodedata.name(letter, "").split() or [""]
-    script = next((word for word in words if word in _SCRIPTS), None)  # also MODIFIER LETTER CYRILLIC EN
+    script = next((word for word in words if word in SCRIPTS), None)  # also MODIFIER LETTER CYRILLIC EN
     if script is not None:
-        return _SCRIPTS[script]
+        return SCRIPTS[script]
     return "train" if words[0] in _LATIN_BY_ANOTHER_NAME else None
 
 

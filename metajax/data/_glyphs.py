@@ -30,9 +30,9 @@ def glyphs(split: str = "train", *, size: int = 28, per_family: int = 16) -> Cla
     The splits are by script: Latin and Greek train, Armenian is for validation, Cyrillic, Georgian and Lao test.
     Letters that look alike (cosine 0.95 and above of the size-normalised renderings in any font, as Latin A, Greek
     Alpha and Cyrillic A) never stand in two splits, and those of one split share an entry of `groups`, so that they
-    never stand in one episode; neither do upper and lower case of one letter. `families` are DejaVu Sans, Sans Mono
-    and Serif: support and query of a class come from different ones. A font that draws another form of a letter than
-    all other families (DejaVu Serif Italic: cursive Cyrillic) is not used for it.
+    never stand in one episode; neither do upper and lower case of one letter. `nodes` are the scripts. `families` are
+    DejaVu Sans, Sans Mono and Serif: support and query of a class come from different ones. A font that draws another
+    form of a letter than all other families (DejaVu Serif Italic: cursive Cyrillic) is not used for it.
 
     Each letter fills the image to 70 % and is drawn with light affine jitter (rotation up to 8 degrees, shear and
     scale up to 10 %, shift up to 5 % of the side). The arrays are a function of the arguments and of the installed
@@ -60,7 +60,26 @@ def glyphs(split: str = "train", *, size: int = 28, per_family: int = 16) -> Cla
     per_family = _validate.int_at_least("per_family", per_family, 2)
     arrays = _cache.cached(_key(split, size, per_family), lambda: _render(split, size, per_family))
     names = tuple(unicodedata.name(chr(code)) for code in arrays["codes"])
-    return ClassSource("glyphs", split, arrays["inputs"], arrays["labels"], names, arrays["groups"], arrays["families"])
+    return ClassSource(
+        "glyphs",
+        split,
+        arrays["inputs"],
+        arrays["labels"],
+        names,
+        arrays["groups"],
+        arrays["families"],
+        _scripts(names),
+    )
+
+
+def _scripts(names: tuple[str, ...]) -> dict[str, list[int]]:
+    """The classes of each script; signs and letters of mathematics have none."""
+    scripts: dict[str, list[int]] = {}
+    for index, name in enumerate(names):
+        script = next((word for word in name.split() if word in _fonts.SCRIPTS), None)
+        if script is not None:
+            scripts.setdefault(script, []).append(index)
+    return scripts
 
 
 def _key(split: str, size: int, per_family: int) -> str:

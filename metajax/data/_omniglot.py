@@ -65,7 +65,8 @@ def omniglot(
 
     Returns:
       A source with uint8 inputs `[n, size, size, 1]` and classes named `ALPHABET/characterNN`, and
-      `ALPHABET/characterNN/rot90` and so on, then `ALPHABET/characterNN/mirrored` and so on.
+      `ALPHABET/characterNN/rot90` and so on, then `ALPHABET/characterNN/mirrored` and so on. Its nodes are the
+      alphabets.
 
     Raises:
       ValueError: an argument is not as above; files or classes are missing; a file is not an image.
@@ -98,7 +99,10 @@ def omniglot(
         labels = np.concatenate([labels, labels + len(class_names)])
         class_names += tuple(f"{name}/mirrored" for name in class_names)
     name = f"omniglot-{protocol}{'-rotated' if rotations else ''}{'-mirrored' if mirrored else ''}"
-    return ClassSource(name, split, images, labels, class_names)
+    nodes: dict[str, list[int]] = {}
+    for index, class_name in enumerate(class_names):
+        nodes.setdefault(class_name.split("/")[0], []).append(index)
+    return ClassSource(name, split, images, labels, class_names, nodes=nodes)
 
 
 def _select(folder: pathlib.Path, split: str, protocol: str, size: int) -> tuple[np.ndarray, np.ndarray]:

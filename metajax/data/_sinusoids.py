@@ -3,37 +3,69 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
 from metajax.core import _validate
-from metajax.core._types import Episode, Examples
-from metajax.data._sources import SPLITS, Source
-from metajax.data._spec import EpisodeSpec
+from metajax.core._types import Episode, Examples, PyTree
+from metajax.data import _choices
+from metajax.data._sources import SPLITS, Drawn, Source, Take
+from metajax.data._spec import EpisodeSpec, Imbalanced
 
 AMPLITUDES = (0.1, 5.0)
-PHASES = (0.0, np.pi)
+PHASES = (0.0, float(np.pi))
 INPUTS = (-5.0, 5.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Sinusoids:
+    """Draws values, not rows: it has no examples."""
+
     name: str
     split: str
+    examples: PyTree = ()
+    length_buckets: tuple[int, ...] = ()
 
     def check(self, spec: EpisodeSpec) -> None:
         if spec.ways != 1:
             raise ValueError(f"ways must be 1 for {self.name} (a regression task has no classes), got {spec.ways}")
+        if isinstance(spec.shots, Imbalanced):
+            raise ValueError(
+                f"shots must be a number or a pair for {self.name}, which has no classes, got {spec.shots}"
+            )
+        if spec.hierarchical:
+            raise ValueError(f"hierarchical must be False for {self.name}, which has no nodes, got True")
 
-    def sample(self, spec: EpisodeSpec, rng: np.random.Generator) -> Episode:
-        amplitude, phase = rng.uniform(*AMPLITUDES), rng.uniform(*PHASES)
-        inputs = rng.uniform(*INPUTS, (spec.shots + spec.queries, 1))
-        targets = amplitude * np.sin(inputs - phase)
-        support, query = (
-            Examples(inputs[part].astype(np.float32), targets[part].astype(np.float32), np.ones(count, bool))
-            for part, count in ((slice(spec.shots), spec.shots), (slice(spec.shots, None), spec.queries))
+    def bits(self, spec: EpisodeSpec) -> int:
+        return 3 + spec.capacity.support + spec.capacity.query
+
+    def tables(self, spec: EpisodeSpec) -> PyTree:
+        return ()
+
+    def draw(self, spec: EpisodeSpec, tables: PyTree, bits: Any) -> Drawn:
+        xp = bits.__array_namespace__()
+        amplitude, phase, inputs = (
+            np.float32(low) + np.float32(high - low) * _choices.uniform(bits[..., part])
+            for (low, high), part in ((AMPLITUDES, slice(0, 1)), (PHASES, slice(1, 2)), (INPUTS, slice(3, None)))
         )
-        return Episode(support, query)
+        targets = amplitude * xp.sin(inputs - phase)
+        low, high = spec.shots if isinstance(spec.shots, tuple) else (spec.shots, spec.shots)
+        shots = low + _choices.below(bits[..., 2:3], high - low + 1)  # type: ignore[operator]
+
+        def part(slots: slice, size: Any) -> Examples:
+            mask = xp.arange(slots.stop - slots.start) < size
+            x, y = (xp.where(mask, values[..., slots], 0)[..., None] for values in (inputs, targets))
+            return Examples(x, y, xp.broadcast_to(mask, x.shape[:-1]))
+
+        _, support, query = spec.capacity
+        return Drawn(Episode(part(slice(0, support), shots), part(slice(support, support + query), spec.queries)))
+
+    def longest(self, drawn: Drawn) -> np.ndarray:
+        return np.zeros(len(drawn.episode.query.mask), int)
+
+    def finish(self, drawn: Drawn, examples: PyTree, take: Take) -> Episode:
+        return drawn.episode
 
 
 def sinusoids(*, split: str = "train") -> Source:
@@ -52,8 +84,9 @@ def sinusoids(*, split: str = "train") -> Source:
     Raises:
       ValueError: another split.
 
-    >>> episode = sinusoids().sample(EpisodeSpec(ways=1, shots=10, queries=5), np.random.default_rng(0))
-    >>> episode.support.inputs.shape, episode.query.targets.shape
+    >>> from metajax.data._episodes import episode
+    >>> drawn = episode(sinusoids(), EpisodeSpec(ways=1, shots=10, queries=5), seed=0, index=0)
+    >>> drawn.support.inputs.shape, drawn.query.targets.shape
     ((10, 1), (5, 1))
     """
     return _Sinusoids("sinusoids", _validate.one_of("split", split, SPLITS))

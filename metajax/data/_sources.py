@@ -1,28 +1,60 @@
-"""What a source of episodes is, and the class-indexed source that the image sources share.
+"""What a source of episodes is, and the class-indexed source that most sources are.
 
-A source draws one task from one NumPy generator and knows nothing of batches, devices or TensorFlow.
+A source is a rule that makes episodes of random bits, and the examples that they point to. It knows nothing of streams,
+devices or TensorFlow.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
 
+import jax
 import numpy as np
 
 from metajax.core import _validate
-from metajax.core._types import Episode, Examples
-from metajax.data._spec import EpisodeSpec
+from metajax.core._types import Episode, Examples, PyTree
+from metajax.data import _choices, _sampling
+from metajax.data._spec import EpisodeSpec, Imbalanced
 
 SPLITS = ("train", "val", "test")
+
+# (examples, rows [...]) -> leaves [..., *shape]; rows of -1 are padding and give zeros
+Take = Callable[[PyTree, Any], PyTree]
+
+
+class Drawn(NamedTuple):
+    """Episodes before any example is read.
+
+    Attributes:
+      episode: of size `spec.capacity`; its inputs are rows of the source's examples, or values where it has none.
+      extra: what else `finish` needs; leaves have the batch axes of the episodes.
+
+    >>> Drawn._fields
+    ('episode', 'extra')
+    """
+
+    episode: Episode
+    extra: Any = ()
 
 
 class Source(Protocol):
     """Anything that episodes are drawn from.
 
+    `draw` decides and `finish` reads, so that in between a batch can be cut to its size and shared among hosts. Both
+    are pure functions of arrays. `draw` takes NumPy arrays (with a leading axis of episodes) or JAX arrays (of one
+    episode); `finish` also takes TensorFlow's (with a leading axis), inside the graph of the pipeline.
+
     Attributes:
       name: what reports call it.
       split: "train", "val" or "test".
+      examples: what rows point to, leaves `[n, ...]`: arrays, or objects with `shape`, `dtype` and `take(rows,
+        axis=0)`. Without leaves where `draw` makes values.
+      length_buckets: the static lengths that sequences come in, () where examples have no length.
+
+    A source with classes has also `num_classes`, `class_names`, `label_bits` and `draw_labelled(bits)`, which draws
+    single examples from all classes for supervised pre-training (see `batches`).
     """
 
     @property
@@ -31,180 +63,324 @@ class Source(Protocol):
     @property
     def split(self) -> str: ...
 
+    @property
+    def examples(self) -> PyTree: ...
+
+    @property
+    def length_buckets(self) -> tuple[int, ...]: ...
+
     def check(self, spec: EpisodeSpec) -> None:
         """Raises a ValueError where this source cannot give episodes of this size."""
         ...
 
-    def sample(self, spec: EpisodeSpec, rng: np.random.Generator) -> Episode:
-        """Draws one episode; leaves are NumPy arrays without a task axis."""
+    def bits(self, spec: EpisodeSpec) -> int:
+        """How many 32-bit random numbers an episode takes."""
+        ...
+
+    def tables(self, spec: EpisodeSpec) -> PyTree:
+        """The small arrays that `draw` reads; on a device they are an argument of the compiled program."""
+        ...
+
+    def draw(self, spec: EpisodeSpec, tables: PyTree, bits: Any) -> Drawn:
+        """Draws episodes; `bits` are uint32 `[..., self.bits(spec)]`."""
+        ...
+
+    def longest(self, drawn: Drawn) -> np.ndarray:
+        """The length of the longest example of each episode, `[...]`; 0 where examples have no length (NumPy only)."""
+        ...
+
+    def finish(self, drawn: Drawn, examples: PyTree, take: Take) -> Episode:
+        """Reads the examples of drawn episodes, which may have been cut to fewer slots."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ClassSource:
-    """Examples that are indexed by class, held in memory.
+    """Examples that are indexed by class.
 
     Attributes:
       name: what reports call it.
       split: "train", "val" or "test".
-      inputs: `[n, ...]`, all examples; images are uint8 `[n, height, width, channels]`.
-      labels: `[n]` integers in `[0, num_classes)`.
+      inputs: leaves `[n, ...]`, all examples; images are uint8 `[n, height, width, channels]`.
+      labels: `[n]` integers below the number of classes; a negative one leaves the example out.
       class_names: one name for each class.
       groups: `[num_classes]` integers or None. Classes that share a group (characters that look alike)
         never stand in one episode.
       families: `[n]` integers or None. Support and query of a class come from different families where
         the class has enough examples outside the families of its support (fonts, writers).
+      nodes: classes (names or numbers) by the name of their node (an alphabet, a domain, a subtree), for hierarchical
+        episodes. Nodes may overlap.
+      whole_nodes: a hierarchical episode of varying ways takes all classes of its node, up to the most ways (the
+        rule of Meta-Dataset for ImageNet); else their number is drawn.
+      targets: leaves `[n, ...]`, or None where the class is the target. With own targets a class is a task:
+        episodes have one way, no class mask, and these targets (regression, labels of tokens).
+      lengths: `[n]` integers, how much of axis 1 of the inputs an example fills, or None where they have no length.
+      length_buckets: lengths that axis 1 is cut to, by the longest example of a batch; ascending, the last is its size.
+      dropped: how many examples the classes had that `at_least` left out.
 
     Raises:
-      ValueError: lengths disagree, labels, groups or families are no integers, or a class has fewer than two examples.
+      ValueError: lengths disagree, a class name stands twice, labels, groups, families or lengths are no integers, a
+        node names what is no class, or the length buckets do not hold the inputs.
 
     >>> import numpy as np
     >>> source = ClassSource("toy", "train", np.arange(6.0)[:, None], np.array([0, 0, 0, 1, 1, 1]), ("a", "b"))
-    >>> source.sample(EpisodeSpec(2, 1, 2), np.random.default_rng(0)).query.inputs.shape
-    (4, 1)
+    >>> source.num_classes, source.counts.tolist()
+    (2, [3, 3])
     """
 
     name: str
     split: str
-    inputs: np.ndarray
+    inputs: PyTree
     labels: np.ndarray
     class_names: tuple[str, ...]
     groups: np.ndarray | None = None
     families: np.ndarray | None = None
-    members: tuple[np.ndarray, ...] = dataclasses.field(init=False, repr=False)
-    _by_class: np.ndarray = dataclasses.field(init=False, repr=False)  # rows, class after class
+    nodes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    whole_nodes: bool = False
+    targets: PyTree = None
+    lengths: np.ndarray | None = None
+    length_buckets: tuple[int, ...] = ()
+    dropped: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    counts: np.ndarray = dataclasses.field(init=False, repr=False)
+    _rows: np.ndarray = dataclasses.field(init=False, repr=False)  # class after class
     _first: np.ndarray = dataclasses.field(init=False, repr=False)  # where a class starts in them
-    _counts: np.ndarray = dataclasses.field(init=False, repr=False)  # and how many it has
-    _family: np.ndarray | None = dataclasses.field(init=False, repr=False)  # numbered from 0
+    _family: np.ndarray | None = dataclasses.field(init=False, repr=False)  # of each of them, numbered from 0
 
     def __post_init__(self) -> None:
         _validate.one_of("split", self.split, SPLITS)
-        object.__setattr__(self, "inputs", np.asarray(self.inputs))
-        for name in ("labels", "groups", "families"):
+        self._set("inputs", jax.tree.map(_array, self.inputs))
+        self._set("targets", jax.tree.map(_array, self.targets))
+        self._set("class_names", tuple(self.class_names))
+        for name in ("labels", "groups", "families", "lengths"):
             if getattr(self, name) is not None:
-                line = np.asarray(getattr(self, name))
-                if line.ndim != 1 or not np.issubdtype(line.dtype, np.integer):
-                    raise ValueError(f"{name} must be a line of integers, got {line.dtype} of shape {line.shape}")
-                object.__setattr__(self, name, line)
+                self._set(name, _line(name, getattr(self, name)))
+        size = len(self.labels)
         for name, value, length, what in (
-            ("labels", self.labels, len(self.inputs), "inputs"),
             ("groups", self.groups, self.num_classes, "classes"),
-            ("families", self.families, len(self.inputs), "inputs"),
+            ("families", self.families, size, "inputs"),
+            ("lengths", self.lengths, size, "inputs"),
+            *(("targets", leaf, size, "inputs") for leaf in jax.tree.leaves(self.targets)),
         ):
-            if value is not None and len(value) != length:
-                raise ValueError(f"{name} must have one entry for each of the {length} {what}, got {len(value)}")
+            if value is not None and value.shape[0] != length:
+                raise ValueError(f"{name} must have one entry for each of the {length} {what}, got {value.shape[0]}")
+        for leaf in jax.tree.leaves(self.inputs):
+            if not leaf.shape or leaf.shape[0] != size:
+                found = leaf.shape[0] if leaf.shape else "a scalar"
+                raise ValueError(f"labels must have one entry for each of the {found} inputs, got {size}")
+        self._check_classes()
+        counts = np.bincount(self.labels[self.labels >= 0], minlength=self.num_classes)
+        rows = np.argsort(self.labels, kind="stable")[size - counts.sum() :]
+        self._set("counts", counts)
+        self._set("_rows", rows)
+        self._set("_first", np.cumsum(counts) - counts)
+        self._set("_family", None if self.families is None else np.unique(self.families[rows], return_inverse=True)[1])
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _check_classes(self) -> None:
         if self.num_classes == 0:
             raise ValueError(f"class_names of {self.name} ({self.split}) is empty; a source needs at least one class")
-        if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < self.num_classes:
+        if len(self.labels) and self.labels.max() >= self.num_classes:
             raise ValueError(
-                f"labels must lie in [0, {self.num_classes}), got {self.labels.min()} to {self.labels.max()}"
+                f"labels must lie below {self.num_classes}, the number of classes, got {self.labels.max()}"
             )
-        by_class = np.argsort(self.labels, kind="stable")
-        counts = np.bincount(self.labels, minlength=self.num_classes)
-        first = np.cumsum(counts) - counts
-        for name, count in zip(self.class_names, counts, strict=True):
-            if count < 2:
+        number = {name: index for index, name in enumerate(self.class_names)}
+        if len(number) < self.num_classes:
+            twice = next(name for index, name in enumerate(self.class_names) if number[name] != index)
+            raise ValueError(f"class_names of {self.name} ({self.split}) must differ, got {twice!r} twice")
+        nodes = {}
+        for node, members in self.nodes.items():
+            unknown = [name for name in members if isinstance(name, str) and name not in number]
+            if unknown:
                 raise ValueError(
-                    f"class {name!r} of {self.name} has {count} example(s); "
-                    "a class needs at least 2, one for the support set and one for the query set"
+                    f"nodes[{node!r}] names {unknown[0]!r}, which is no class of {self.name} ({self.split})"
                 )
-        family = None if self.families is None else np.unique(self.families, return_inverse=True)[1]
-        object.__setattr__(self, "members", tuple(np.split(by_class, first[1:])))
-        object.__setattr__(self, "_by_class", by_class)
-        object.__setattr__(self, "_first", first)
-        object.__setattr__(self, "_counts", counts)
-        object.__setattr__(self, "_family", family)
+            found = [number[name] if isinstance(name, str) else int(name) for name in members]
+            if found and not 0 <= min(found) <= max(found) < self.num_classes:
+                raise ValueError(f"nodes[{node!r}] must hold classes in [0, {self.num_classes}), got {found}")
+            nodes[node] = np.unique(np.asarray(found, np.int64))
+        self._set("nodes", nodes)
+        if self.length_buckets:
+            widest = {leaf.shape[1] for leaf in jax.tree.leaves(self.inputs) if len(leaf.shape) > 1}
+            if list(self.length_buckets) != sorted(set(self.length_buckets)) or {self.length_buckets[-1]} != widest:
+                raise ValueError(
+                    f"length_buckets must ascend and end with the length of the inputs, {sorted(widest)}, "
+                    f"got {self.length_buckets}"
+                )
 
     @property
     def num_classes(self) -> int:
         """Number of classes."""
         return len(self.class_names)
 
-    def check(self, spec: EpisodeSpec) -> None:
-        """Raises a ValueError where a class or the source is too small for `spec`."""
-        available = self.num_classes if self.groups is None else len(np.unique(self.groups))
-        if spec.ways > available:
-            what = "classes" if self.groups is None else "classes that may stand in one episode"
-            raise ValueError(f"ways is {spec.ways}, but {self.name} ({self.split}) has {available} {what}")
-        smallest = int(np.argmin(self._counts))
-        if spec.shots + spec.queries > self._counts[smallest]:
-            raise ValueError(
-                f"shots + queries is {spec.shots} + {spec.queries} = {spec.shots + spec.queries}, but class "
-                f"{self.class_names[smallest]!r} of {self.name} ({self.split}) has "
-                f"{self._counts[smallest]} examples"
-            )
+    @property
+    def members(self) -> tuple[np.ndarray, ...]:
+        """The rows of each class."""
+        return tuple(np.split(self._rows, self._first[1:]))
 
-    def sample(self, spec: EpisodeSpec, rng: np.random.Generator) -> Episode:
-        """Draws classes without replacement, then disjoint support and query examples of each."""
-        support, query = self.draw(spec, rng)
-        return self.gather(spec, support, query)
+    @property
+    def examples(self) -> PyTree:
+        """`(inputs, targets)`, leaves `[n, ...]`."""
+        return self.inputs, self.targets
 
-    def draw(self, spec: EpisodeSpec, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Draws one episode as rows of `inputs`: support `[ways * shots]` and query `[ways * queries]`, class by class.
+    def at_least(self, examples: int) -> ClassSource:
+        """The same source without the classes of fewer examples; `dropped` says which, `describe` reports them.
 
-        Classes come in random order, one that shares a group with an earlier one is passed over. Every set of
-        examples of a class is equally likely (with families: the support comes from as few families as hold it).
+        Raises:
+          ValueError: `examples` is no positive integer, or no class has so many.
         """
-        classes = self._draw_classes(spec.ways, rng)
-        counts = self._counts[classes]
-        width = int(counts.max())
-        keys = rng.random((spec.ways, width))  # examples sorted by random keys are examples in random order
-        if int(counts.min()) < width:
-            keys[np.arange(width) >= counts[:, None]] = 2.0  # past the end of a small class: behind all others
-        first = self._first[classes][:, None]
-        if self._family is None:
-            rows = self._by_class[first + _smallest(keys, spec.shots + spec.queries)]
-            return rows[:, : spec.shots].reshape(-1), rows[:, spec.shots :].reshape(-1)
-        order = np.argsort(keys, axis=1)
-        return self._draw_across_families(spec, rng, first + order, np.arange(width) < counts[:, None])
-
-    def gather(self, spec: EpisodeSpec, support: np.ndarray, query: np.ndarray) -> Episode:
-        """Makes episodes of drawn rows; rows may have leading task axes, which the leaves then have too."""
-        return Episode(self._examples(support, spec.ways, spec.shots), self._examples(query, spec.ways, spec.queries))
-
-    def _examples(self, rows: np.ndarray, ways: int, each: int) -> Examples:
-        targets = np.repeat(np.arange(ways, dtype=np.int32), each)
-        return Examples(
-            inputs=np.take(self.inputs, rows, axis=0),
-            targets=np.broadcast_to(targets, rows.shape).copy(),
-            mask=np.ones(rows.shape, bool),
-            class_mask=np.ones((*rows.shape[:-1], ways), bool),
+        _validate.positive_int("examples", examples)
+        kept = np.flatnonzero(self.counts >= examples)
+        if not kept.size:
+            raise ValueError(
+                f"examples is {examples}, but no class of {self.name} ({self.split}) has so many; "
+                f"the largest has {self.counts.max()}"
+            )
+        number = np.full(self.num_classes + 1, -1)  # its last entry is that of the label -1
+        number[kept] = np.arange(kept.size)
+        small = {
+            name: int(count) for name, count in zip(self.class_names, self.counts, strict=True) if count < examples
+        }
+        nodes = {node: number[members][number[members] >= 0] for node, members in self.nodes.items()}
+        return dataclasses.replace(
+            self,
+            labels=number[np.maximum(self.labels, -1)],
+            class_names=tuple(self.class_names[index] for index in kept),
+            groups=None if self.groups is None else self.groups[kept],
+            nodes={node: members for node, members in nodes.items() if members.size},
+            dropped={**self.dropped, **small},
         )
 
-    def _draw_classes(self, ways: int, rng: np.random.Generator) -> np.ndarray:
-        if self.groups is None:
-            return rng.choice(self.num_classes, ways, replace=False)
-        order = rng.permutation(self.num_classes)
-        first = np.unique(self.groups[order], return_index=True)[1]  # where each group comes first in that order
-        return order[np.sort(first)[:ways]]
+    def _pools(self, spec: EpisodeSpec) -> dict[str, np.ndarray]:
+        """The sets of classes that an episode may be drawn from, by name."""
+        if not spec.hierarchical:
+            return {"": np.arange(self.num_classes)}
+        return {node: members for node, members in self.nodes.items() if self._available(members) >= spec.min_ways}
 
-    def _draw_across_families(
-        self, spec: EpisodeSpec, rng: np.random.Generator, places: np.ndarray, valid: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Draws from `places` `[ways, width]` (into `_by_class`, in random order, the `valid` ones first)."""
-        assert self._family is not None
-        line = np.arange(spec.ways)[:, None]
-        rows = self._by_class[np.where(valid, places, places[:, :1])]
-        family = self._family[rows]
-        families = int(self._family.max()) + 1
-        rank = rng.random((spec.ways, families))
-        by_family = np.argsort(np.where(valid, rank[line, family], 2.0), axis=1, kind="stable")  # whole families
-        support = np.take_along_axis(rows, by_family[:, : spec.shots], axis=1)
-        used = np.zeros((spec.ways, families), bool)
-        used[line, self._family[support]] = True
-        elsewhere = valid & ~used[line, family]
-        query = np.take_along_axis(rows, np.argsort(~elsewhere, axis=1, kind="stable")[:, : spec.queries], axis=1)
-        short = np.flatnonzero(elsewhere.sum(axis=1) < spec.queries)
-        for index in short:  # too few in other families: whatever the support left, far families first
-            left = by_family[index, spec.shots : int(valid[index].sum())]
-            query[index] = rows[index, left[len(left) - spec.queries :]]
-        return support.reshape(-1), query.reshape(-1)
+    def _available(self, classes: np.ndarray) -> int:
+        """How many of these classes may stand in one episode."""
+        return len(classes) if self.groups is None else len(np.unique(self.groups[classes]))
+
+    def check(self, spec: EpisodeSpec) -> None:
+        """Raises a ValueError where a class or the source is too small for `spec`."""
+        where, pools = f"{self.name} ({self.split})", self._pools(spec)
+        what = "classes" if self.groups is None else "classes that may stand in one episode"
+        if self.targets is not None and spec.max_ways != 1:
+            raise ValueError(f"ways must be 1 for {where}, whose examples have targets of their own, got {spec.ways}")
+        if spec.hierarchical and not self.nodes:
+            raise ValueError(f"hierarchical must be False for {where}, which has no nodes, got True")
+        if not pools:
+            most = max(self.nodes, key=lambda node: self._available(self.nodes[node]))
+            raise ValueError(
+                f"ways is {spec.ways}, but no node of {where} has so many {what}; the largest, {most!r}, has "
+                f"{self._available(self.nodes[most])}"
+            )
+        if not spec.hierarchical and self._available(pools[""]) < spec.min_ways:
+            raise ValueError(f"ways is {spec.ways}, but {where} has {self._available(pools[''])} {what}")
+        used = np.unique(np.concatenate(list(pools.values())))
+        smallest = used[np.argmin(self.counts[used])]
+        count, name = self.counts[smallest], self.class_names[smallest]
+        hint = "; source.at_least(...) leaves small classes out"
+        if isinstance(spec.shots, Imbalanced):
+            if count < 2:
+                raise ValueError(
+                    f"shots is Imbalanced, which takes 2 examples, but class {name!r} of {where} has {count}{hint}"
+                )
+        elif spec.max_shots + spec.queries > count:
+            raise ValueError(
+                f"shots + queries is {spec.max_shots} + {spec.queries} = {spec.max_shots + spec.queries}, but class "
+                f"{name!r} of {where} has {count} examples{hint}"
+            )
+
+    def _facts(self, spec: EpisodeSpec) -> _sampling.Facts:
+        return _sampling.Facts(
+            classes=self.num_classes,
+            groups=0 if self.groups is None else len(np.unique(self.groups)),
+            families=0 if self._family is None else int(self._family.max()) + 1,
+            width=int(self.counts.max()),
+            whole=self.whole_nodes and spec.hierarchical and isinstance(spec.ways, tuple),
+        )
+
+    def bits(self, spec: EpisodeSpec) -> int:
+        """How many 32-bit random numbers an episode takes."""
+        return sum(int(np.prod(shape)) for shape in _sampling.bits_needed(spec, self._facts(spec)).values())
+
+    def tables(self, spec: EpisodeSpec) -> _sampling.Tables:
+        """The small arrays that `draw` reads."""
+        pools = list(self._pools(spec).values())
+        sizes = np.array([self._available(pool) for pool in pools])
+        starts = np.cumsum([0, *map(len, pools)])[:-1]
+        in_pool = members = None
+        if self.groups is not None:
+            in_pool = np.stack([np.isin(np.arange(self.num_classes), pool) for pool in pools])
+            groups = [np.flatnonzero(self.groups == group) for group in np.unique(self.groups)]
+            members = np.full([len(groups), max(map(len, groups))], -1)
+            for line, group in zip(members, groups, strict=True):
+                line[: len(group)] = group
+        return _sampling.Tables(
+            starts, sizes, np.concatenate(pools), in_pool, members, self._rows, self._first, self.counts, self._family
+        )
+
+    def draw(self, spec: EpisodeSpec, tables: PyTree, bits: Any) -> Drawn:
+        """Draws classes without replacement, then disjoint support and query examples of each."""
+        return Drawn(_sampling.draw(spec, self._facts(spec), tables, bits))
+
+    def longest(self, drawn: Drawn) -> np.ndarray:
+        """The length of the longest example of each episode, `[...]`; 0 where examples have no length (NumPy only)."""
+        rows = np.concatenate([part.inputs for part in drawn.episode], axis=-1)
+        return np.zeros(rows.shape[:-1], int) if self.lengths is None else read(self.lengths, rows).max(axis=-1)
+
+    def finish(self, drawn: Drawn, examples: PyTree, take: Take) -> Episode:
+        """Reads the drawn examples."""
+
+        def fill(part: Examples) -> Examples:
+            inputs, targets = take(examples, part.inputs)
+            if self.targets is None:
+                return part._replace(inputs=inputs)
+            return part._replace(inputs=inputs, targets=targets, class_mask=None)
+
+        return Episode(fill(drawn.episode.support), fill(drawn.episode.query))
+
+    label_bits = 1
+
+    def draw_labelled(self, bits: Any) -> Drawn:
+        """Draws single examples uniformly from all classes, each as the query of an episode; bits `[..., 1]`."""
+        rows = self._rows[_choices.below(bits, len(self._rows))]
+        query = Examples(rows, self.labels[rows].astype(np.int32), np.ones(rows.shape, bool))
+        return Drawn(Episode(jax.tree.map(lambda leaf: leaf[..., :0], query), query))
 
 
-def _smallest(keys: np.ndarray, count: int) -> np.ndarray:
-    """Columns of the `count` smallest keys of each row, in order of their keys."""
-    if keys.shape[1] < 4 * count:
-        return np.argsort(keys, axis=1)[:, :count]
-    columns = np.argpartition(keys, count - 1, axis=1)[:, :count]
-    order = np.argsort(np.take_along_axis(keys, columns, axis=1), axis=1)
-    return np.take_along_axis(columns, order, axis=1)
+def _array(leaf: Any) -> Any:
+    stored = hasattr(leaf, "take") and hasattr(leaf, "shape") and not isinstance(leaf, jax.Array)
+    return leaf if stored else np.asarray(leaf)
+
+
+def _line(name: str, value: Any) -> np.ndarray:
+    line = np.asarray(value)
+    if line.ndim != 1 or not np.issubdtype(line.dtype, np.integer):
+        raise ValueError(f"{name} must be a line of integers, got {line.dtype} of shape {line.shape}")
+    return line
+
+
+def read(leaf: Any, rows: np.ndarray) -> np.ndarray:
+    """Reads rows `[...]` of an array or of anything with `take` into a NumPy array; rows of -1 give zeros.
+
+    >>> read(np.array([[1, 2], [3, 4]]), np.array([1, -1])).tolist()
+    [[3, 4], [0, 0]]
+    """
+    values, padding = leaf.take(rows, axis=0), rows < 0
+    if padding.any():
+        values[padding] = 0
+    return values
+
+
+def has_length(source: Source, leaf: Any) -> bool:
+    """Whether axis 1 of a leaf of the examples is that of sequences.
+
+    >>> options = {"lengths": [3, 4], "length_buckets": (4,)}
+    >>> source = ClassSource("toy", "train", np.zeros([2, 4]), np.zeros(2, int), ("a",), **options)
+    >>> has_length(source, source.inputs), has_length(source, source.labels)
+    (True, False)
+    """
+    return bool(source.length_buckets) and leaf.shape[1:2] == source.length_buckets[-1:]

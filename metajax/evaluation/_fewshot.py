@@ -14,7 +14,7 @@ from metajax.core import _losses, _rng, _validate
 from metajax.core._types import Episode, Examples, Learner, Params
 from metajax.data._episodes import check_source, episode_batch
 from metajax.data._sources import Source
-from metajax.data._spec import EpisodeSpec
+from metajax.data._spec import EpisodeSpec, told
 from metajax.evaluation import _metrics
 from metajax.training import choose_task_batching
 
@@ -66,9 +66,9 @@ class Evaluation(NamedTuple):
     def __str__(self) -> str:
         spec = self.spec
         if self.metric == "accuracy":
-            task = f"{spec.ways}-way {spec.shots}-shot, {spec.queries} queries a class"
+            task = str(spec)
         else:
-            task = f"regression, {spec.shots} support points, {spec.queries} query points"
+            task = f"regression, {told(spec.shots)} support points, {spec.queries} query points"
         kinds = {True: "transductive", False: "inductive", None: "not finite"}
         rows = {
             "source": self.source,
@@ -139,7 +139,7 @@ def evaluate(
 
     Raises:
       ValueError: an argument is out of range, the source is too small for `spec`, or (before anything is
-        computed) `spec.ways` exceeds the outputs of the model; an episode's query set is all padding.
+        computed) the most ways of `spec` exceed the outputs of the model; an episode's query set is all padding.
 
     >>> import numpy as np, metajax
     >>> from metajax.data._sources import ClassSource

@@ -131,7 +131,7 @@ class Recorder:
 
 
 def _event_writer(folder: pathlib.Path) -> Callable[[int, dict[str, float]], None]:
-    from metajax.data._episodes import tensorflow
+    from metajax.data._pipeline import tensorflow
 
     tf = tensorflow()
     writer = tf.summary.create_file_writer(str(folder))

@@ -63,11 +63,11 @@ def build(config: Config, *, num_classes: int | None = None) -> Experiment:
 
     >>> from experiments.configs import prototypical_glyphs
     >>> build(prototypical_glyphs.get_config()).spec
-    EpisodeSpec(ways=5, shots=1, queries=15)
+    EpisodeSpec(ways=5, shots=1, queries=15, hierarchical=False, buckets=())
     """
     episode, train = config["episode"], config["train_episode"]
-    spec = data.EpisodeSpec(**episode)
-    train_spec = data.EpisodeSpec(**{name: train[name] or episode[name] for name in episode})
+    spec = _episode_spec(episode)
+    train_spec = _episode_spec({name: train[name] or episode[name] for name in episode})
     regression = config["data"]["name"] == "sinusoids"
     loss = squared_error if regression else None
     learner, trained = _learners(config, spec, regression, loss, num_classes)
@@ -86,13 +86,25 @@ def build(config: Config, *, num_classes: int | None = None) -> Experiment:
     )  # fmt: skip
 
 
+def _episode_spec(config: Config) -> data.EpisodeSpec:
+    ways, shots = config["ways"], config["shots"]
+    if config["imbalanced"]:
+        if config["max_shots"]:
+            raise ValueError(f"max_shots must be 0 where episodes are imbalanced, got {config['max_shots']}")
+        shots = data.Imbalanced(config["imbalanced"])
+    elif config["max_shots"]:
+        shots = (shots, config["max_shots"])
+    ways = (ways, config["max_ways"]) if config["max_ways"] else ways
+    return data.EpisodeSpec(ways, shots, config["queries"], config["hierarchical"])
+
+
 def _learners(
     config: Config, spec: data.EpisodeSpec, regression: bool, loss: Loss | None, num_classes: int | None
 ) -> tuple[Learner, Learner]:
     learner, inner = config["learner"], config["inner"]
     name = _validate.one_of("learner.name", learner["name"], LEARNERS)
     losses: dict[str, Any] = {} if loss is None else {"loss": loss}
-    outputs = 1 if regression else spec.ways
+    outputs = 1 if regression else spec.max_ways
     steps = _validate.positive_int("inner.steps", inner["steps"])
     rule = _inner_rule(inner)
     if name == "maml":

@@ -1,5 +1,6 @@
 """Streams of episodes: what they depend on, and that hosts and restarts share one stream."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from metajax.data import ClassSource, EpisodeSpec, batches, episode, episode_batch, episodes, sinusoids
-from metajax.data import _episodes as module
+from metajax.data import ClassSource, EpisodeSpec, batches, episode, episode_batch, episodes, from_sampler, sinusoids
+from metajax.data import _pipeline as module
+from metajax.data._episodes import EPISODES, Numbers
 
 SPEC = EpisodeSpec(ways=3, shots=1, queries=2)
 WAVES = EpisodeSpec(ways=1, shots=4, queries=3)
@@ -57,11 +59,17 @@ def test_class_mask_none_survives():
     assert batch.query.inputs.shape == (2, 3, 1)
 
 
-def test_a_generator_is_that_of_philox_keyed_by_seed_and_index():
+def test_numbers_are_those_of_philox_keyed_by_seed_and_index():
     for split, stream in (("train", 0), ("val", 1), ("test", 2)):
         source = toy(split)
         bits = np.random.Philox(key=np.array([7, 5], np.uint64), counter=np.array([0, 0, 0, stream], np.uint64))
-        assert_same(episode(source, SPEC, seed=7, index=5), source.sample(SPEC, np.random.Generator(bits)))
+        expected = bits.random_raw(20).astype("<u8").view("<u4")[:39]
+        found = Numbers(source, 7, EPISODES)([3, 5, 4], 39)
+        np.testing.assert_array_equal(found[1], expected)
+        drawn = source.draw(SPEC, source.tables(SPEC), found[:, : source.bits(SPEC)])
+        np.testing.assert_array_equal(
+            episode(source, SPEC, seed=7, index=5).query.inputs[:, 0], drawn.episode.query.inputs[1]
+        )
 
 
 def test_what_was_drawn_before_does_not_matter():
@@ -70,18 +78,6 @@ def test_what_was_drawn_before_does_not_matter():
     for index in (5, 0, 3, 3):
         assert_same(episode(source, SPEC, seed=1, index=index), expected[index])
     assert_same(jax.tree.map(lambda leaf: leaf[1], episode_batch(source, SPEC, seed=1, start=4, count=2)), expected[5])
-
-
-def test_a_source_that_overrides_sample_is_asked():
-    class Shifted(ClassSource):
-        def sample(self, spec, rng):
-            drawn = super().sample(spec, rng)
-            return jax.tree.map(lambda leaf: leaf + 1000 if leaf.dtype == np.int32 and leaf.ndim == 2 else leaf, drawn)
-
-    plain = toy()
-    shifted = Shifted(plain.name, plain.split, plain.inputs, plain.labels, plain.class_names)
-    one, other = (episode_batch(source, SPEC, seed=0, start=0, count=3) for source in (plain, shifted))
-    np.testing.assert_array_equal(one.query.inputs + 1000, other.query.inputs)
 
 
 @pytest.mark.parametrize("start", [0, 8, 13])
@@ -165,24 +161,31 @@ def test_batches_of_waves():
     assert len(np.unique(batch.query.inputs)) == 16
 
 
-class _Fails:
-    name, split, draws = "fails", "train", 0
-
-    def check(self, spec):
-        pass
-
-    def sample(self, spec, rng):
-        self.draws += 1
-        if self.draws > 3:
-            raise RuntimeError("the disk is gone")
-        return sinusoids().sample(WAVES, rng)
-
-
 def test_what_the_source_raises_is_raised():
-    stream = episodes(_Fails(), WAVES, batch=1, seed=0)
+    left = [200]
+
+    def sample(spec, rng):
+        left[0] -= 1
+        if left[0] < 0:
+            raise RuntimeError("the disk is gone")
+        return episode(sinusoids(), spec, seed=0, index=0)
+
+    stream = episodes(from_sampler(sample), WAVES, batch=1, seed=0)
     next(stream)
     with pytest.raises(RuntimeError, match=r"the disk is gone"):
-        take(stream, 50)
+        take(stream, 300)
+
+
+def test_what_reading_raises_is_raised():
+    class Damaged:
+        shape, dtype = (120, 1), np.dtype(np.uint8)
+
+        def take(self, rows, axis):
+            raise ValueError("'a/1.png' is damaged")
+
+    stream = episodes(dataclasses.replace(toy(), inputs=Damaged()), SPEC, batch=1, seed=0)
+    with pytest.raises(ValueError, match=r"'a/1.png' is damaged"):
+        next(stream)
 
 
 def test_close_ends_the_stream():
@@ -222,7 +225,7 @@ def test_bad_arguments_are_refused_at_the_call(bad, text):
 def test_bad_sources_and_sizes():
     with pytest.raises(ValueError, match=r"ways is 21, but toy"):
         episodes(toy(), EpisodeSpec(21, 1, 1), **GOOD)
-    with pytest.raises(ValueError, match=r"spec must be an EpisodeSpec, got 5"):
+    with pytest.raises(ValueError, match=r"spec must be a EpisodeSpec, got 5"):
         episodes(toy(), 5, **GOOD)
     with pytest.raises(ValueError, match=r"source must be a data source"):
         episodes("omniglot", SPEC, **GOOD)

@@ -15,6 +15,7 @@ from matplotlib.path import Path
 from matplotlib.textpath import TextPath
 from PIL import Image, ImageDraw, ImageFont
 
+from metajax.data._episodes import episode
 from metajax.data._fonts import alphabets, fonts
 from metajax.data._glyphs import _shares, glyphs
 from metajax.data._sources import SPLITS, ClassSource
@@ -41,8 +42,8 @@ def _digest(source: ClassSource) -> str:
 def _rows(source: ClassSource, spec: EpisodeSpec, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """The indices of the examples of one episode: support `[ways, shots]`, query `[ways, queries]`."""
     indexed = dataclasses.replace(source, inputs=np.arange(len(source.labels)))
-    episode = indexed.sample(spec, np.random.default_rng(seed))
-    return episode.support.inputs.reshape(spec.ways, -1), episode.query.inputs.reshape(spec.ways, -1)
+    support, query = episode(indexed, spec, seed=seed, index=0)
+    return support.inputs.reshape(spec.ways, -1), query.inputs.reshape(spec.ways, -1)
 
 
 def _render(letter: str, font: str, em: int, side: int) -> np.ndarray:

@@ -142,8 +142,12 @@ def test_a_class_with_one_image(tmp_path):
     tree(tmp_path, ["a", "b", "c"])
     for name in ("1.png", "2.png"):
         (tmp_path / "b" / name).unlink()
-    with pytest.raises(ValueError, match=rf"class 'b' of {tmp_path} has 1 example\(s\)"):
-        image_folder(tmp_path, splits={"train": ["a", "b", "c"]})
+    source = image_folder(tmp_path, splits={"train": ["a", "b", "c"]})
+    with pytest.raises(
+        ValueError, match=rf"shots \+ queries is 1 \+ 1 = 2, but class 'b' of {tmp_path} \(train\) has 1"
+    ):
+        source.check(EpisodeSpec(2, 1, 1))
+    assert source.at_least(2).class_names == ("a", "c")
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from metajax.data import EpisodeSpec, episode_batch, sinusoids
+from metajax.data import EpisodeSpec, Imbalanced, episode, episode_batch, sinusoids
 
 SPEC = EpisodeSpec(ways=1, shots=10, queries=30)
 
@@ -32,8 +32,8 @@ def test_every_task_is_one_sine_wave_of_the_published_distribution():
 
 
 def test_shapes_and_types():
-    episode = sinusoids(split="val").sample(SPEC, np.random.default_rng(0))
-    for part, count in ((episode.support, 10), (episode.query, 30)):
+    drawn = episode(sinusoids(split="val"), SPEC, seed=0, index=0)
+    for part, count in ((drawn.support, 10), (drawn.query, 30)):
         assert part.inputs.shape == part.targets.shape == (count, 1)
         assert part.inputs.dtype == part.targets.dtype == np.float32
         assert part.mask.tolist() == [True] * count
@@ -45,14 +45,26 @@ def test_splits_give_different_tasks_for_one_seed():
         episode_batch(sinusoids(split=split), SPEC, seed=0, start=0, count=50).query.inputs
         for split in ("train", "val", "test")
     ]
-    assert not np.isin(drawn[0], drawn[1]).any()
-    assert not np.isin(drawn[0], drawn[2]).any()
-    assert not np.isin(drawn[1], drawn[2]).any()
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert np.isin(drawn[one], drawn[other]).mean() < 0.01  # of 2**24 numbers, a few meet by chance
+
+
+def test_shots_of_random_number():
+    batch = episode_batch(sinusoids(), EpisodeSpec(1, (3, 6), 4), seed=0, start=0, count=4000)
+    shots = batch.support.mask.sum(axis=1)
+    assert stats.chisquare(np.bincount(shots, minlength=7)[3:]).pvalue > 1e-3
+    assert (np.diff(batch.support.mask.astype(int), axis=1) <= 0).all(), "examples come before padding"
+    assert not batch.support.inputs[~batch.support.mask].any()
+    assert batch.query.mask.all()
 
 
 def test_bad_input():
     with pytest.raises(ValueError, match=r"ways must be 1 for sinusoids .*, got 5"):
         sinusoids().check(EpisodeSpec(5, 1, 1))
+    with pytest.raises(ValueError, match=r"shots must be a number or a pair for sinusoids"):
+        sinusoids().check(EpisodeSpec(1, Imbalanced(), 1))
+    with pytest.raises(ValueError, match=r"hierarchical must be False for sinusoids"):
+        sinusoids().check(EpisodeSpec(1, 1, 1, hierarchical=True))
     with pytest.raises(ValueError, match=r"split must be one of 'train', 'val', 'test', got 'all'"):
         sinusoids(split="all")
     assert not isinstance(sinusoids(), tuple)

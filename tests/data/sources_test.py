@@ -2,11 +2,12 @@
 
 import itertools
 
+import jax
 import numpy as np
 import pytest
 from scipy import stats
 
-from metajax.data import ClassSource, EpisodeSpec
+from metajax.data import ClassSource, EpisodeSpec, episode_batch
 
 
 def make(counts, **options):
@@ -20,9 +21,8 @@ def rows(examples, ways):
 
 
 def draw(source, spec, count, seed=0):
-    rng = np.random.default_rng(seed)
-    for _ in range(count):
-        yield source.sample(spec, rng)
+    several = episode_batch(source, spec, seed=seed, start=0, count=count)
+    return [jax.tree.map(lambda leaf, k=k: leaf[k], several) for k in range(count)]
 
 
 def test_layout_of_an_episode():
@@ -138,17 +138,6 @@ def test_families_give_way_where_they_are_too_small():
             assert 4 in query, "the example of the other family is taken first"
 
 
-def test_gather_makes_a_batch():
-    source, spec = make([5] * 4), EpisodeSpec(2, 1, 3)
-    drawn = [source.draw(spec, np.random.default_rng(seed)) for seed in range(3)]
-    batch = source.gather(spec, np.stack([support for support, _ in drawn]), np.stack([query for _, query in drawn]))
-    for seed in range(3):
-        single = source.sample(spec, np.random.default_rng(seed))
-        for part, expected in zip(batch, single, strict=True):
-            for leaf, wanted in zip(part, expected, strict=True):
-                np.testing.assert_array_equal(leaf[seed], wanted)
-
-
 def test_too_many_ways():
     with pytest.raises(ValueError, match=r"ways is 5, but toy \(train\) has 4 classes"):
         make([9] * 4).check(EpisodeSpec(5, 1, 1))
@@ -164,11 +153,29 @@ def test_too_many_examples():
         source.check(EpisodeSpec(2, 3, 5))
 
 
-def test_a_class_with_one_example():
-    with pytest.raises(ValueError, match=r"class 'c1' of toy has 1 example\(s\)"):
-        make([2, 1, 2])
-    with pytest.raises(ValueError, match=r"class 'c2' of toy has 0 example\(s\)"):
-        make([2, 2, 0])
+def test_small_classes_are_told_or_left_out():
+    source = make(
+        [5, 1, 5, 0, 3, 5], groups=np.array([0, 1, 1, 2, 3, 4]), nodes={"a": [0, 1], "b": ["c3"], "c": [2, 4]}
+    )
+    with pytest.raises(ValueError, match=r"class 'c3' of toy \(train\) has 0 examples; source.at_least\(...\) leaves"):
+        source.check(EpisodeSpec(2, 1, 1))
+    left = source.at_least(4)
+    assert left.class_names == ("c0", "c2", "c5")
+    assert left.dropped == {"c1": 1, "c3": 0, "c4": 3}
+    assert left.groups.tolist() == [0, 1, 4]
+    assert {node: members.tolist() for node, members in left.nodes.items()} == {"a": [0], "c": [1]}
+    assert [rows.tolist() for rows in left.members] == [
+        rows.tolist() for rows in np.array(source.members, object)[[0, 2, 5]]
+    ]
+    assert left.at_least(5).dropped == left.dropped
+    for episode in draw(left, EpisodeSpec(2, 1, 3), 50):
+        assert not np.isin(episode.query.inputs, [5, 11, 12, 13]).any()
+    with pytest.raises(
+        ValueError, match=r"examples is 6, but no class of toy \(train\) has so many; the largest has 5"
+    ):
+        source.at_least(6)
+    with pytest.raises(ValueError, match="examples must be an integer of at least 1, got 0"):
+        source.at_least(0)
 
 
 def test_arguments_that_do_not_fit():
@@ -177,7 +184,7 @@ def test_arguments_that_do_not_fit():
         ClassSource("toy", "all", inputs, labels, ("a", "b"))
     with pytest.raises(ValueError, match=r"labels must have one entry for each of the 4 inputs, got 3"):
         ClassSource("toy", "train", inputs, labels[:3], ("a", "b"))
-    with pytest.raises(ValueError, match=r"labels must lie in \[0, 1\), got 0 to 1"):
+    with pytest.raises(ValueError, match=r"labels must lie below 1, the number of classes, got 1"):
         ClassSource("toy", "train", inputs, labels, ("a",))
     with pytest.raises(ValueError, match=r"class_names of toy \(train\) is empty"):
         ClassSource("toy", "train", inputs[:0], labels[:0], ())
@@ -187,6 +194,19 @@ def test_arguments_that_do_not_fit():
         ClassSource("toy", "train", inputs, labels, ("a", "b"), groups=np.arange(3))
     with pytest.raises(ValueError, match=r"families must have one entry for each of the 4 inputs, got 2"):
         ClassSource("toy", "train", inputs, labels, ("a", "b"), families=np.arange(2))
+    with pytest.raises(ValueError, match=r"class_names of toy \(train\) must differ, got 'a' twice"):
+        ClassSource("toy", "train", inputs, labels, ("a", "b", "a"))
+    with pytest.raises(ValueError, match=r"nodes\['n'\] names 'x', which is no class of toy \(train\)"):
+        ClassSource("toy", "train", inputs, labels, ("a", "b"), nodes={"n": ["x"]})
+    with pytest.raises(ValueError, match=r"nodes\['n'\] must hold classes in \[0, 2\), got \[2\]"):
+        ClassSource("toy", "train", inputs, labels, ("a", "b"), nodes={"n": [2]})
+    with pytest.raises(ValueError, match=r"targets must have one entry for each of the 4 inputs, got 3"):
+        ClassSource("toy", "train", inputs, labels, ("a", "b"), targets=np.zeros(3))
+    for buckets in ((2, 5), (3, 1), (1, 1)):
+        with pytest.raises(
+            ValueError, match=r"length_buckets must ascend and end with the length of the inputs, \[1\]"
+        ):
+            ClassSource("toy", "train", inputs, labels, ("a", "b"), lengths=np.ones(4, int), length_buckets=buckets)
 
 
 def test_is_no_tuple():

@@ -1,0 +1,82 @@
+"""Episodes that are drawn on the device, inside a compiled program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metajax.core._types import Episode, PyTree
+from metajax.data import _episodes
+from metajax.data._sources import Source
+from metajax.data._spec import EpisodeSpec
+
+
+class DeviceData(NamedTuple):
+    """What a device sampler reads: an argument of the compiled program, never a constant in it.
+
+    Attributes:
+      tables: of the sampling rule.
+      examples: leaves `[n, ...]`.
+
+    >>> DeviceData._fields
+    ('tables', 'examples')
+    """
+
+    tables: PyTree
+    examples: PyTree
+
+
+def device_sampler(
+    source: Source, spec: EpisodeSpec, *, device: Any = None
+) -> tuple[DeviceData, Callable[[DeviceData, jax.Array], Episode]]:
+    """Keeps a source in the memory of the accelerator and draws its episodes there.
+
+    The rule is that of the pipeline, by the same functions: given the same random bits both draw the same episode.
+    Episodes have the size `spec.capacity` (one static shape), and sequences their full length. With the meta step in
+    one scan, hundreds of steps run without the host: see `metajax.training.fit_on_device`.
+
+    Args:
+      source: what to keep; all of it, decoded.
+      spec: the rule of sampling.
+      device: a device or sharding to put the data on; JAX's default device by default. A replicated sharding
+        serves a meta step over several devices.
+
+    Returns:
+      `(data, sample)`: `sample(data, key) -> Episode` is pure and draws one episode. Pass `data` as an argument: closed
+      over, it would become a constant of the program.
+
+    Raises:
+      ValueError: the source is too small for `spec`, or cannot draw on a device.
+
+    >>> import jax
+    >>> from metajax.data._glyphs import glyphs
+    >>> data, sample = device_sampler(glyphs("val"), EpisodeSpec(ways=5, shots=1, queries=3))
+    >>> keys = jax.random.split(jax.random.key(0), 4)
+    >>> jax.jit(jax.vmap(sample, in_axes=(None, 0)))(data, keys).query.inputs.shape
+    (4, 15, 28, 28, 1)
+    """
+    _episodes.check_source(source, spec)
+    if getattr(source, "host_only", False):
+        raise ValueError(f"source must draw on a device, which {source.name} ({source.split}) does not: use episodes()")
+    whole = jax.tree.map(lambda leaf: leaf.take(np.arange(leaf.shape[0]), axis=0), source.examples)
+    data = jax.device_put(DeviceData(source.tables(spec), whole), device)
+    count = source.bits(spec)
+
+    def take(examples: PyTree, rows: jax.Array) -> PyTree:
+        def read(leaf: jax.Array) -> jax.Array:
+            values = leaf.at[jnp.maximum(rows, 0)].get(mode="promise_in_bounds")
+            if not spec.pads:
+                return values
+            return jnp.where(jnp.expand_dims(rows >= 0, tuple(range(rows.ndim, values.ndim))), values, 0)
+
+        return jax.tree.map(read, examples)
+
+    def sample(data: DeviceData, key: jax.Array) -> Episode:
+        drawn = source.draw(spec, data.tables, jax.random.bits(key, (count,), jnp.uint32))
+        return source.finish(drawn, data.examples, take)
+
+    return data, sample
