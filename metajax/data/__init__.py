@@ -5,13 +5,26 @@ from metajax.data._device_sampler import DeviceData, device_sampler
 from metajax.data._episodes import episode, episode_batch
 from metajax.data._glyphs import glyphs
 from metajax.data._image_folder import image_folder
+from metajax.data._mixture import mixture
 from metajax.data._omniglot import omniglot
 from metajax.data._pipeline import EpisodeIterator, batches, episodes
 from metajax.data._sampler_source import from_sampler
 from metajax.data._sinusoids import sinusoids
 from metajax.data._sources import ClassSource, Drawn, Source
 from metajax.data._spec import Bucket, EpisodeSpec, Imbalanced
-from metajax.data._transforms import random_affine
+from metajax.data._transformed import transformed
+from metajax.data._transforms import (
+    Transform,
+    colour_jitter,
+    normalise,
+    per_class,
+    per_episode,
+    random_affine,
+    random_crop,
+    random_flip,
+    random_rotate90,
+    resize,
+)
 
 __all__ = [
     "Bucket",
@@ -22,8 +35,10 @@ __all__ = [
     "EpisodeSpec",
     "Imbalanced",
     "Source",
+    "Transform",
     "batches",
     "cache_folder",
+    "colour_jitter",
     "device_sampler",
     "episode",
     "episode_batch",
@@ -31,7 +46,16 @@ __all__ = [
     "from_sampler",
     "glyphs",
     "image_folder",
+    "mixture",
+    "normalise",
     "omniglot",
+    "per_class",
+    "per_episode",
     "random_affine",
+    "random_crop",
+    "random_flip",
+    "random_rotate90",
+    "resize",
     "sinusoids",
+    "transformed",
 ]

@@ -292,7 +292,8 @@ def _graph_taker(tf: ModuleType, source: Source, guarded: Callable[..., Any]) ->
 
 def tensorflow() -> ModuleType:
     """TensorFlow, kept off the accelerators, or an ImportError that says what needs it."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # its start-up messages; to be set before the import
+    for name, value in (("TF_CPP_MIN_LOG_LEVEL", "2"), ("TF_ENABLE_ONEDNN_OPTS", "0")):  # both talk when it starts
+        os.environ.setdefault(name, value)
     try:
         import tensorflow as tf
     except ImportError as error:

@@ -2,38 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from metajax.core._types import Episode, Examples, MetaState, OuterUpdate
-
-Transform = Callable[[jax.Array, Any], Any]
+from metajax.core import _losses
+from metajax.core._types import Episode, MetaState, OuterUpdate
+from metajax.data._transformed import count_numbers, spread_numbers, transform_episode
+from metajax.data._transforms import Transforms, as_transforms
 
 # the meta step folds its step into the same key; no step is this large
 _PURPOSE = 2**32 - 1
 
 
-def augment(outer: OuterUpdate, transform: Transform) -> OuterUpdate:
-    """Applies a random transform to the inputs of every example, on the device, in the same compiled program.
+def augment(
+    outer: OuterUpdate, both: Transforms = (), *, support: Transforms = (), query: Transforms = ()
+) -> OuterUpdate:
+    """Transforms the images of every episode, on the device, in the same compiled program as the meta step.
 
     Args:
       outer: any meta step; to spread tasks over devices, augment what `shard_tasks` returns.
-      transform: `(key, inputs) -> inputs` over a leading axis of examples, of the same structure, shapes and dtypes,
-        as `functools.partial(metajax.data.random_affine, rotation=10)`.
+      both: one of `metajax.data`'s transforms or a list of them, such as `metajax.data.random_affine(rotation=10)`,
+        for support and query; what is shared by a class or an episode is shared by the two.
+      support: for the support set alone.
+      query: for the query set alone.
 
     Returns:
-      An `OuterUpdate` with the same signature. The draws depend on the state's key and step, the task's place in the
-      call, and support or query.
+      An `OuterUpdate` with the same signature. The draws depend on the state's key and step and on the task's place in
+      the call.
 
     Raises:
-      ValueError: (when traced) the transform changes the structure, a shape or a dtype.
+      ValueError: what is no transform; or (when traced) a transform that changes a shape or a dtype, or is shared by
+        classes where targets are no class labels.
 
-    >>> import functools, jax, jax.numpy as jnp, optax, metajax
+    >>> import jax, optax, metajax
     >>> learner = metajax.learners.prototypical(metajax.models.conv4(width=8, pool=False))
     >>> outer = metajax.outer_update(learner, optax.adam(1e-3), hypergrad=metajax.hypergrad.unrolled())
-    >>> outer = metajax.training.augment(outer, functools.partial(metajax.data.random_affine, rotation=10))
+    >>> outer = metajax.training.augment(outer, metajax.data.random_affine(rotation=10))
     >>> source, spec = metajax.data.glyphs("val"), metajax.data.EpisodeSpec(ways=5, shots=1, queries=2)
     >>> state = outer.init(jax.random.key(0), metajax.data.episode(source, spec, seed=0, index=0))
     >>> episodes = metajax.data.episode_batch(source, spec, seed=0, start=0, count=2)
@@ -41,19 +47,28 @@ def augment(outer: OuterUpdate, transform: Transform) -> OuterUpdate:
     >>> int(state.step)
     1
     """
+    several = as_transforms("both", both), as_transforms("support", support), as_transforms("query", query)
+    by_class = any(transform.shared == "class" for transforms in several for transform in transforms)
 
-    def changed(key: jax.Array, examples: Examples) -> Examples:
-        inputs = jax.vmap(transform)(jax.random.split(key, examples.mask.shape[0]), examples.inputs)
-        before, after = (jax.tree.map(_shape, tree) for tree in (examples.inputs, inputs))
-        if before != after:
-            raise ValueError(f"transform must keep structure, shapes and dtypes, got {after} from {before}")
-        return examples._replace(inputs=inputs)
+    def changed(key: jax.Array, episode: Episode) -> Episode:
+        present = episode.support.class_mask
+        labelled = _losses.is_integer(episode.support.targets) and present is not None
+        if by_class and not labelled:
+            raise ValueError("transforms that are shared by a class need integer targets and a class_mask")
+        ways = 1 if present is None else present.shape[0]
+        classes = [part.targets if labelled else jnp.zeros(part.mask.shape, int) for part in episode]
+        sizes = [part.mask.shape[0] for part in episode]
+        numbers = jax.random.uniform(key, [count_numbers(several, ways, *sizes)])
+        after = transform_episode(several, episode, spread_numbers(several, numbers, ways, classes))
+        shapes = [jax.tree.map(_shape, [part.inputs for part in parts]) for parts in (episode, after)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"transforms must keep shapes and dtypes, got {shapes[1]} from {shapes[0]}")
+        return after
 
     def update(state: MetaState, episodes: Episode) -> tuple[MetaState, dict[str, Any]]:
-        own_key = jax.random.fold_in(state.key, _PURPOSE)
-        support_key, query_key = jax.random.split(jax.random.fold_in(own_key, state.step))
-        episodes = Episode(changed(support_key, episodes.support), changed(query_key, episodes.query))
-        return outer.update(state, episodes)
+        key = jax.random.fold_in(jax.random.fold_in(state.key, _PURPOSE), state.step)
+        keys = jax.random.split(key, episodes.query.mask.shape[0])
+        return outer.update(state, jax.vmap(changed)(keys, episodes))
 
     return outer._replace(update=update)
 

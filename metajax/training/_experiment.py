@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import pathlib
 from collections.abc import Mapping
@@ -15,7 +14,6 @@ from metajax.core import _validate
 from metajax.core._losses import squared_error
 from metajax.core._types import Hypergrad, Learner, Loss, Model, Params
 from metajax.training import _checkpoint
-from metajax.training._augment import Transform
 
 Config = Mapping[str, Any]
 LEARNERS = ("maml", "reptile", "prototypical", "finetune")
@@ -48,7 +46,7 @@ class Experiment(NamedTuple):
     train_spec: data.EpisodeSpec
     eval_steps: int | None
     metric: str
-    transform: Transform | None
+    transform: data.Transform | None
 
 
 def build(config: Config, *, num_classes: int | None = None) -> Experiment:
@@ -141,14 +139,14 @@ def _model(config: Config, outputs: int | None) -> Model:
     )  # fmt: skip
 
 
-def _transform(config: Config) -> Transform | None:
+def _transform(config: Config) -> data.Transform | None:
     fields = config["augment"]
     bounds: dict[str, Any] = {name: _validate.non_negative_float(f"augment.{name}", fields[name]) for name in fields}
     if not any(bounds.values()):
         return None
     if config["data"]["name"] == "sinusoids":
         raise ValueError(f"augment must be all 0 for sinusoids, which are no images, got {bounds}")
-    return functools.partial(data.random_affine, **bounds)
+    return data.random_affine(**bounds)
 
 
 def _inner_rule(config: Config) -> optax.GradientTransformation:

@@ -1,7 +1,5 @@
 """Augmented meta steps."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +11,10 @@ from metajax import Episode, Examples, OuterUpdate, data, training
 
 
 def _episodes(tasks: int = 2) -> Episode:
-    examples = Examples(jnp.ones([tasks, 3, 2]), jnp.zeros([tasks, 3], jnp.int32), jnp.ones([tasks, 3], bool))
+    examples = Examples(
+        jnp.ones([tasks, 4, 2, 2, 1]), jnp.tile(jnp.array([0, 0, 1, 1]), (tasks, 1)), jnp.ones([tasks, 4], bool),
+        jnp.ones([tasks, 2], bool),
+    )  # fmt: skip
     return Episode(examples, examples)
 
 
@@ -24,12 +25,11 @@ def _recording() -> OuterUpdate:
     return outer._replace(update=lambda state, episodes: (state._replace(step=state.step + 1), episodes))
 
 
-def _noise(key, inputs):
-    return inputs + jax.random.uniform(key, inputs.shape)
+_NOISE = data.Transform(1, lambda images, numbers: images + numbers[:, :, None, None])
 
 
 def test_every_task_set_and_step_draws_its_own():
-    outer = training.augment(_recording(), _noise)
+    outer = training.augment(_recording(), _NOISE)
     state = outer.init(jax.random.key(0), jax.tree.map(lambda leaf: leaf[0], _episodes()))
     draws = []
     for _ in range(2):
@@ -41,7 +41,7 @@ def test_every_task_set_and_step_draws_its_own():
 
 
 def test_same_state_same_draws():
-    outer = training.augment(_recording(), _noise)
+    outer = training.augment(_recording(), _NOISE)
     state = outer.init(jax.random.key(0), jax.tree.map(lambda leaf: leaf[0], _episodes()))
     first, second = (outer.update(state, _episodes())[1].query.inputs for _ in range(2))
     np.testing.assert_array_equal(first, second)
@@ -50,7 +50,7 @@ def test_same_state_same_draws():
 def test_over_devices_as_on_one():
     learner = metajax.learners.prototypical(metajax.models.conv4(width=8, depth=2, pool=False))
     source, spec = data.glyphs("val"), data.EpisodeSpec(ways=3, shots=1, queries=2)
-    transform = functools.partial(data.random_affine, rotation=10, shift=0.1)
+    transform = data.random_affine(rotation=10, shift=0.1)
     found = []
     for spread in (False, True):
         outer = metajax.outer_update(
@@ -65,8 +65,32 @@ def test_over_devices_as_on_one():
     np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
 
 
-def test_transform_that_changes_the_dtype():
-    outer = training.augment(_recording(), lambda key, inputs: inputs.astype(jnp.bfloat16))
+def test_who_shares_a_change():
+    for shared, different in (("example", 8), ("class", 2), ("episode", 1)):
+        outer = training.augment(_recording(), _NOISE._replace(shared=shared))
+        state = outer.init(jax.random.key(0), jax.tree.map(lambda leaf: leaf[0], _episodes()))
+        _, seen = outer.update(state, _episodes())
+        for task in range(2):
+            values = jnp.concatenate([seen.support.inputs[task, :, 0, 0, 0], seen.query.inputs[task, :, 0, 0, 0]])
+            assert len(set(values.tolist())) == different
+        assert seen.support.inputs[0, 0, 0, 0, 0] != seen.support.inputs[1, 0, 0, 0, 0]
+
+
+def test_support_and_query_apart():
+    outer = training.augment(_recording(), support=data.Transform(0, lambda images, numbers: 3 * images))
     state = outer.init(jax.random.key(0), jax.tree.map(lambda leaf: leaf[0], _episodes()))
-    with pytest.raises(ValueError, match="transform must keep structure, shapes and dtypes"):
-        outer.update(state, _episodes())
+    _, seen = outer.update(state, _episodes())
+    assert (seen.support.inputs == 3).all()
+    assert (seen.query.inputs == 1).all()
+
+
+def test_transforms_that_do_not_fit():
+    state = _recording().init(jax.random.key(0), jax.tree.map(lambda leaf: leaf[0], _episodes()))
+    with pytest.raises(ValueError, match="transforms must keep shapes and dtypes"):
+        training.augment(_recording(), data.resize(3)).update(state, _episodes())
+    with pytest.raises(ValueError, match="both must be a transform or a list of them"):
+        training.augment(_recording(), lambda key, images: images)
+    plain = jax.tree.map(lambda leaf: leaf, _episodes())
+    plain = Episode(*(part._replace(class_mask=None) for part in plain))
+    with pytest.raises(ValueError, match="shared by a class need integer targets and a class_mask"):
+        training.augment(_recording(), data.per_class(_NOISE)).update(state, plain)
