@@ -39,7 +39,7 @@ def main() -> int:
 
     import metajax
     from experiments import _inputs
-    from metajax.data._images import read_image_folder
+    from metajax.data._image_folder import read_image_folder
 
     config = metajax.training.load_config(_WORKDIR.value)
     experiment = metajax.training.build(config)
@@ -83,10 +83,11 @@ def _named(flag: str) -> Iterator[None]:
 
 def _read_query(path: str, classes: tuple[str, ...], options: dict[str, Any]) -> _Query:
     from metajax.data import _images
+    from metajax.data._image_folder import read_image_folder
 
     with _images.open_files(path) as files:
         if any("/" in name for name in files.names):
-            read = _images.read_image_folder(path, **options)
+            read = read_image_folder(path, **options)
             unknown = [name for name in read.class_names if name not in classes]
             if unknown:
                 raise ValueError(

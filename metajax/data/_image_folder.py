@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
 
 from metajax.core import _validate
-from metajax.data import _images
+from metajax.data import _image_store, _images
+from metajax.data._class_splits import Splits, divide
 from metajax.data._sources import SPLITS, ClassSource
 
-_VAL, _TEST = 0.16, 0.20  # of the classes, as in miniImageNet and CIFAR-FS (64, 16 and 20 of 100)
+_Members = dict[str, list[tuple[_images.Files, str]]]  # class -> its files, and where to read them
 
 
 def image_folder(
@@ -20,14 +24,16 @@ def image_folder(
     size: int | None = None,
     channels: int | None = None,
     invert: _images.Invert = False,
-    splits: Mapping[str, Sequence[str]] | None = None,
+    splits: Splits | None = None,
+    cache_bytes: int | None = None,
 ) -> ClassSource:
     """Classes from a folder or zip of `CLASS/NAME.png` (also .jpg and .bmp), grey or RGB.
 
+    `GROUP/CLASS/NAME.png` gives classes named `GROUP/CLASS`, with the groups as nodes for hierarchical episodes.
+
     Where `path` holds `train`, `val` and `test` (folders of classes, or `train.zip`, `val.zip`, `test.zip`),
-    these are the splits. Otherwise the classes are divided by `splits`, or else 64 % train, 16 % val and 20 %
-    test: in the order of the SHA-256 of their names, so that neighbours in the alphabet are not kept together
-    and every machine gets the same; val and test have at least one class each.
+    these are the splits, unless `splits` divides their classes anew. Otherwise the classes are divided by `splits`, or
+    else 64 % train, 16 % val and 20 % test, in an order that every machine has.
 
     Zips are read in place, and unsafe ones are refused: nothing is ever unpacked to disk.
 
@@ -38,16 +44,20 @@ def image_folder(
       channels: 1 (grey) or 3 (RGB), or None where all images agree.
       invert: True, False, or "auto": images with a bright border are inverted. Characters written dark on
         white are given to models as ink 255 on 0.
-      splits: class names by split, such as `{"train": ["cat", "dog"], "test": ["owl", "elk"]}`. Classes that
-        it leaves out are not used.
+      splits: class names by split, such as `{"train": ["cat", "dog"], "test": ["owl", "elk"]}` or
+        `metajax.data.class_lists("fc100")`, or shares, such as `{"train": 0.8, "test": 0.2}`. Classes that lists leave
+        out are not used.
+      cache_bytes: None decodes all images now and holds them in memory. A number decodes them when episodes ask for
+        them and keeps so many bytes of them: for a set that is larger than memory. What is wrong with an image is
+        found when it is read.
 
     Returns:
-      A source with uint8 inputs `[n, height, width, channels]`, held in memory.
+      A source with uint8 inputs `[n, height, width, channels]`.
 
     Raises:
-      ValueError: nothing is there; the split has no classes; a class has one image; a file is not an image or
-        stands outside a class; sizes or channels differ and `size` or `channels` is None; a zip is unsafe;
-        `splits` names a class that is not there or names one twice.
+      ValueError: nothing is there; the split has no classes; a class stands in two splits; a file is not an image or
+        stands outside a class; sizes or channels differ and `size` or `channels` is None; a zip is unsafe; `splits`
+        names a class that is not there or names one twice, or its shares do not sum to 1.
 
     >>> import pathlib, tempfile
     >>> from PIL import Image
@@ -61,85 +71,162 @@ def image_folder(
     """
     _validate.one_of("split", split, SPLITS)
     _images.check_options(size, channels, invert)
-    if splits is not None:
-        _check_splits(splits)
-    with _images.open_files(path) as files:
-        if any(f"{name}.zip" in files.names for name in SPLITS):
-            folder = _unsplit(files, split, splits)
-            with _images.open_files(folder) as inner:
-                return _source(path, split, inner, _images.classes_of(inner), size, channels, invert)
-        below = _split_folder(files.names, split)
-        if below is not None:
-            _unsplit(files, split, splits, below)
-            return _source(path, split, files, _images.classes_of(files, below), size, channels, invert)
-        classes = _images.classes_of(files)
-        chosen = _hashed(classes, split, str(path)) if splits is None else _named(classes, split, splits, str(path))
-        return _source(path, split, files, {name: classes[name] for name in sorted(chosen)}, size, channels, invert)
+    with contextlib.ExitStack() as opened:
+        parts, where = _parts(opened, path), f"path {os.fspath(path)!r}"
+        if splits is None and parts[0].split is not None:
+            _check_disjoint(parts, where)
+            classes = next((part.classes for part in parts if part.split == split), None)
+            if classes is None:
+                raise ValueError(f"split {split!r} is not in {where}, which holds other splits")
+        else:
+            together: _Members = {}
+            for part in parts:
+                for name, members in part.classes.items():
+                    together.setdefault(name, []).extend(members)
+            classes = {name: together[name] for name in divide(together, split, splits, where)}
+        images, labels = _read(classes, repr(str(path)), size, channels, invert, cache_bytes)
+        nodes: dict[str, list[str]] = {}
+        for name in classes:
+            if "/" in name:
+                nodes.setdefault(name.split("/")[0], []).append(name)
+        source = ClassSource(os.fspath(path), split, images, labels, tuple(classes), nodes=nodes)
+        if cache_bytes is not None:
+            opened.pop_all()  # zips stay open as long as something may read them
+        return source
 
 
-def _source(
+class ImageFolder(NamedTuple):
+    """Labelled images.
+
+    Attributes:
+      images: uint8 `[n, height, width, channels]`.
+      labels: int32 `[n]`, positions in `class_names`.
+      class_names: sorted.
+      file_names: `CLASS/NAME.png`, one for each image.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    file_names: tuple[str, ...]
+
+
+def read_image_folder(
     path: str | os.PathLike[str],
-    split: str,
-    files: _images.Files,
-    classes: dict[str, list[str]],
-    size: int | None,
-    channels: int | None,
-    invert: _images.Invert,
-) -> ClassSource:
-    read = _images.read_classes(files, classes, size=size, channels=channels, invert=invert)
-    return ClassSource(os.fspath(path), split, read.images, read.labels, read.class_names)
+    *,
+    size: int | None = None,
+    channels: int | None = None,
+    invert: _images.Invert = False,
+) -> ImageFolder:
+    """Reads all images of a folder or zip of `CLASS/NAME.png` (or .jpg, .bmp), without dividing them.
+
+    One folder around all classes, as many zips have it, is looked through. Hidden files are ignored; every
+    other file must be an image in a class.
+
+    Args:
+      path: a folder or a zip file.
+      size: height and width to resize to, or None where all images have one size.
+      channels: 1 (grey) or 3 (RGB), or None where all images agree.
+      invert: True, False, or "auto" (images with a bright border are inverted).
+
+    Raises:
+      ValueError: nothing is there, a file is not an image or not in a class, images have different sizes or
+        channels, or a zip is unsafe (see `open_files`).
+
+    >>> import pathlib, tempfile
+    >>> from PIL import Image
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> for name in ("cat", "dog"):
+    ...     (folder / name).mkdir()
+    ...     Image.new("RGB", (8, 8)).save(folder / name / "1.png")
+    >>> found = read_image_folder(folder)
+    >>> found.images.shape, found.labels.tolist(), found.class_names
+    ((2, 8, 8, 3), [0, 1], ('cat', 'dog'))
+    """
+    _images.check_options(size, channels, invert)
+    with _images.open_files(path) as files:
+        classes = _classes(files)
+        images, labels = _read(classes, repr(str(path)), size, channels, invert, None)
+    names = tuple("/".join(name.split("/")[-2:]) for members in classes.values() for _, name in members)
+    return ImageFolder(np.asarray(images), labels, tuple(classes), names)
 
 
-def _split_folder(names: Sequence[str], split: str) -> str | None:
-    """`split/`, where there are folders of classes named after splits, maybe with one folder around them."""
+class _Part(NamedTuple):
+    split: str | None  # None: all there is
+    classes: _Members
+
+
+def _parts(opened: contextlib.ExitStack, path: str | os.PathLike[str]) -> list[_Part]:
+    files = opened.enter_context(_images.open_files(path))
+    zips = [split for split in SPLITS if f"{split}.zip" in files.names]
+    if zips:
+        archives = [opened.enter_context(_images.open_files(files.path / f"{split}.zip")) for split in zips]
+        return [_Part(split, _classes(archive)) for split, archive in zip(zips, archives, strict=True)]
+    below = _split_folders(files.names)
+    if below:
+        return [_Part(split, _classes(files, folder)) for split, folder in below.items()]
+    return [_Part(None, _classes(files))]
+
+
+def _split_folders(names: Sequence[str]) -> dict[str, str]:
+    """`{split: its folder}`, where there are folders of classes named after splits, maybe with one folder around."""
     parts = [name.split("/") for name in names]
-    around = 1 if all(len(part) == 4 for part in parts) and len({part[0] for part in parts}) == 1 else 0
-    if any(len(part) == around + 3 and part[around] in SPLITS for part in parts):
-        return "/".join([*parts[0][:around], split, ""])
-    return None
+    for around in (0, 1) if len({part[0] for part in parts}) == 1 else (0,):
+        depths = (around + 3, around + 4)
+        found = {part[around] for part in parts if len(part) in depths and part[around] in SPLITS}
+        if found:
+            return {split: "/".join([*parts[0][:around], split, ""]) for split in SPLITS if split in found}
+    return {}
 
 
-def _unsplit(
-    files: _images.Files, split: str, splits: Mapping[str, Sequence[str]] | None, below: str | None = None
-) -> os.PathLike[str]:
-    """Checks that the split is there, and that no other division is asked for; returns its zip."""
-    if splits is not None:
-        raise ValueError(f"splits must be None, because {str(files.path)!r} is divided already; got {splits!r}")
-    there = f"{split}.zip" in files.names if below is None else any(name.startswith(below) for name in files.names)
-    if not there:
-        raise ValueError(f"split {split!r} is not in path {str(files.path)!r}, which holds other splits")
-    return files.path / f"{split}.zip"
-
-
-def _check_splits(splits: Mapping[str, Sequence[str]]) -> None:
-    seen: dict[str, str] = {}
-    for key, names in splits.items():
-        _validate.one_of("a key of splits", key, SPLITS)
-        if isinstance(names, str):
-            raise ValueError(f"splits[{key!r}] must be a list of class names, got {names!r}")
-        for name in names:
-            if name in seen:
-                raise ValueError(f"splits names class {name!r} twice ({seen[name]}, {key}); splits must be disjoint")
-            seen[name] = key
-
-
-def _named(classes: Mapping[str, object], split: str, splits: Mapping[str, Sequence[str]], path: str) -> list[str]:
-    for key, names in splits.items():
-        for name in names:
-            if name not in classes:
-                raise ValueError(f"splits[{key!r}] names class {name!r}, which is not in path {path!r}")
-    if not splits.get(split):
-        raise ValueError(f"splits must name classes for split {split!r}, got {dict(splits)!r}")
-    return list(splits[split])
-
-
-def _hashed(classes: Mapping[str, object], split: str, path: str) -> list[str]:
-    if len(classes) < len(SPLITS):
+def _classes(files: _images.Files, below: str = "") -> _Members:
+    """The files of each class, sorted; only those below the folder `below`, if named."""
+    names = [name for name in files.names if name.startswith(below)]
+    where = str(files.path / below)
+    if not names:
+        raise ValueError(f"path must hold images as CLASS/NAME.png, got {where!r}, which holds no files")
+    depth = below.count("/")
+    parts = [name.split("/")[depth:] for name in names]
+    lengths = {len(part) for part in parts}
+    if min(lengths) > 2 and len({part[0] for part in parts}) == 1:  # one folder around all classes
+        parts, lengths = [part[1:] for part in parts], {length - 1 for length in lengths}
+    if lengths not in ({2}, {3}):
+        name = next(name for name, part in zip(names, parts, strict=True) if len(part) != 2)
         raise ValueError(
-            f"path {path!r} has {len(classes)} class(es); dividing them into {', '.join(SPLITS)} takes at least "
-            f"{len(SPLITS)}: give splits={{{split!r}: [class names]}}"
+            f"path must hold images as CLASS/NAME.png and nothing else, or all as GROUP/CLASS/NAME.png, got {name!r} "
+            f"in {where!r}"
         )
-    order = sorted(classes, key=lambda name: hashlib.sha256(name.encode()).digest())
-    val, test = (max(1, round(share * len(order))) for share in (_VAL, _TEST))
-    train = len(order) - val - test
-    return {"train": order[:train], "val": order[train : train + val], "test": order[train + val :]}[split]
+    classes: _Members = {}
+    for name, part in zip(names, parts, strict=True):
+        classes.setdefault("/".join(part[:-1]), []).append((files, name))
+    return dict(sorted(classes.items()))
+
+
+def _check_disjoint(parts: list[_Part], where: str) -> None:
+    seen: dict[str, str | None] = {}
+    for part in parts:
+        for name in part.classes:
+            if name in seen:
+                raise ValueError(
+                    f"class {name!r} stands in two splits of {where} ({seen[name]}, {part.split}); few-shot splits "
+                    "have different classes: divide them with splits="
+                )
+            seen[name] = part.split
+
+
+def _read(
+    classes: _Members, where: str, size: int | None, channels: int | None, invert: _images.Invert,
+    cache_bytes: int | None,
+) -> tuple[np.ndarray | _image_store.StoredImages, np.ndarray]:  # fmt: skip
+    entries = [entry for members in classes.values() for entry in members]
+    labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(members) for members in classes.values()])
+
+    def load(row: int) -> np.ndarray:
+        files, name = entries[row]
+        image = _images.decode(files.read(name), str(files.path / name), size=size, channels=channels)
+        return _images.invert_images(image[None], invert)[0]
+
+    def name(row: int) -> str:
+        return entries[row][1]
+
+    return _image_store.read_images(load, name, len(entries), where=where, cache_bytes=cache_bytes), labels

@@ -41,22 +41,6 @@ class Files(NamedTuple):
     read: Callable[[str], bytes]
 
 
-class ImageFolder(NamedTuple):
-    """Labelled images.
-
-    Attributes:
-      images: uint8 `[n, height, width, channels]`.
-      labels: int32 `[n]`, positions in `class_names`.
-      class_names: sorted.
-      file_names: `CLASS/NAME.png`, one for each image.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-    class_names: tuple[str, ...]
-    file_names: tuple[str, ...]
-
-
 @contextlib.contextmanager
 def open_files(path: str | os.PathLike[str]) -> Iterator[Files]:
     """Lists a folder or a zip file. Hidden files (`.DS_Store`, `__MACOSX`, `Thumbs.db`) are left out.
@@ -240,17 +224,25 @@ def stack(images: list[np.ndarray], names: list[str], where: str) -> np.ndarray:
     (1, 2, 2, 1)
     """
     for image, name in zip(images, names, strict=True):
-        if image.shape[:2] != images[0].shape[:2]:
-            raise ValueError(
-                f"images in {where} have different sizes: {names[0]!r} is {_size(images[0])} and {name!r} is "
-                f"{_size(image)} (height x width); give size= to resize them"
-            )
-        if image.shape[2] != images[0].shape[2]:
-            raise ValueError(
-                f"images in {where} have different channels: {names[0]!r} has {images[0].shape[2]} and {name!r} has "
-                f"{image.shape[2]}; give channels=1 (grey) or channels=3 (RGB) to convert them"
-            )
+        check_form(image, name, images[0], names[0], where)
     return np.stack(images)
+
+
+def check_form(image: np.ndarray, name: str, first: np.ndarray, first_name: str, where: str) -> None:
+    """Raises a ValueError where two images differ in size or channels.
+
+    >>> check_form(np.zeros([2, 2, 1]), "b.png", np.zeros([2, 2, 1]), "a.png", "folder")
+    """
+    if image.shape[:2] != first.shape[:2]:
+        raise ValueError(
+            f"images in {where} have different sizes: {first_name!r} is {_size(first)} and {name!r} is "
+            f"{_size(image)} (height x width); give size= to resize them"
+        )
+    if image.shape[2] != first.shape[2]:
+        raise ValueError(
+            f"images in {where} have different channels: {first_name!r} has {first.shape[2]} and {name!r} has "
+            f"{image.shape[2]}; give channels=1 (grey) or channels=3 (RGB) to convert them"
+        )
 
 
 def _size(image: np.ndarray) -> str:
@@ -273,42 +265,6 @@ def invert_images(images: np.ndarray, invert: Invert) -> np.ndarray:
     return np.where(np.median(border, axis=(1, 2))[:, None, None, None] > 127, 255 - images, images)
 
 
-def read_image_folder(
-    path: str | os.PathLike[str],
-    *,
-    size: int | None = None,
-    channels: int | None = None,
-    invert: Invert = False,
-) -> ImageFolder:
-    """Reads all images of a folder or zip of `CLASS/NAME.png` (or .jpg, .bmp).
-
-    One folder around all classes, as many zips have it, is looked through. Hidden files are ignored; every
-    other file must be an image in a class.
-
-    Args:
-      path: a folder or a zip file.
-      size: height and width to resize to, or None where all images have one size.
-      channels: 1 (grey) or 3 (RGB), or None where all images agree.
-      invert: True, False, or "auto" (images with a bright border are inverted).
-
-    Raises:
-      ValueError: nothing is there, a file is not an image or not in a class, images have different sizes or
-        channels, or a zip is unsafe (see `open_files`).
-
-    >>> import tempfile
-    >>> folder = pathlib.Path(tempfile.mkdtemp())
-    >>> for name in ("cat", "dog"):
-    ...     (folder / name).mkdir()
-    ...     Image.new("RGB", (8, 8)).save(folder / name / "1.png")
-    >>> found = read_image_folder(folder)
-    >>> found.images.shape, found.labels.tolist(), found.class_names
-    ((2, 8, 8, 3), [0, 1], ('cat', 'dog'))
-    """
-    check_options(size, channels, invert)
-    with open_files(path) as files:
-        return read_classes(files, classes_of(files), size=size, channels=channels, invert=invert)
-
-
 def check_options(size: int | None, channels: int | None, invert: Invert) -> None:
     """Raises a ValueError where one of the options is not what `read_image_folder` takes.
 
@@ -319,51 +275,6 @@ def check_options(size: int | None, channels: int | None, invert: Invert) -> Non
     _validate.one_of("channels", channels, (None, 1, 3))
     if not isinstance(invert, bool) and invert != "auto":
         raise ValueError(f"invert must be True, False or 'auto', got {invert!r}")
-
-
-def classes_of(files: Files, below: str = "") -> dict[str, list[str]]:
-    """The files of each class, `{CLASS: [names]}`, sorted; only those below the folder `below`, if named.
-
-    Raises:
-      ValueError: there are no files, or one is not in a class folder.
-
-    >>> classes_of(Files(pathlib.Path("x"), ("a/1.png", "b/1.png"), bytes))
-    {'a': ['a/1.png'], 'b': ['b/1.png']}
-    """
-    names = [name for name in files.names if name.startswith(below)]
-    where = str(files.path / below)
-    if not names:
-        raise ValueError(f"path must hold images as CLASS/NAME.png, got {where!r}, which holds no files")
-    depth = below.count("/")
-    parts = [name.split("/") for name in names]
-    if all(len(part) == depth + 3 for part in parts) and len({part[depth] for part in parts}) == 1:
-        depth += 1  # one folder around all classes
-    classes: dict[str, list[str]] = {}
-    for name, part in zip(names, parts, strict=True):
-        if len(part) != depth + 2:
-            raise ValueError(f"path must hold images as CLASS/NAME.png and nothing else, got {name!r} in {where!r}")
-        classes.setdefault(part[depth], []).append(name)
-    return dict(sorted(classes.items()))
-
-
-def read_classes(
-    files: Files, classes: dict[str, list[str]], *, size: int | None, channels: int | None, invert: Invert
-) -> ImageFolder:
-    """Reads the images that `classes` lists.
-
-    >>> file = io.BytesIO()
-    >>> Image.new("L", (8, 8)).save(file, "PNG")
-    >>> files = Files(pathlib.Path("x"), ("a/1.png",), lambda name: file.getvalue())
-    >>> read_classes(files, classes_of(files), size=None, channels=None, invert=False).images.shape
-    (1, 8, 8, 1)
-    """
-    names = [name for members in classes.values() for name in members]
-    labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(members) for members in classes.values()])
-    images = [decode(files.read(name), str(files.path / name), size=size, channels=channels) for name in names]
-    short = tuple("/".join(name.split("/")[-2:]) for name in names)
-    return ImageFolder(
-        invert_images(stack(images, names, repr(str(files.path))), invert), labels, tuple(classes), short
-    )
 
 
 def fingerprint(path: pathlib.Path) -> str:

@@ -87,7 +87,14 @@ def test_own_splits(tmp_path):
         ({"all": ["a"]}, "a key of splits must be one of 'train', 'val', 'test', got 'all'"),
         ({"train": "abc"}, r"splits\['train'\] must be a list of class names, got 'abc'"),
         ({"train": []}, "splits must name classes for split 'train'"),
-        ({}, "splits must name classes for split 'train'"),
+        ({}, "splits must map splits to class names or to shares, got {}"),
+        (
+            {"train": 0.5, "test": 0.4},
+            r"shares in splits must sum to 1, got {.*}, which sum to 0.9",
+        ),
+        ({"train": 1.5, "test": -0.5}, r"splits\['test'\] must be"),
+        ({"train": 0.5, "test": ["a"]}, "splits must hold lists of class names or shares, not both"),
+        ({"val": 0.5, "test": 0.5}, "splits must name a share for split 'train'"),
     ],
 )
 def test_bad_splits(tmp_path, splits, text):
@@ -111,8 +118,9 @@ def test_splits_that_are_there(tmp_path, form):
         path = shutil.make_archive(str(tmp_path / "around"), "zip", tmp_path, "data")
     assert names(path) == {"train": {"a", "b"}, "val": {"c", "d"}, "test": {"train", "e"}}
     assert image_folder(path).inputs.shape == (6, 6, 6, 1)
-    with pytest.raises(ValueError, match=r"splits must be None, because .* is divided already"):
-        image_folder(path, splits={"train": ["a"]})
+    anew = {"train": ["a", "e"], "test": ["c"]}
+    assert image_folder(path, splits=anew).class_names == ("a", "e"), "looked up in all parts"
+    assert image_folder(path, split="test", splits=anew).class_names == ("c",)
 
 
 def test_a_split_that_is_not_there(tmp_path):
@@ -124,6 +132,44 @@ def test_a_split_that_is_not_there(tmp_path):
         assert image_folder(path).num_classes == 2
         with pytest.raises(ValueError, match=r"split 'val' is not in path '.*', which holds other splits"):
             image_folder(path, split="val")
+
+
+def test_a_class_in_two_splits(tmp_path):
+    tree(tmp_path / "train", ["a", "b"])
+    tree(tmp_path / "test", ["c", "b"])
+    with pytest.raises(ValueError, match=r"class 'b' stands in two splits of path '.*' \(train, test\)"):
+        image_folder(tmp_path)
+    together = image_folder(tmp_path, splits={"train": ["a", "b"], "test": ["c"]})
+    assert together.counts.tolist() == [3, 6], "divided anew, a class has the images of both"
+
+
+def test_names_are_matched_by_letters_and_digits(tmp_path):
+    tree(tmp_path, ["Red_Fox", "owl-2", "elk", "ELK"])
+    splits = {"train": ["red fox", "OWL 2"], "test": ["elk"]}
+    assert image_folder(tmp_path, splits=splits).class_names == ("Red_Fox", "owl-2")
+    assert image_folder(tmp_path, splits=splits, split="test").class_names == ("elk",), "an exact match goes first"
+    with pytest.raises(ValueError, match=r"names class 'Elk', which may be 'ELK' or 'elk' in path"):
+        image_folder(tmp_path, splits={"train": ["Elk"]})
+
+
+@pytest.mark.parametrize("around", ["", "around"])
+def test_groups_are_nodes(tmp_path, around):
+    root = tmp_path / "data"
+    tree(root / around, ["cats/lion", "cats/lynx", "dogs/wolf", "dogs/lion"])
+    source = image_folder(root, splits={"train": ["cats/lion", "cats/lynx", "dogs/lion"], "test": ["dogs/wolf"]})
+    assert source.class_names == ("cats/lion", "cats/lynx", "dogs/lion")
+    assert {name: members.tolist() for name, members in source.nodes.items()} == {"cats": [0, 1], "dogs": [2]}
+    shutil.move(root / around, tmp_path / "moved" / "train")
+    assert image_folder(tmp_path / "moved").class_names == ("cats/lion", "cats/lynx", "dogs/lion", "dogs/wolf")
+
+
+def test_shares(tmp_path):
+    tree(tmp_path, [f"c{index}" for index in range(10)], each=1)
+    found = {
+        split: image_folder(tmp_path, split=split, splits={"train": 0.7, "test": 0.3}) for split in ("train", "test")
+    }
+    assert [found[split].num_classes for split in ("train", "test")] == [7, 3]
+    assert not set(found["train"].class_names) & set(found["test"].class_names)
 
 
 def test_classes_that_are_named_like_splits_are_classes(tmp_path):

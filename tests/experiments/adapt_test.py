@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import metajax
-from metajax.data._images import read_image_folder
+from metajax.data._image_folder import read_image_folder
 
 CLASSES = ("maple", "oak", "pine")
 

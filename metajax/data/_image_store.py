@@ -1,0 +1,113 @@
+"""Decoded images in memory: all of them, or as many as may be."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from metajax.core import _validate
+from metajax.data import _images
+
+Load = Callable[[int], np.ndarray]  # (row) -> uint8 [height, width, channels]
+
+
+class StoredImages:
+    """Images that are decoded when they are asked for, and kept while there is room.
+
+    What has been kept stays: episodes draw images uniformly, so that no image is likelier to return than another, and
+    a cache that replaces hits no more often. Any number of threads may read.
+
+    Attributes:
+      shape: `(n, height, width, channels)`.
+      dtype: uint8.
+      nbytes: what all of them would take.
+      cache_bytes: the most that is kept.
+      kept_bytes: how much is kept now.
+
+    >>> images = StoredImages(lambda row: np.full([2, 2, 1], row, np.uint8), (5, 2, 2, 1), cache_bytes=8)
+    >>> images.take(np.array([3, 4, 3, 0]))[:, 0, 0, 0].tolist(), images.kept_bytes
+    ([3, 4, 3, 0], 8)
+    """
+
+    def __init__(self, load: Load, shape: tuple[int, ...], *, cache_bytes: int) -> None:
+        self.shape, self.dtype, self.cache_bytes = shape, np.dtype(np.uint8), cache_bytes
+        self._load, self._lock, self._each = load, threading.Lock(), int(np.prod(shape[1:]))
+        room = min(shape[0], cache_bytes // self._each)
+        self._kept = np.empty((room, *shape[1:]), np.uint8)  # the system gives memory when it is written
+        self._place = np.full(shape[0], -1, np.int32)  # of each row in it
+        self._used = 0
+
+    @property
+    def nbytes(self) -> int:
+        """What all of them would take."""
+        return self.shape[0] * self._each
+
+    @property
+    def kept_bytes(self) -> int:
+        """How much is kept now."""
+        return self._used * self._each
+
+    def take(self, rows: np.ndarray, axis: int = 0) -> np.ndarray:
+        """Images `[*rows.shape, height, width, channels]`; what stands for a row of -1 is not defined."""
+        flat = np.asarray(rows).reshape(-1)
+        images = np.empty((flat.size, *self.shape[1:]), np.uint8)
+        places = self._place[flat]
+        known = (places >= 0) & (flat >= 0)
+        images[known] = self._kept[places[known]]
+        missing, back = np.unique(flat[~known], return_inverse=True)
+        if missing.size:
+            images[~known] = np.stack([self._read(int(row)) for row in missing])[back]
+        return images.reshape(*np.shape(rows), *self.shape[1:])
+
+    def _read(self, row: int) -> np.ndarray:
+        if row < 0:
+            return np.zeros(self.shape[1:], np.uint8)
+        image = self._load(row)
+        with self._lock:
+            if self._used < len(self._kept) and self._place[row] < 0:
+                self._kept[self._used] = image
+                self._place[row] = self._used  # only now: other threads read without the lock
+                self._used += 1
+        return image
+
+
+def read_images(
+    load: Load, name: Callable[[int], str], count: int, *, where: str, cache_bytes: int | None = None
+) -> np.ndarray | StoredImages:
+    """Images `[count, height, width, channels]`, which must have one shape.
+
+    Args:
+      load: decodes one of them; called from several threads.
+      name: of a row, for errors.
+      count: how many there are, at least 1.
+      where: what errors call the place of them all.
+      cache_bytes: None decodes all of them now and holds them in memory; a number decodes them when they are asked for,
+        and keeps so many bytes of them.
+
+    Raises:
+      ValueError: `cache_bytes` is negative, or sizes or channels differ (at once, or when the image is asked for).
+
+    >>> read_images(lambda row: np.zeros([2, 2, 1], np.uint8), str, 3, where="here").shape
+    (3, 2, 2, 1)
+    """
+    if cache_bytes is not None:
+        _validate.int_at_least("cache_bytes", cache_bytes, 0)
+    first = load(0)
+
+    def checked(row: int) -> np.ndarray:
+        image = load(row)
+        _images.check_form(image, name(row), first, name(0), where)
+        return image
+
+    shape = (count, *first.shape)
+    if cache_bytes is not None:
+        return StoredImages(checked, shape, cache_bytes=cache_bytes)
+    images = np.empty(shape, np.uint8)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for row, image in enumerate(pool.map(checked, range(count))):
+            images[row] = image
+    return images
