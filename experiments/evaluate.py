@@ -48,9 +48,8 @@ def main() -> int:
         raise ValueError(f"steps must not be given for prototypical, which takes no inner steps, got {_STEPS.value}")
     learner, params = metajax.load_run(workdir, checkpoint=_CHECKPOINT.value)
     source = metajax.training.open_source(config, _SPLIT.value, path=_DATA.value)
-    source.check(spec)
-    if hasattr(source, "inputs"):
-        _inputs.check_inputs("data", source.inputs, learner, params)
+    one = metajax.data.episode(source, spec, seed=0, index=0)
+    _inputs.check_inputs("data", one.query.inputs, learner, params)
     found = metajax.evaluation.evaluate(
         learner, params, source, spec,
         episodes=_EPISODES.value,

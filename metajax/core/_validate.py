@@ -60,7 +60,7 @@ def instance(name: str, value: Any, kind: type) -> Any:
     5
     """
     if not isinstance(value, kind):
-        raise ValueError(f"{name} must be a {kind.__name__}, got {value!r}")
+        raise ValueError(f"{name} must be of type {kind.__name__}, got {value!r}")
     return value
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,8 @@ def divide(names: Collection[str], split: str, splits: Splits | None, where: str
 
     Shares are taken in the order of the SHA-256 of the names, so that neighbours in the alphabet are not kept together
     and every machine gets the same; each split with a share has one class at least. Lists may leave classes out; a name
-    that is not there exactly stands for the class with the same letters and digits, in any case.
+    that is not there exactly stands for the class with the same letters and digits, in any case and without a number
+    in front (`001.Black_footed_Albatross`).
 
     Args:
       names: all classes.
@@ -86,12 +88,14 @@ def _listed(names: Collection[str], split: str, lists: dict[str, Sequence[str]],
         by_letters.setdefault(_letters(name), []).append(name)
     known, seen, chosen = set(names), dict[str, str](), list[str]()
     for key, listed in lists.items():
+        missing = list[str]()
         if isinstance(listed, str) or not all(isinstance(name, str) for name in listed):
             raise ValueError(f"splits[{key!r}] must be a list of class names, got {listed!r}")
         for name in listed:
             alike = [name] if name in known else by_letters.get(_letters(name), [])
             if not alike:
-                raise ValueError(f"splits[{key!r}] names class {name!r}, which is not in {where}")
+                missing.append(name)
+                continue
             if len(alike) > 1:
                 choice = " or ".join(map(repr, sorted(alike)))
                 raise ValueError(f"splits[{key!r}] names class {name!r}, which may be {choice} in {where}")
@@ -102,6 +106,11 @@ def _listed(names: Collection[str], split: str, lists: dict[str, Sequence[str]],
             seen[alike[0]] = key
             if key == split:
                 chosen.append(alike[0])
+        if missing:
+            raise ValueError(
+                f"{where} lacks {len(missing)} of the {len(listed)} classes that splits[{key!r}] names, "
+                f"the first is {missing[0]!r}"
+            )
     if not chosen:
         raise ValueError(f"splits must name classes for split {split!r}, got {_told(lists)}")
     return sorted(chosen)
@@ -112,4 +121,5 @@ def _told(lists: Mapping[str, Sequence[str]]) -> str:
 
 
 def _letters(name: str) -> str:
-    return "".join(letter for letter in name.casefold() if letter.isalnum()) or name
+    bare = re.sub(r"^\d+[^0-9a-zA-Z]+", "", name.casefold())
+    return "".join(letter for letter in bare if letter.isalnum()) or name

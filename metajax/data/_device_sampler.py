@@ -71,7 +71,8 @@ def device_sampler(
             values = leaf.at[jnp.maximum(rows, 0)].get(mode="promise_in_bounds")
             if not spec.pads:
                 return values
-            return jnp.where(jnp.expand_dims(rows >= 0, tuple(range(rows.ndim, values.ndim))), values, 0)
+            there = jnp.expand_dims(rows >= 0, tuple(range(rows.ndim, values.ndim)))
+            return jnp.where(there, values, jnp.zeros((), values.dtype))  # a plain 0 would make integers of a mask
 
         return jax.tree.map(read, examples)
 

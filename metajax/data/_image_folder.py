@@ -89,10 +89,9 @@ def image_folder(
         for name in classes:
             if "/" in name:
                 nodes.setdefault(name.split("/")[0], []).append(name)
-        source = ClassSource(os.fspath(path), split, images, labels, tuple(classes), nodes=nodes)
-        if cache_bytes is not None:
-            opened.pop_all()  # zips stay open as long as something may read them
-        return source
+        if isinstance(images, _image_store.StoredImages):
+            images.owner = opened.pop_all()  # zips stay open as long as something may read them
+        return ClassSource(os.fspath(path), split, images, labels, tuple(classes), nodes=nodes)
 
 
 class ImageFolder(NamedTuple):

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +28,7 @@ class StoredImages:
       nbytes: what all of them would take.
       cache_bytes: the most that is kept.
       kept_bytes: how much is kept now.
+      owner: what has to live as long as they do, such as open zips; anything.
 
     >>> images = StoredImages(lambda row: np.full([2, 2, 1], row, np.uint8), (5, 2, 2, 1), cache_bytes=8)
     >>> images.take(np.array([3, 4, 3, 0]))[:, 0, 0, 0].tolist(), images.kept_bytes
@@ -35,6 +37,7 @@ class StoredImages:
 
     def __init__(self, load: Load, shape: tuple[int, ...], *, cache_bytes: int) -> None:
         self.shape, self.dtype, self.cache_bytes = shape, np.dtype(np.uint8), cache_bytes
+        self.owner: Any = None
         self._load, self._lock, self._each = load, threading.Lock(), int(np.prod(shape[1:]))
         room = min(shape[0], cache_bytes // self._each)
         self._kept = np.empty((room, *shape[1:]), np.uint8)  # the system gives memory when it is written

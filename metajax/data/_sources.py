@@ -151,6 +151,7 @@ class ClassSource:
         self._set("inputs", jax.tree.map(_array, self.inputs))
         self._set("targets", jax.tree.map(_array, self.targets))
         self._set("class_names", tuple(self.class_names))
+        self._set("length_buckets", tuple(self.length_buckets))
         for name in ("labels", "groups", "families", "lengths"):
             if getattr(self, name) is not None:
                 self._set(name, _line(name, getattr(self, name)))
@@ -168,6 +169,7 @@ class ClassSource:
                 found = leaf.shape[0] if leaf.shape else "a scalar"
                 raise ValueError(f"labels must have one entry for each of the {found} inputs, got {size}")
         self._check_classes()
+        self._check_lengths()
         counts = np.bincount(self.labels[self.labels >= 0], minlength=self.num_classes)
         rows = np.argsort(self.labels, kind="stable")[size - counts.sum() :]
         self._set("counts", counts)
@@ -201,12 +203,21 @@ class ClassSource:
                 raise ValueError(f"nodes[{node!r}] must hold classes in [0, {self.num_classes}), got {found}")
             nodes[node] = np.unique(np.asarray(found, np.int64))
         self._set("nodes", nodes)
+
+    def _check_lengths(self) -> None:
         if self.length_buckets:
+            if self.lengths is None:
+                raise ValueError(f"lengths must be given with length_buckets, {self.length_buckets}, got None")
             widest = {leaf.shape[1] for leaf in jax.tree.leaves(self.inputs) if len(leaf.shape) > 1}
             if list(self.length_buckets) != sorted(set(self.length_buckets)) or {self.length_buckets[-1]} != widest:
                 raise ValueError(
                     f"length_buckets must ascend and end with the length of the inputs, {sorted(widest)}, "
                     f"got {self.length_buckets}"
+                )
+            if len(self.lengths) and not 0 <= self.lengths.min() <= self.lengths.max() <= self.length_buckets[-1]:
+                raise ValueError(
+                    f"lengths must lie in [0, {self.length_buckets[-1]}], the last of length_buckets, "
+                    f"got {self.lengths.min()} to {self.lengths.max()}"
                 )
 
     @property

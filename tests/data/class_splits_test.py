@@ -37,3 +37,11 @@ def test_too_many_splits():
 def test_not_a_mapping(splits):
     with pytest.raises(ValueError, match="splits must map splits to class names or to shares, got"):
         divide(NAMES, "train", splits, "here")
+
+
+def test_a_number_in_front_does_not_matter():
+    names = ["001.Black_footed_Albatross", "Laysan albatross", "00014", "3d printer"]
+    splits = {"train": ["Black footed albatross", "002.Laysan_Albatross"], "val": ["00014"], "test": ["3D_printer"]}
+    assert divide(names, "train", splits, "here") == ["001.Black_footed_Albatross", "Laysan albatross"]
+    assert divide(names, "val", splits, "here") == ["00014"]
+    assert divide(names, "test", splits, "here") == ["3d printer"]

@@ -225,7 +225,7 @@ def test_bad_arguments_are_refused_at_the_call(bad, text):
 def test_bad_sources_and_sizes():
     with pytest.raises(ValueError, match=r"ways is 21, but toy"):
         episodes(toy(), EpisodeSpec(21, 1, 1), **GOOD)
-    with pytest.raises(ValueError, match=r"spec must be a EpisodeSpec, got 5"):
+    with pytest.raises(ValueError, match=r"spec must be of type EpisodeSpec, got 5"):
         episodes(toy(), 5, **GOOD)
     with pytest.raises(ValueError, match=r"source must be a data source"):
         episodes("omniglot", SPEC, **GOOD)

@@ -1,7 +1,10 @@
 """Images that are decoded when they are asked for: equal to those in memory, and bounded."""
 
+import gc
 import json
 import os
+import pathlib
+import shutil
 import subprocess
 import sys
 import threading
@@ -37,12 +40,18 @@ def lazy(folder, cache_bytes):
 
 
 @pytest.mark.parametrize("images_kept", [0, 7, 100])
-def test_the_same_images_whatever_is_kept(folder, images_kept):
+@pytest.mark.parametrize("form", ["folder", "zip", "zips"])
+def test_the_same_images_whatever_is_kept(folder, images_kept, form):
+    if form != "folder":
+        name = folder / "zips" / "train" if form == "zips" else folder.with_name("images")
+        folder = pathlib.Path(shutil.make_archive(name, "zip", folder))
+        folder = folder.parent if form == "zips" else folder
     source, whole = lazy(folder, 192 * images_kept + 5), lazy(folder, None)
     stream, expected = (episodes(one, SPEC, batch=4, seed=1) for one in (source, whole))
     for _ in range(20):
         jax.tree.map(np.testing.assert_array_equal, next(stream), next(expected))
     stream.close()
+    gc.collect()
     assert source.inputs.kept_bytes == 192 * min(images_kept, 30)
     pair = (episode_batch(one, SPEC, seed=3, start=0, count=2) for one in (source, whole))
     jax.tree.map(np.testing.assert_array_equal, *pair)

@@ -1,0 +1,129 @@
+"""Anything that is in NumPy arrays already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from metajax.core._types import PyTree
+from metajax.data._class_splits import Splits, divide
+from metajax.data._sources import ClassSource
+
+
+def arrays(
+    inputs: PyTree,
+    labels: Any,
+    *,
+    class_names: Sequence[str] | None = None,
+    split: str = "train",
+    splits: Splits | None = None,
+    nodes: Mapping[str, Sequence[str]] | None = None,
+    groups: Any = None,
+    families: Any = None,
+    targets: PyTree = None,
+    lengths: Any = None,
+    length_buckets: Sequence[int] = (),
+    name: str = "arrays",
+) -> ClassSource:
+    """A source of examples that are in memory. Nothing is copied, whatever the split.
+
+    Args:
+      inputs: leaves `[n, ...]`; images are uint8 `[n, height, width, channels]`.
+      labels: `[n]` integers or texts, one class for each different one; a negative integer leaves its example out.
+      class_names: one for each different label, in ascending order of the labels; by default the labels as text.
+      split: "train", "val" or "test".
+      splits: class names by split, or shares that sum to 1, as for `metajax.data.image_folder`. None: the arrays hold
+        the classes of this split and no others, for those who divided them already.
+      nodes: class names by node (a domain, a subtree), for hierarchical episodes.
+      groups: an integer for each class; classes that share one never stand in one episode.
+      families: `[n]` integers; support and query of a class come from different families (writers, recordings).
+      targets: leaves `[n, ...]`, where the class is not the target. Then a label is a task, and episodes take
+        `EpisodeSpec(ways=1, ...)`: regression, labels of tokens.
+      lengths: `[n]` integers, how much of axis 1 of the inputs an example fills.
+      length_buckets: the lengths that axis 1 is cut to, ascending; the last is its size.
+      name: what reports call it.
+
+    Returns:
+      A source. Groups, families and nodes are given for all classes: what belongs to another split is left out.
+
+    Raises:
+      ValueError: lengths of the arrays disagree; labels are neither integers nor texts; class names are too few, too
+        many or not different; nodes name what is no class; lengths do not fit the buckets; `splits` does not fit (see
+        `metajax.data.image_folder`).
+
+    >>> images = np.zeros([6, 28, 28, 1], np.uint8)
+    >>> labels = ["cat", "owl", "cat", "owl", "elk", "elk"]
+    >>> source = arrays(images, labels, split="test", splits={"train": ["cat"], "test": ["owl", "elk"]})
+    >>> source.class_names, source.counts.tolist(), source.inputs is images
+    (('elk', 'owl'), [2, 2], True)
+
+    Regression: here the tasks are two, of four points each.
+
+    >>> points = np.linspace(0, 1, 8)[:, None]
+    >>> source = arrays(points, [0, 0, 0, 0, 1, 1, 1, 1], targets=points**2)
+    >>> from metajax.data import EpisodeSpec, episode
+    >>> episode(source, EpisodeSpec(ways=1, shots=2, queries=2), seed=0, index=0).query.targets.shape
+    (2, 1)
+    """
+    numbers, texts = _classes(labels)
+    names = texts if class_names is None else _names(class_names, len(texts))
+    chosen = set(names) if splits is None else set(divide(names, split, splits, name))
+    kept = np.array([place for place, class_name in enumerate(names) if class_name in chosen], int)
+    renumbered = np.full(len(names) + 1, -1)  # its last entry is that of the label -1
+    renumbered[kept] = np.arange(len(kept))
+    return ClassSource(
+        name,
+        split,
+        inputs,
+        renumbered[numbers],
+        tuple(names[place] for place in kept),
+        groups=None if groups is None else _groups(groups, len(names))[kept],
+        families=families,
+        nodes=_nodes(nodes or {}, set(names) - chosen),
+        targets=targets,
+        lengths=lengths,
+        length_buckets=tuple(length_buckets),
+    )
+
+
+def _classes(labels: Any) -> tuple[np.ndarray, list[str]]:
+    """The number of the class of each example, -1 where it is left out, and the label of each class as text."""
+    labels = np.asarray(labels)
+    texts = labels.dtype.kind in "UT" or (labels.dtype == object and all(isinstance(label, str) for label in labels))
+    if labels.ndim != 1 or not (texts or labels.dtype.kind in "iu"):
+        raise ValueError(f"labels must be a line of integers or of texts, got {labels.dtype} of shape {labels.shape}")
+    values, numbers = np.unique(labels.astype(str) if texts else labels, return_inverse=True)
+    negative = 0 if texts else int((values < 0).sum())
+    return np.maximum(numbers - negative, -1), [str(value) for value in values[negative:]]
+
+
+def _names(class_names: Sequence[str], count: int) -> list[str]:
+    if isinstance(class_names, str) or not all(isinstance(name, str) for name in class_names):
+        raise ValueError(f"class_names must be a list of texts, got {class_names!r}")
+    if len(class_names) != count:
+        raise ValueError(f"class_names must have one for each of the {count} different labels, got {len(class_names)}")
+    if len(set(class_names)) < count:  # here, since the two may be of different splits
+        twice = next(name for place, name in enumerate(class_names) if name in class_names[:place])
+        raise ValueError(f"class_names must differ, got {twice!r} twice")
+    return list(class_names)
+
+
+def _groups(groups: Any, count: int) -> np.ndarray:
+    groups = np.asarray(groups)
+    if groups.shape != (count,):
+        raise ValueError(f"groups must have one entry for each of the {count} classes, got shape {groups.shape}")
+    return groups
+
+
+def _nodes(nodes: Mapping[str, Sequence[str]], elsewhere: set[str]) -> dict[str, list[str]]:
+    """The nodes without the classes of other splits."""
+    left = {}
+    for node, members in nodes.items():
+        if isinstance(members, str) or not all(isinstance(name, str) for name in members):
+            raise ValueError(f"nodes[{node!r}] must be a list of class names, got {members!r}")
+        own = [name for name in members if name not in elsewhere]
+        if own:
+            left[node] = own
+    return left
