@@ -10,6 +10,7 @@ from metajax.data._inspect import Description, describe, show
 from metajax.data._mixture import mixture
 from metajax.data._omniglot import omniglot
 from metajax.data._pipeline import EpisodeIterator, batches, episodes
+from metajax.data._prefetch import prefetch_to_device
 from metajax.data._published import (
     cifar_fs,
     class_lists,
@@ -24,6 +25,7 @@ from metajax.data._sinusoids import sinusoids
 from metajax.data._sources import ClassSource, Drawn, Source
 from metajax.data._spec import Bucket, EpisodeSpec, Imbalanced
 from metajax.data._text import text
+from metajax.data._tfds import tfds_source
 from metajax.data._transformed import transformed
 from metajax.data._transforms import (
     Transform,
@@ -72,6 +74,7 @@ __all__ = [
     "omniglot",
     "per_class",
     "per_episode",
+    "prefetch_to_device",
     "random_affine",
     "random_crop",
     "random_flip",
@@ -80,6 +83,7 @@ __all__ = [
     "show",
     "sinusoids",
     "text",
+    "tfds_source",
     "tiered_imagenet",
     "transformed",
 ]

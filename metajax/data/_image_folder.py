@@ -72,7 +72,7 @@ def image_folder(
     _validate.one_of("split", split, SPLITS)
     _images.check_options(size, channels, invert)
     with contextlib.ExitStack() as opened:
-        parts, where = _parts(opened, path), f"path {os.fspath(path)!r}"
+        parts, where = parts_of(opened, path), f"path {os.fspath(path)!r}"
         if splits is None and parts[0].split is not None:
             _check_disjoint(parts, where)
             classes = next((part.classes for part in parts if part.split == split), None)
@@ -144,7 +144,7 @@ def read_image_folder(
     """
     _images.check_options(size, channels, invert)
     with _images.open_files(path) as files:
-        classes = _classes(files)
+        classes = classes_of(files)
         images, labels = _read(classes, repr(str(path)), size, channels, invert, None)
     names = tuple("/".join(name.split("/")[-2:]) for members in classes.values() for _, name in members)
     return ImageFolder(np.asarray(images), labels, tuple(classes), names)
@@ -155,16 +155,17 @@ class _Part(NamedTuple):
     classes: _Members
 
 
-def _parts(opened: contextlib.ExitStack, path: str | os.PathLike[str]) -> list[_Part]:
+def parts_of(opened: contextlib.ExitStack, path: str | os.PathLike[str]) -> list[_Part]:
+    """The classes of a folder or zip, divided as it is; what is opened is left to `opened`."""
     files = opened.enter_context(_images.open_files(path))
     zips = [split for split in SPLITS if f"{split}.zip" in files.names]
     if zips:
         archives = [opened.enter_context(_images.open_files(files.path / f"{split}.zip")) for split in zips]
-        return [_Part(split, _classes(archive)) for split, archive in zip(zips, archives, strict=True)]
+        return [_Part(split, classes_of(archive)) for split, archive in zip(zips, archives, strict=True)]
     below = _split_folders(files.names)
     if below:
-        return [_Part(split, _classes(files, folder)) for split, folder in below.items()]
-    return [_Part(None, _classes(files))]
+        return [_Part(split, classes_of(files, folder)) for split, folder in below.items()]
+    return [_Part(None, classes_of(files))]
 
 
 def _split_folders(names: Sequence[str]) -> dict[str, str]:
@@ -178,7 +179,7 @@ def _split_folders(names: Sequence[str]) -> dict[str, str]:
     return {}
 
 
-def _classes(files: _images.Files, below: str = "") -> _Members:
+def classes_of(files: _images.Files, below: str = "") -> _Members:
     """The files of each class, sorted; only those below the folder `below`, if named."""
     names = [name for name in files.names if name.startswith(below)]
     where = str(files.path / below)
