@@ -1,7 +1,6 @@
 """The inner loop: one engine that adaptation and every explicit estimator share.
 
-What differs between estimators is the gradient of the inner loss (a `Gradient`) and what the backward pass
-keeps of a step (a `wrap` of the step function, such as `jax.checkpoint`).
+What differs between estimators is how the loop is run and differentiated (a `Loop`).
 """
 
 from __future__ import annotations
@@ -35,44 +34,114 @@ class InnerState(NamedTuple):
 
 
 class InnerResult(NamedTuple):
-    """What an inner loop gives: first and last fast weights, what predict needs, losses `[num_steps]`."""
+    """What an inner loop gives.
+
+    Attributes:
+      initial: first fast weights.
+      params: last fast weights.
+      adapted: what predict needs.
+      losses: `[num_steps]`, before each step.
+      visits: `[num_steps]`, what `visit` said after each step; `()` without one.
+    """
 
     initial: Params
     params: Params
     adapted: Any
     losses: jax.Array
+    visits: Any = ()
 
 
+class Arguments(NamedTuple):
+    """What stays the same over an inner loop.
+
+    Attributes:
+      meta_params: the meta-parameters, or the part of them that is differentiated.
+      frozen: the rest of them, where they are split.
+      support: the support set.
+      key: PRNG key of the loop or None.
+      data: what `visit` reads besides.
+    """
+
+    meta_params: Params
+    frozen: Params
+    support: Examples
+    key: Any
+    data: Any = None
+
+    @property
+    def full(self) -> Params:
+        """All meta-parameters."""
+        return _tree.merge(self.meta_params, self.frozen)
+
+
+Visit = Callable[[Params, Arguments, jax.Array], jax.Array]  # (params, arguments, steps taken) -> scalar
+# (problem, start, arguments, num_steps, visit) -> (end, (losses [num_steps], visits [num_steps]))
+Loop = Callable[..., tuple[InnerState, tuple[jax.Array, Any]]]
 # (loss) -> (params, meta_params, frozen, support, step, key) -> (loss, gradient with respect to params)
 Gradient = Callable[[Callable[..., jax.Array]], Callable[..., tuple[jax.Array, Params]]]
 
 
-def plain_gradient(loss: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, Params]]:
-    """The gradient as JAX takes it, differentiable any number of times."""
-    return jax.value_and_grad(loss)
+def split_loss(problem: InnerProblem) -> Callable[..., jax.Array]:
+    """The inner loss with the meta-parameters in two parts: `(params, meta_params, frozen, support, step, key)`."""
 
-
-def _split_loss(problem: InnerProblem) -> Callable[..., jax.Array]:
     def loss(params: Params, meta_params: Params, frozen: Params, support: Examples, step: Any, key: Any) -> jax.Array:
         return problem.loss(params, _tree.merge(meta_params, frozen), support, step, key)
 
     return loss
 
 
-def _step(
-    problem: InnerProblem,
-    gradient: Callable[..., Any],
-    state: InnerState,
-    meta_params: Params,
-    frozen: Params,
-    support: Examples,
-    key: Any,
-) -> tuple[InnerState, jax.Array]:
-    loss, grads = gradient(state.params, meta_params, frozen, support, state.step, _rng.fold(key, state.step))
-    optimizer = optax.with_extra_args_support(problem.optimizer(_tree.merge(meta_params, frozen)))
+def loss_arguments(state: InnerState, arguments: Arguments) -> tuple[Any, ...]:
+    """What `split_loss` takes at a state."""
+    key = _rng.fold(arguments.key, state.step)
+    return state.params, arguments.meta_params, arguments.frozen, arguments.support, state.step, key
+
+
+def apply_gradient(
+    problem: InnerProblem, state: InnerState, grads: Params, loss: jax.Array, arguments: Arguments
+) -> InnerState:
+    """The update rule: the state after a step whose inner gradient is known."""
+    optimizer = optax.with_extra_args_support(problem.optimizer(arguments.full))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=loss)
-    params = optax.apply_updates(state.params, updates)
-    return InnerState(params, opt_state, state.step + 1), loss
+    return InnerState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
+
+
+def scan_loop(
+    gradient: Gradient = jax.value_and_grad, wrap: Callable[..., Any] = lambda step: step, block: int = 1
+) -> Loop:
+    """A loop that JAX differentiates by itself.
+
+    Args:
+      gradient: how the gradient of the inner loss is taken.
+      wrap: applied to functions `(state, arguments) -> (state, outputs)`, to a step and to a block of steps, such as
+        `jax.checkpoint`.
+      block: how many steps are wrapped together.
+    """
+
+    def loop(
+        problem: InnerProblem, start: InnerState, arguments: Arguments, num_steps: int, visit: Visit | None = None
+    ) -> tuple[InnerState, tuple[jax.Array, Any]]:
+        inner_gradient = gradient(split_loss(problem))
+
+        @wrap
+        def step(state: InnerState, arguments: Arguments) -> tuple[InnerState, tuple[jax.Array, Any]]:
+            loss, grads = inner_gradient(*loss_arguments(state, arguments))
+            state = apply_gradient(problem, state, grads, loss, arguments)
+            return state, (loss, visit(state.params, arguments, state.step) if visit else ())
+
+        def several(state: InnerState, arguments: Arguments, length: int) -> tuple[InnerState, Any]:
+            return jax.lax.scan(lambda state, _: step(state, arguments), state, length=length)
+
+        if block == 1:
+            return several(start, arguments, num_steps)
+        whole = wrap(lambda state, arguments: several(state, arguments, block))
+        state, outputs = jax.lax.scan(lambda state, _: whole(state, arguments), start, length=num_steps // block)
+        outputs = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), outputs)
+        if num_steps % block:
+            state, last = wrap(lambda state, arguments: several(state, arguments, num_steps % block))(state, arguments)
+            outputs = jax.tree.map(lambda *parts: jnp.concatenate(parts), outputs, last)
+        return state, outputs
+
+    return loop
 
 
 def inner_init(problem: InnerProblem) -> Callable[..., InnerState]:
@@ -106,10 +175,10 @@ def inner_update(problem: InnerProblem) -> Callable[..., InnerState]:
     >>> int(metajax.inner_update(learner.problem)(state, jnp.zeros([3, 2]), examples).step)
     1
     """
-    gradient = plain_gradient(_split_loss(problem))
+    loop = scan_loop()
 
     def update(state: InnerState, meta_params: Params, support: Examples, key: Any = None) -> InnerState:
-        return _step(problem, gradient, state, meta_params, None, support, key)[0]
+        return loop(problem, state, Arguments(meta_params, None, support, key), 1)[0]
 
     return update
 
@@ -122,10 +191,11 @@ def unroll(
     key: Any = None,
     num_steps: int | None = None,
     frozen: Params = None,
-    gradient: Gradient = plain_gradient,
-    wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda step: step,
+    loop: Loop | None = None,
+    visit: Visit | None = None,
+    data: Any = None,
 ) -> InnerResult:
-    """Runs the whole inner loop of one task as one scan.
+    """Runs the whole inner loop of one task.
 
     Args:
       problem: what is optimised.
@@ -134,8 +204,9 @@ def unroll(
       key: PRNG key; None is deterministic.
       num_steps: instead of `problem.num_steps`; 0 returns the initial fast weights, finished.
       frozen: the rest of the meta-parameters where they are split.
-      gradient: how the gradient of the inner loss is taken.
-      wrap: applied to the step function `(state, arguments) -> (state, loss)`.
+      loop: how it is run and differentiated; `scan_loop()` by default.
+      visit: a scalar of the fast weights after each step, `(params, arguments, steps taken)`.
+      data: what `visit` finds in `arguments.data`.
 
     Raises:
       ValueError: `num_steps` is negative or no integer.
@@ -146,13 +217,7 @@ def unroll(
     start = inner_init(problem)(full, support, key=init_key)
     # a start that devices share (zeros, frozen parameters) adapts to the task of each
     start = _tree.vary(start, _tree.varying_axes((full, support)))
-    inner_gradient = gradient(_split_loss(problem))
-
-    @wrap
-    def step(state: InnerState, arguments: tuple[Any, ...]) -> tuple[InnerState, jax.Array]:
-        return _step(problem, inner_gradient, state, *arguments)
-
-    arguments = (meta_params, frozen, support, loop_key)
-    state, losses = jax.lax.scan(lambda state, _: step(state, arguments), start, length=num_steps)
+    arguments = Arguments(meta_params, frozen, support, loop_key, data)
+    state, (losses, visits) = (loop or scan_loop())(problem, start, arguments, num_steps, visit)
     adapted = problem.finish(state.params, full, support, finish_key)
-    return InnerResult(start.params, state.params, adapted, losses)
+    return InnerResult(start.params, state.params, adapted, losses, visits)

@@ -6,24 +6,33 @@ adaptation is differentiated directly and all three agree.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 
-from metajax.core import _inner, _rng, _tree
+from metajax.core import _inner, _rng, _tree, _validate
 from metajax.core._types import Episode, Hypergrad, Learner, Params
+from metajax.hypergrad._mixed import mixed_loop
 
-_INNER_GRADS = "inner_grads"
-_KEEP_INNER_GRADS = jax.checkpoint_policies.save_only_these_names(_INNER_GRADS)
+Remat = bool | Callable[..., Any]
 
 
-def unrolled(*, remat: bool = False) -> Hypergrad:
+def unrolled(*, remat: Remat = False, block: int = 1, step_weights: Sequence[float] | None = None) -> Hypergrad:
     """Exact hypergradient by reverse-mode differentiation through the inner loop (Finn et al. 2017).
 
-    Memory grows with the activations of every inner step; `remat=True` recomputes the step instead, which keeps
-    the fast weights and the optimizer state of each step only.
+    Memory grows with the activations of every inner step. With `remat` the backward pass computes steps once more.
+
+    Args:
+      remat: False keeps everything; True keeps the fast weights and the optimizer state between steps; a policy of
+        `jax.checkpoint_policies` says what is kept besides within a step.
+      block: with `remat`, how many steps lie between kept states: the square root of their number keeps least, for
+        one more computation of each step. Blocks of a network are recomputed by the model itself.
+      step_weights: a weight for the outer loss after each inner step (Antoniou et al. 2019), instead of 1 for the last
+        one alone. Metrics describe the predictions after the last step.
+
+    Raises:
+      ValueError: an argument is not as above, or (when used) there are not as many weights as inner steps.
 
     Source: Finn, Abbeel and Levine 2017, Model-Agnostic Meta-Learning, arXiv:1703.03400.
 
@@ -31,33 +40,57 @@ def unrolled(*, remat: bool = False) -> Hypergrad:
     >>> metajax.hypergrad.unrolled(remat=True).init(None, None, None, None)
     ()
     """
-    return _explicit(_inner.plain_gradient, jax.checkpoint if remat else _as_it_is)
+    _validate.positive_int("block", block)
+    if not isinstance(remat, bool) and not callable(remat):
+        raise ValueError(f"remat must be True, False or a policy of jax.checkpoint_policies, got {remat!r}")
+    if block > 1 and remat is False:
+        raise ValueError(f"block must be 1 without remat, got {block}")
+    if remat is False:
+        return _explicit(_inner.scan_loop(), step_weights)
+    policy = None if remat is True else remat
+    return _explicit(_inner.scan_loop(wrap=lambda step: jax.checkpoint(step, policy=policy), block=block), step_weights)
 
 
-def mixed_mode() -> Hypergrad:
+def mixed_mode(*, every: int = 8, step_weights: Sequence[float] | None = None) -> Hypergrad:
     """Exact hypergradient with forward-over-reverse products in the backward pass (Kemaev et al. 2025).
 
     The backward pass of an inner step needs a Hessian-vector product and a mixed product. Here both come from
-    one Jacobian-vector product of the inner gradient, which keeps no second set of activations. Steps are
-    recomputed from the kept fast weights, optimizer state and inner gradient.
+    one Jacobian-vector product of the inner gradient, which keeps no second set of activations. Of each step its inner
+    gradient is kept; fast weights and optimizer state are replayed from the gradients, which takes no model.
 
-    The support set is taken as data: no gradient flows to it. Forward-mode differentiation (`jax.jvp`) through
-    this estimator raises a TypeError; use `unrolled` there.
+    The support set is taken as data: no gradient flows to it. The inner losses are metrics: what an inner optimizer
+    makes of their value (`optax.contrib.reduce_on_plateau`) is not differentiated.
 
-    Source: Kemaev et al. 2025, Scalable Meta-Learning via Mixed-Mode Differentiation, arXiv:2505.00793.
+    Args:
+      every: how many steps lie between kept states. A step so costs 1 + n/every copies of the fast weights, where n
+        counts the parameters and what the optimizer has like them (3 for Adam), and (every - 1)/2 more updates by the
+        optimizer alone. With 1 nothing is replayed.
+      step_weights: as for `unrolled`.
+
+    Raises:
+      ValueError: as `unrolled`.
+
+    Source: Kemaev et al. 2025, Scalable Meta-Learning via Mixed-Mode Differentiation, arXiv:2505.00793. There the
+    states are kept; their replay is ours.
 
     >>> import metajax
     >>> metajax.hypergrad.mixed_mode().init(None, None, None, None)
     ()
     """
-    return _explicit(mixed_gradient, lambda step: jax.checkpoint(step, policy=_KEEP_INNER_GRADS))
+    return _explicit(mixed_loop(_validate.positive_int("every", every)), step_weights)
 
 
-def first_order() -> Hypergrad:
+def first_order(*, step_weights: Sequence[float] | None = None) -> Hypergrad:
     """First-order MAML: the inner gradient counts as a constant (Finn et al. 2017).
 
     The gradient is exact at zero inner curvature. Learned inner rates still get their gradient, since only the
     inner gradient is stopped, not the update rule.
+
+    Args:
+      step_weights: as for `unrolled`.
+
+    Raises:
+      ValueError: as `unrolled`.
 
     Source: Finn, Abbeel and Levine 2017, arXiv:1703.03400, section 5.2.
 
@@ -65,11 +98,7 @@ def first_order() -> Hypergrad:
     >>> metajax.hypergrad.first_order().init(None, None, None, None)
     ()
     """
-    return _explicit(stopped_gradient, _as_it_is)
-
-
-def _as_it_is(step: Callable[..., Any]) -> Callable[..., Any]:
-    return step
+    return _explicit(_inner.scan_loop(stopped_gradient), step_weights)
 
 
 def stopped_gradient(loss: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, Params]]:
@@ -78,36 +107,9 @@ def stopped_gradient(loss: Callable[..., jax.Array]) -> Callable[..., tuple[jax.
     return lambda *arguments: jax.lax.stop_gradient(gradient(*arguments))
 
 
-def mixed_gradient(loss: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, Params]]:
-    """The inner gradient with a forward-over-reverse backward pass."""
+def _explicit(loop: _inner.Loop, step_weights: Sequence[float] | None) -> Hypergrad:
+    weights = None if step_weights is None else _checked(step_weights)
 
-    @jax.custom_vjp
-    def gradient(params: Params, meta_params: Params, *data: Any) -> tuple[jax.Array, Params]:
-        return jax.value_and_grad(loss)(params, meta_params, *data)
-
-    def forward(*arguments: Any) -> tuple[Any, Any]:
-        return gradient(*arguments), arguments
-
-    def backward(arguments: Any, cotangents: Any) -> tuple[Any, ...]:
-        params, meta_params, *data = arguments
-        _, vector = cotangents  # the loss is a metric: nothing differentiates it
-
-        def both(params: Params) -> tuple[Params, Params]:
-            return jax.grad(loss, argnums=(0, 1))(params, meta_params, *data)
-
-        _, (hessian_product, mixed_product) = jax.jvp(both, (params,), (vector,))
-        return hessian_product, mixed_product, *([None] * len(data))
-
-    gradient.defvjp(forward, backward)
-
-    def named(*arguments: Any) -> tuple[jax.Array, Params]:
-        value, grads = gradient(*arguments)
-        return jax.lax.stop_gradient(value), checkpoint_name(grads, _INNER_GRADS)
-
-    return named
-
-
-def _explicit(gradient: _inner.Gradient, wrap: Callable[..., Any]) -> Hypergrad:
     def init(learner: Learner, meta_params: Params, episode: Episode, key: Any) -> tuple[()]:
         del learner, meta_params, episode, key
         return ()
@@ -115,22 +117,55 @@ def _explicit(gradient: _inner.Gradient, wrap: Callable[..., Any]) -> Hypergrad:
     def value_and_grad(
         learner: Learner, meta_params: Params, state: Any, episode: Episode, *, key: Any = None, frozen: Params = None
     ) -> tuple[Any, Params, Any]:
-        adapt_key, loss_key = _rng.split(key, 2)
-
         def objective(meta_params: Params) -> tuple[jax.Array, dict[str, Any]]:
-            full = _tree.merge(meta_params, frozen)
-            if learner.problem is None:
-                adapted, inner = learner.adapt(full, episode.support, key=adapt_key), {}
-            else:
-                result = _inner.unroll(
-                    learner.problem, meta_params, episode.support,
-                    key=adapt_key, frozen=frozen, gradient=gradient, wrap=wrap,
-                )  # fmt: skip
-                adapted, inner = result.adapted, {"inner_loss": result.losses}
-            loss, aux = learner.outer_loss(adapted, full, episode.query, key=loss_key)
-            return loss, {**aux, **inner}
+            return outer_objective(learner, meta_params, episode, key=key, frozen=frozen, loop=loop, weights=weights)
 
         value, grads = jax.value_and_grad(objective, has_aux=True)(meta_params)
         return value, grads, state
 
     return Hypergrad(init, value_and_grad)
+
+
+def _checked(step_weights: Sequence[float]) -> tuple[float, ...]:
+    weights = tuple(_validate.non_negative_float("a weight of step_weights", weight) for weight in step_weights)
+    if not any(weights):
+        raise ValueError(f"step_weights must hold a positive number, got {weights}")
+    return weights
+
+
+def outer_objective(
+    learner: Learner,
+    meta_params: Params,
+    episode: Episode,
+    *,
+    key: Any,
+    frozen: Params,
+    loop: _inner.Loop,
+    weights: tuple[float, ...] | None = None,
+) -> tuple[jax.Array, dict[str, Any]]:
+    """The outer loss of a task as a function of the meta-parameters, and what describes it."""
+    adapt_key, loss_key = _rng.split(key, 2)
+    full = _tree.merge(meta_params, frozen)
+    if learner.problem is None:
+        adapted = learner.adapt(full, episode.support, key=adapt_key)
+        return learner.outer_loss(adapted, full, episode.query, key=loss_key)
+    problem = learner.problem
+    visit: _inner.Visit | None = None
+    if weights is not None:
+        if len(weights) != problem.num_steps:
+            raise ValueError(f"step_weights must have one for each of {problem.num_steps} inner steps, got {weights}")
+        finish_key = _rng.split(adapt_key, 3)[2]  # the key that unroll gives to finish
+
+        def weighed(params: Params, arguments: _inner.Arguments, step: jax.Array) -> jax.Array:
+            adapted = problem.finish(params, arguments.full, arguments.support, finish_key)
+            loss, _ = learner.outer_loss(adapted, arguments.full, arguments.data, key=loss_key)
+            return jax.numpy.asarray(weights, loss.dtype)[step - 1] * loss
+
+        visit = weighed
+
+    result = _inner.unroll(
+        problem, meta_params, episode.support,
+        key=adapt_key, frozen=frozen, loop=loop, visit=visit, data=None if weights is None else episode.query,
+    )  # fmt: skip
+    loss, aux = learner.outer_loss(result.adapted, full, episode.query, key=loss_key)
+    return loss if weights is None else result.visits.sum(), {**aux, "inner_loss": result.losses}

@@ -62,13 +62,88 @@ def test_first_order_is_exact_without_curvature(x64):
         np.testing.assert_allclose(other, grads[0], rtol=1e-12)
 
 
-def test_forward_mode_through_mixed_mode_is_refused():
+def test_the_exact_hypergradient_can_be_differentiated(x64):
+    """Forward over mixed mode: the curvature of the outer loss along a direction."""
+    row = worlds.LEARNERS["maml_adam"]
+    params, episode = worlds.parameters(row), worlds.episode(row)
+
+    def curvature(name):
+        grads = lambda params: worlds.ESTIMATORS[name].value_and_grad(row.learner, params, (), episode)[1]  # noqa: E731
+        return worlds.jit(lambda params: jax.jvp(grads, (params,), (params,))[1])(params)
+
+    assert worlds.relative_distance(curvature("mixed_mode"), curvature("unrolled")) < 1e-10
+
+
+RULES = {
+    "sgd": optax.sgd(0.3),
+    "momentum": optax.sgd(0.1, momentum=0.9),
+    "adam": optax.adam(0.05, eps_root=1e-8),
+    "scheduled": optax.sgd(optax.linear_schedule(0.3, 0.0, 5)),
+}
+WEIGHTS = (0.1, 0.0, 0.3, 0.2, 0.4)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_exact_estimators_agree_whatever_they_keep(rule, x64):
+    learner = metajax.learners.maml(metajax.models.mlp(worlds.WAYS, hidden=(6,)), RULES[rule], 5)
+    row = worlds.Row(learner)
+    params, episode = worlds.parameters(row), worlds.episode(row)
+
+    def grads(estimator):
+        return worlds.jit(hypergrad.value_and_grad(learner, estimator))(params, episode)[1]
+
+    plain, weighted = grads(hypergrad.unrolled()), grads(hypergrad.unrolled(step_weights=WEIGHTS))
+    assert worlds.relative_distance(plain, weighted) > 1e-3
+    for estimator, expected in (
+        (hypergrad.mixed_mode(every=1), plain),
+        (hypergrad.mixed_mode(every=2, step_weights=WEIGHTS), weighted),
+        (hypergrad.mixed_mode(step_weights=WEIGHTS), weighted),
+        (hypergrad.unrolled(remat=True, block=2, step_weights=WEIGHTS), weighted),
+        (hypergrad.unrolled(remat=jax.checkpoint_policies.dots_saveable, block=3), plain),
+    ):
+        assert worlds.relative_distance(grads(estimator), expected) < 1e-12
+
+
+def test_step_weights_weigh_the_outer_loss_after_each_step(x64):
+    row = worlds.LEARNERS["maml_adam"]
+    params, episode = worlds.parameters(row), worlds.episode(row)
+
+    def loss(params):
+        parts = []
+        for steps, weight in ((1, 0.3), (2, 0.7)):
+            adapted = row.learner.adapt(params, episode.support, num_steps=steps)
+            parts.append(weight * row.learner.outer_loss(adapted, params, episode.query)[0])
+        return sum(parts)
+
+    for name in ("unrolled", "mixed_mode", "first_order"):
+        estimator = getattr(hypergrad, name)(step_weights=(0.3, 0.7))
+        (value, _), grads = worlds.jit(hypergrad.value_and_grad(row.learner, estimator))(params, episode)
+        np.testing.assert_allclose(value, loss(params), rtol=1e-12)
+        if name != "first_order":
+            assert worlds.relative_distance(grads, worlds.jit(jax.grad(loss))(params)) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: hypergrad.unrolled(remat="step"), "remat must be True, False or a policy"),
+        (lambda: hypergrad.unrolled(block=2), "block must be 1 without remat, got 2"),
+        (lambda: hypergrad.unrolled(remat=True, block=0), "block must be an integer of at least 1, got 0"),
+        (lambda: hypergrad.mixed_mode(every=0), "every must be an integer of at least 1, got 0"),
+        (lambda: hypergrad.mixed_mode(step_weights=(1.0, -1.0)), "a weight of step_weights must be"),
+        (lambda: hypergrad.first_order(step_weights=(0.0, 0.0)), "step_weights must hold a positive number"),
+    ],
+)
+def test_bad_arguments(make, text):
+    with pytest.raises(ValueError, match=text):
+        make()
+
+
+def test_weights_for_another_number_of_steps():
     row = worlds.LEARNERS["maml"]
     params, episode = worlds.parameters(row, dtype=np.float32), worlds.episode(row, dtype=np.float32)
-    loss = lambda params, name: worlds.ESTIMATORS[name].value_and_grad(row.learner, params, (), episode)[1]  # noqa: E731
-    with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(lambda params: loss(params, "mixed_mode"), (params,), (params,))
-    jax.eval_shape(lambda params: jax.jvp(lambda params: loss(params, "unrolled"), (params,), (params,)), params)
+    with pytest.raises(ValueError, match=r"step_weights must have one for each of 2 inner steps, got \(1.0,\)"):
+        hypergrad.value_and_grad(row.learner, hypergrad.mixed_mode(step_weights=[1]))(params, episode)
 
 
 def test_recomputing_estimators_keep_less():
