@@ -74,6 +74,54 @@ def stepper(episodes: Any) -> Callable[[], Any]:
     return call
 
 
+def vmapped_stepper(episodes: Any) -> Callable[[], Any]:
+    """The same meta step by torch.func: the gradient of the inner loss, vmapped over tasks."""
+    import jax
+
+    import metajax
+
+    init = metajax.models.conv4(outputs=5).init(jax.random.key(0), np.zeros([1, 28, 28, 1], np.float32))
+    params = _parameters(init)
+    columns = [torch.stack(column) for column in zip(*_tasks(episodes), strict=True)]
+    inner = torch.func.grad(lambda fast, images, labels: F.cross_entropy(_forward(fast, images), labels))
+
+    def task_loss(params: list[torch.Tensor], *task: torch.Tensor) -> torch.Tensor:
+        images, labels, query_images, query_labels = task
+        fast = params
+        for _ in range(_STEPS):
+            grads = inner(fast, images, labels)
+            fast = [value - _RATE * grad for value, grad in zip(fast, grads, strict=True)]
+        return F.cross_entropy(_forward(fast, query_images), query_labels)
+
+    losses = torch.func.vmap(task_loss, in_dims=(None, 0, 0, 0, 0))
+    optimizer = torch.optim.Adam(params, 1e-3)
+
+    def call() -> None:
+        optimizer.zero_grad()
+        losses(params, *columns).mean().backward()
+        optimizer.step()
+
+    return call
+
+
+def adapter(episode: Any) -> Callable[[], Any]:
+    """The adaptation of one task."""
+    import jax
+
+    import metajax
+
+    params = _parameters(metajax.models.conv4(outputs=5).init(jax.random.key(0), episode.support.inputs))
+    images, labels, *_ = _tasks(jax.tree.map(lambda leaf: leaf[None], episode))[0]
+
+    def call() -> None:
+        fast = params
+        for _ in range(_STEPS):
+            grads = torch.autograd.grad(F.cross_entropy(_forward(fast, images), labels), fast)
+            fast = [(value - _RATE * grad).detach().requires_grad_() for value, grad in zip(fast, grads, strict=True)]
+
+    return call
+
+
 def relative_error(learner: Any, episodes: Any) -> float:
     """How far the hypergradients of the first task lie apart, relative to their norm."""
     import jax

@@ -4,7 +4,7 @@ A learner adapts to a task, an estimator differentiates through that, and `outer
 three are pure functions in NamedTuples, written for one task.
 """
 
-from metajax import data, evaluation, hypergrad, learners, models, parallel, training
+from metajax import data, evaluation, hypergrad, inner, learners, models, parallel, training
 from metajax.core import (
     Episode,
     Examples,
@@ -15,6 +15,7 @@ from metajax.core import (
     MetaState,
     Model,
     OuterUpdate,
+    bilevel,
     inner_init,
     inner_update,
 )
@@ -30,9 +31,11 @@ __all__ = [
     "MetaState",
     "Model",
     "OuterUpdate",
+    "bilevel",
     "data",
     "evaluation",
     "hypergrad",
+    "inner",
     "inner_init",
     "inner_update",
     "learners",

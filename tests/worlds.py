@@ -69,12 +69,17 @@ ESTIMATORS = {
     "mixed_mode": hypergrad.mixed_mode(),
     "first_order": hypergrad.first_order(),
     "displacement": hypergrad.displacement(),
+    "implicit": hypergrad.implicit(steps=80, tol=1e-12, ridge=1.0),
+    "finite_difference": hypergrad.finite_difference(),
+    "sama": hypergrad.sama(alpha=0.1),
 }
 EXACT = ("unrolled", "unrolled_remat", "mixed_mode")
 
 
 def admits(row: Row, estimator: str) -> bool:
-    """Whether the learner takes the estimator: the displacement needs fast weights."""
+    """Whether the learner takes the estimator."""
+    if estimator in ("implicit", "sama"):  # the inner loss must depend on the meta-parameters
+        return row.proximal > 0 or row.adapts is not None
     return row.learner.problem is not None or estimator != "displacement"
 
 

@@ -36,7 +36,8 @@ def base() -> ConfigDict:
                 "batch_size": 0,  # reptile: examples in an inner step; 0 all
                 "head": "linear",  # finetune: linear or cosine
             },
-            "hypergrad": {"name": "mixed_mode"},  # unrolled, mixed_mode, first_order, displacement
+            # mixed_mode, unrolled, first_order, displacement, finite_difference, forward_mode, implicit, sama
+            "hypergrad": {"name": "mixed_mode"},
             "episode": {
                 "ways": 5,
                 "max_ways": 0,  # above 0: the number of ways is drawn from ways to max_ways

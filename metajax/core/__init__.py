@@ -1,5 +1,6 @@
 """The contract, the inner loop, and the masks and losses that everything shares."""
 
+from metajax.core._bilevel import bilevel
 from metajax.core._inner import InnerState, inner_init, inner_update
 from metajax.core._losses import accuracy, cross_entropy, squared_error
 from metajax.core._types import (
@@ -24,6 +25,7 @@ __all__ = [
     "Model",
     "OuterUpdate",
     "accuracy",
+    "bilevel",
     "cross_entropy",
     "inner_init",
     "inner_update",

@@ -6,6 +6,7 @@ adaptation is differentiated directly and all three agree.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax
 
 from metajax.core import _inner, _rng, _tree, _validate
 from metajax.core._types import Episode, Hypergrad, Learner, Params
+from metajax.hypergrad._checks import check_rule
 from metajax.hypergrad._mixed import mixed_loop
 
 Remat = bool | Callable[..., Any]
@@ -32,7 +34,9 @@ def unrolled(*, remat: Remat = False, block: int = 1, step_weights: Sequence[flo
         one alone. Metrics describe the predictions after the last step.
 
     Raises:
-      ValueError: an argument is not as above, or (when used) there are not as many weights as inner steps.
+      ValueError: an argument is not as above, or (when used) there are not as many weights as inner steps, there is no
+        inner step, or the inner update rule cannot be differentiated (`optax.adam` without `eps_root`: take
+        `metajax.inner.adam`).
 
     Source: Finn, Abbeel and Levine 2017, Model-Agnostic Meta-Learning, arXiv:1703.03400.
 
@@ -46,9 +50,9 @@ def unrolled(*, remat: Remat = False, block: int = 1, step_weights: Sequence[flo
     if block > 1 and remat is False:
         raise ValueError(f"block must be 1 without remat, got {block}")
     if remat is False:
-        return _explicit(_inner.scan_loop(), step_weights)
-    policy = None if remat is True else remat
-    return _explicit(_inner.scan_loop(wrap=lambda step: jax.checkpoint(step, policy=policy), block=block), step_weights)
+        return _checking(_explicit(_inner.scan_loop(), step_weights))
+    wrap = functools.partial(jax.checkpoint, policy=None if remat is True else remat)
+    return _checking(_explicit(_inner.scan_loop(wrap=wrap, block=block), step_weights))
 
 
 def mixed_mode(*, every: int = 8, step_weights: Sequence[float] | None = None) -> Hypergrad:
@@ -77,7 +81,7 @@ def mixed_mode(*, every: int = 8, step_weights: Sequence[float] | None = None) -
     >>> metajax.hypergrad.mixed_mode().init(None, None, None, None)
     ()
     """
-    return _explicit(mixed_loop(_validate.positive_int("every", every)), step_weights)
+    return _checking(_explicit(mixed_loop(_validate.positive_int("every", every)), step_weights))
 
 
 def first_order(*, step_weights: Sequence[float] | None = None) -> Hypergrad:
@@ -124,6 +128,18 @@ def _explicit(loop: _inner.Loop, step_weights: Sequence[float] | None) -> Hyperg
         return value, grads, state
 
     return Hypergrad(init, value_and_grad)
+
+
+def _checking(estimator: Hypergrad) -> Hypergrad:
+    """Refuses an update rule that cannot be differentiated."""
+
+    def value_and_grad(
+        learner: Learner, meta_params: Params, state: Any, episode: Episode, *, key: Any = None, frozen: Params = None
+    ) -> tuple[Any, Params, Any]:
+        check_rule(learner.problem, _tree.merge(meta_params, frozen), episode.support)
+        return estimator.value_and_grad(learner, meta_params, state, episode, key=key, frozen=frozen)
+
+    return Hypergrad(estimator.init, value_and_grad)
 
 
 def _checked(step_weights: Sequence[float]) -> tuple[float, ...]:

@@ -17,6 +17,9 @@ from metajax.training import _checkpoint
 
 Config = Mapping[str, Any]
 LEARNERS = ("maml", "reptile", "prototypical", "finetune")
+ESTIMATORS = (  # those that need no argument
+    "displacement", "finite_difference", "first_order", "forward_mode", "implicit", "mixed_mode", "sama", "unrolled"
+)  # fmt: skip
 _CHARACTERS = ("glyphs", "omniglot")
 
 
@@ -75,7 +78,7 @@ def build(config: Config, *, num_classes: int | None = None) -> Experiment:
         _validate.int_at_least(f"{section}.episodes", config[section]["episodes"], 2)
     _validate.int_at_least("seed", config["seed"], 0)
     _validate.int_at_least("evaluation.seed", config["evaluation"]["seed"], 0)
-    _validate.one_of("hypergrad.name", config["hypergrad"]["name"], hypergrad.__all__[:-1])
+    _validate.one_of("hypergrad.name", config["hypergrad"]["name"], ESTIMATORS)
     eval_steps = _validate.int_at_least("inner.eval_steps", config["inner"]["eval_steps"], 0) or None
     return Experiment(
         learner, trained, getattr(hypergrad, config["hypergrad"]["name"])(), _outer_optimizer(config["outer"]),

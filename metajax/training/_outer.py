@@ -101,9 +101,9 @@ def outer_update(
         (loss, aux), grads, state = hypergrad.value_and_grad(
             learner, trained, state, episode, key=task_key, frozen=frozen
         )
+        episode = aux.get("episode", episode)  # an estimator that carries inner loops has episodes of its own
         metrics = _describe(loss, aux, episode)
-        if "inner_loss" in aux:
-            metrics["inner_loss"] = aux["inner_loss"]
+        metrics |= {name: aux[name] for name in ("inner_loss", "inner_grad_norm", "solver_residual") if name in aux}
         if before and learner.problem is not None:
             full = jax.lax.stop_gradient(_tree.merge(trained, frozen))
             adapted = learner.adapt(full, episode.support, num_steps=0, key=adapt_key)

@@ -1,0 +1,155 @@
+"""What exact estimators refuse before they start: update rules that they cannot differentiate."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metajax.core import _inner, _validate
+from metajax.core._types import Examples, InnerProblem, Params
+
+
+class _Outcome(NamedTuple):
+    """What one update makes of an inner gradient, in NumPy arrays."""
+
+    params: Any
+    integers: Any  # of the optimizer state
+    slopes: Any  # of the new parameters along a direction, with respect to the gradient and to the parameters
+
+
+# by the function that makes a rule: the shapes of parameters under which the rule was let through
+_passed: weakref.WeakKeyDictionary[Callable[..., Any], set[Any]] = weakref.WeakKeyDictionary()
+
+
+def check_rule(problem: InnerProblem | None, meta_params: Params, support: Examples) -> None:
+    """Refuses an inner problem whose update rule an exact estimator cannot differentiate.
+
+    One update is differentiated at an ordinary inner gradient, at one with a zero in every parameter (dead inputs)
+    and at zero. Of the arguments only shapes count, so that they may be traced: parameters are stood in for by 0.5,
+    their sides cut to 2 and, of those of one rank, the first and the last for all, as far as the rule lets them. A
+    rule that was let through is not tried again.
+
+    Args:
+      problem: the inner problem. None is let through, and so is a rule that fails on the stand-ins or has no finite
+        derivative there even at an ordinary gradient: they say nothing of it.
+      meta_params: all meta-parameters, trained or not.
+      support: the support set of a task.
+
+    Raises:
+      ValueError: the problem has no inner step; the derivative of the rule is not finite at a zero (`optax.adam`
+        without `eps_root`); it is zero everywhere though the update depends on the gradient (`optax.lion`); or the
+        rule keeps integers that depend on the gradient.
+
+    >>> import jax.numpy as jnp, optax, metajax
+    >>> model = metajax.Model(lambda key, x: jnp.zeros([3, 2]), lambda w, x: x @ w)
+    >>> support = metajax.Examples(jnp.eye(3), jnp.array([0, 1, 1]), jnp.ones(3, bool))
+    >>> check_rule(metajax.learners.maml(model, metajax.inner.adam(0.1)).problem, jnp.zeros([3, 2]), support)
+    """
+    if problem is None:
+        return
+    _validate.positive_int("num_steps", problem.num_steps)
+    shapes = jax.eval_shape(lambda meta_params: (problem.init(meta_params, support, None), meta_params), meta_params)
+    leaves, structure = jax.tree.flatten(shapes)
+    seen = (structure, *((leaf.shape, leaf.dtype) for leaf in leaves))
+    if seen in _passed.get(problem.optimizer, ()):
+        return
+    params, meta_params = shapes
+    fault = None
+    for tried, side in ((_first_and_last(params), 2), (params, 2), (params, None)):
+        try:
+            fault = _fault(*_outcomes(problem, tried, meta_params, side))
+        except Exception:  # they do not fit, or the rule needs what is not known here: the inner loop will say so
+            continue
+        if fault is None or tried is params:
+            break
+    if fault is not None:
+        raise ValueError(fault)
+    _passed.setdefault(problem.optimizer, set()).add(seen)
+
+
+def _fault(ordinary: _Outcome, dead: _Outcome, zero: _Outcome) -> str | None:
+    """What is wrong with a rule, None if nothing is."""
+    if not _all(np.isfinite, (ordinary.params, ordinary.slopes)):
+        return None
+    for outcome, where in ((dead, "one number of the inner gradient"), (zero, "the whole inner gradient")):
+        if not _all(np.isfinite, (outcome.params, outcome.slopes)):
+            return (
+                f"inner must be a rule whose derivative is finite where {where} is zero, got one whose derivative is "
+                "not: a dead input would make the hypergradient NaN. Take metajax.inner.adam, adamw, rmsprop, muon or "
+                "clip_by_global_norm, or give a rule of optax a positive eps_root (or eps), such as eps_root=1e-8"
+            )
+    flat = all(_all(lambda leaf: leaf == 0, outcome.slopes[0]) for outcome in (ordinary, dead, zero))
+    if flat and not _equal(ordinary.params, zero.params):
+        return (
+            "inner must be a rule that can be differentiated with respect to the inner gradient, got one whose "
+            "derivative is zero, as of a sign: first_order() gives the same hypergradient for less"
+        )
+    if not _equal(ordinary.integers, zero.integers):
+        return (
+            "inner must be a rule whose state holds no integers that depend on the inner gradient, got one with such: "
+            "no derivative passes through them"
+        )
+    return None
+
+
+def _all(test: Callable[[Any], Any], tree: Any) -> bool:
+    return all(np.all(test(leaf)) for leaf in jax.tree.leaves(tree))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True))
+
+
+def _first_and_last(tree: Any) -> Any:
+    """The first and the last leaf of each rank and dtype; None, which is no leaf, for the others."""
+    leaves, structure = jax.tree.flatten(tree)
+    kinds = [(leaf.ndim, leaf.dtype) for leaf in leaves]
+    last = {kind: index for index, kind in enumerate(kinds)}
+    kept = {kinds.index(kind) for kind in last} | set(last.values())
+    return structure.unflatten([leaf if index in kept else None for index, leaf in enumerate(leaves)])
+
+
+def _outcomes(problem: InnerProblem, params: Any, meta_params: Any, side: int | None) -> list[_Outcome]:
+    """One update at an ordinary gradient, at one with a zero in every parameter, and at zero."""
+    rng = np.random.default_rng(0)
+
+    def stand_in(leaf: Any) -> np.ndarray:
+        shape = leaf.shape if side is None else [min(size, side) for size in leaf.shape]
+        # a half may be a rate, a decay or a weight
+        return np.full(shape, 0.5 if jnp.issubdtype(leaf.dtype, jnp.inexact) else 0, leaf.dtype)
+
+    def draw(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: np.asarray(rng.normal(size=leaf.shape), leaf.dtype), tree)
+
+    params, meta_params = jax.tree.map(stand_in, (params, meta_params))
+    arguments = _inner.Arguments(meta_params, None, None, None)  # type: ignore[arg-type]
+
+    def update(grads: Params, params: Params) -> tuple[Params, Any]:
+        state = problem.optimizer(meta_params).init(params)
+        start = _inner.InnerState(params, state, jnp.zeros([], jnp.int32))
+        end = _inner.apply_gradient(problem, start, grads, jnp.ones([]), arguments)
+        return end.params, [leaf for leaf in jax.tree.leaves(end.opt_state) if _is_integer(leaf)]
+
+    def differentiate(grads: Params, direction: Params) -> _Outcome:
+        end, pull_back, integers = jax.vjp(update, grads, params, has_aux=True)
+        return _Outcome(end, integers, pull_back(direction))
+
+    ordinary, direction = draw(params), draw(params)
+    dead, zero = (jax.tree.map(np.copy, ordinary) for _ in range(2))
+    for leaf in jax.tree.leaves(dead):
+        leaf[(0,) * leaf.ndim] = 0
+    for leaf in jax.tree.leaves(zero):
+        leaf[...] = 0
+    with jax.ensure_compile_time_eval(), jax.debug_nans(False):  # numbers, even where the caller is traced
+        # the numbers are few: what takes time is compiling
+        run = jax.jit(differentiate, compiler_options={"xla_backend_optimization_level": 0})
+        return [jax.tree.map(np.asarray, run(grads, direction)) for grads in (ordinary, dead, zero)]
+
+
+def _is_integer(leaf: jax.Array) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.integer) or leaf.dtype == bool

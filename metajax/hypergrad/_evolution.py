@@ -1,0 +1,256 @@
+"""Evolution strategies: hypergradients from values of the outer loss alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from metajax.core import _inner, _tree, _validate
+from metajax.core._inner import InnerState
+from metajax.core._types import Episode, Hypergrad, Learner, Params
+from metajax.hypergrad._explicit import outer_objective
+from metajax.hypergrad._implicit import inner_problem
+from metajax.hypergrad._truncated import Carried, carry, check_horizon, resume, segment
+
+
+def evolution(*, sigma: float, pairs: int, antithetic: bool = True, chunk: int | None = None) -> Hypergrad:
+    """Hypergradient by evolution strategies: nothing is differentiated but the inner loss (Metz et al. 2019).
+
+    The mean over `pairs` random directions `e` of `e (L(p + sigma e) - L(p - sigma e)) / (2 sigma)`, an unbiased
+    estimate of the gradient of the outer loss smoothed by a normal of deviation `sigma`. Any inner rule will do, and
+    any number of inner steps in the memory of one. Its variance grows with the number of trained scalars.
+
+    Loss and `aux` are those of the meta-parameters as they are, for one more inner loop. All inner loops of a task
+    share their key, so that minibatches and dropout do not add to the differences.
+
+    Args:
+      sigma: standard deviation of the perturbations.
+      pairs: number of directions.
+      antithetic: whether each direction is tried on both sides. Else the other side is the value at `p`: half the
+        inner loops, but even terms of the loss stay in each difference as noise.
+      chunk: how many directions are run together (vmapped); a divisor of `pairs`. None runs all.
+
+    Raises:
+      ValueError: an argument is not as above, or (when used) there is no key.
+
+    | case | result |
+    |---|---|
+    | zero inner steps | as any number |
+    | NaN in one of the inner loops | the gradient is NaN; the loss only if it is NaN without perturbation |
+    | a learner without an inner problem | its adaptation and outer loss are evaluated the same way |
+    | `key=None` | refused: directions that are the same in each outer step leave the others out |
+    | `sigma` below the precision of a meta-parameter (1/256 of it in bfloat16) | rounded away: no slope |
+
+    Sources: Metz et al. 2019, Understanding and Correcting Pathologies in the Training of Learned Optimizers,
+    arXiv:1810.10180; Salimans et al. 2017, arXiv:1703.03864.
+
+    >>> import jax, jax.numpy as jnp, optax, metajax
+    >>> model = metajax.Model(lambda key, x: jnp.zeros([3, 2]), lambda w, x: x @ w)
+    >>> learner = metajax.learners.maml(model, inner=optax.sgd(0.1))
+    >>> examples = metajax.Examples(jnp.eye(3)[:2], jnp.array([0, 1]), jnp.ones(2, bool))
+    >>> fn = metajax.hypergrad.value_and_grad(learner, metajax.hypergrad.evolution(sigma=0.1, pairs=4))
+    >>> (loss, aux), grads = fn(jnp.zeros([3, 2]), metajax.Episode(examples, examples), key=jax.random.key(0))
+    >>> grads.shape
+    (3, 2)
+    """
+    _check(sigma, pairs, chunk)
+
+    def init(learner: Learner, meta_params: Params, episode: Episode, key: Any) -> tuple[()]:
+        del learner, meta_params, episode, key
+        return ()
+
+    def value_and_grad(
+        learner: Learner, meta_params: Params, state: Any, episode: Episode, *, key: Any = None, frozen: Params = None
+    ) -> tuple[Any, Params, Any]:
+        noise_key, task_key = _split("evolution()", key)
+
+        def objective(meta_params: Params) -> tuple[jax.Array, dict[str, Any]]:
+            return outer_objective(learner, meta_params, episode, key=task_key, frozen=frozen, loop=_inner.scan_loop())
+
+        loss, aux = objective(meta_params)
+
+        def one(key: jax.Array) -> tuple[Params, tuple[()]]:
+            noise = _draw(key, meta_params)
+            if antithetic:
+                values = jax.vmap(lambda side: objective(_shift(meta_params, side, noise))[0])(_sides(sigma))
+                slope = (values[0] - values[1]) / (2 * sigma)
+            else:
+                slope = (objective(_shift(meta_params, sigma, noise))[0] - loss) / sigma
+            return _times(noise, slope), ()
+
+        grads, _ = _mean_over_pairs(one, (jax.random.split(noise_key, pairs),), meta_params, pairs, chunk)
+        return (loss, aux), grads, state
+
+    return Hypergrad(init, value_and_grad)
+
+
+class Population(NamedTuple):
+    """What persistent evolution keeps of a task.
+
+    Attributes:
+      carried: the unperturbed inner loop, and the episode.
+      inner: perturbed inner loops, leaves `[pairs, 2, ...]`.
+      noise: key data from which the perturbations since the start of the inner loop are drawn (again).
+    """
+
+    carried: Carried
+    inner: InnerState
+    noise: jax.Array
+
+
+def persistent_evolution(
+    *, sigma: float, pairs: int, steps: int, chunk: int | None = None, stream: bool = False
+) -> Hypergrad:
+    """Persistent evolution strategies: unbiased from segments of an inner loop (Vicol et al. 2021).
+
+    Each outer step runs `steps` more inner steps of a population that keeps its inner states, under new perturbations,
+    and weighs the difference of a pair with the sum of all perturbations that the pair has seen. In expectation this
+    is the derivative of the (smoothed) outer loss after the segment, through all steps since the start, where
+    truncation sees those of the segment only. While the meta-parameters stand still, the `num_steps / steps` estimates
+    of an inner loop sum up to the hypergradient of the sum of its losses. The variance grows with their number.
+
+    The unperturbed inner loop is carried too: loss and `aux` are its, after the segment, and `aux["inner_loss"]` is
+    `[steps]`. For what the kept episode means see `persistent_truncation`.
+
+    Args:
+      sigma: standard deviation of a perturbation.
+      pairs: number of antithetic pairs.
+      steps: inner steps of each outer step; a divisor of the number of inner steps, after which a new inner loop
+        starts.
+      chunk: how many pairs are run together (vmapped); a divisor of `pairs`. None runs all.
+      stream: whether each outer step brings new data of the same inner problem, so that no episode is kept.
+
+    Raises:
+      ValueError: an argument is not as above; or (when used) there is no key, the learner has no inner problem, or
+        `steps` does not divide `num_steps`.
+
+    | case | result |
+    |---|---|
+    | zero inner steps | refused |
+    | NaN in one perturbed inner loop | the gradient is NaN until the inner loop starts anew |
+    | a learner without an inner problem | refused |
+    | `key=None` | refused, as by `evolution` |
+
+    Source: Vicol, Metz and Sohl-Dickstein 2021, Unbiased Gradient Estimation in Unrolled Computation Graphs with
+    Persistent Evolution Strategies, arXiv:2112.13835. Perturbations are drawn again from their key instead of kept.
+
+    >>> import jax, jax.numpy as jnp, optax, metajax
+    >>> model = metajax.Model(lambda key, x: jnp.zeros([3, 2]), lambda w, x: x @ w)
+    >>> learner = metajax.learners.maml(model, inner=optax.sgd(0.1), num_steps=6)
+    >>> examples = metajax.Examples(jnp.eye(3)[:2], jnp.array([0, 1]), jnp.ones(2, bool))
+    >>> episode, params, key = metajax.Episode(examples, examples), jnp.zeros([3, 2]), jax.random.key(0)
+    >>> estimator = metajax.hypergrad.persistent_evolution(sigma=0.1, pairs=4, steps=2)
+    >>> state = estimator.init(learner, params, episode, key)
+    >>> _, grads, state = estimator.value_and_grad(learner, params, state, episode, key=key)
+    >>> grads.shape, state.inner.params.shape
+    ((3, 2), (4, 2, 3, 2))
+    """
+    _check(sigma, pairs, chunk)
+    _validate.positive_int("steps", steps)
+    name = "persistent_evolution()"
+
+    def init(learner: Learner, meta_params: Params, episode: Episode, key: Any) -> Population:
+        noise_key, _ = _split(name, key)
+        carried = carry(name, learner, meta_params, episode, key, stream=stream)
+        inner = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (pairs, 2, *leaf.shape)), carried.inner)
+        return Population(carried, inner, jax.random.key_data(noise_key))
+
+    def value_and_grad(
+        learner: Learner, meta_params: Params, state: Population, episode: Episode, *, key: Any = None,
+        frozen: Params = None,
+    ) -> tuple[Any, Params, Any]:  # fmt: skip
+        noise_key, task_key = _split(name, key)
+        problem = inner_problem(name, learner)
+        check_horizon("steps", steps, problem)
+        restart, episode = resume(problem, state.carried, episode, reset=True)
+        noise = jnp.where(restart, jax.random.key_data(noise_key), state.noise)
+        population_key = jax.random.wrap_key_data(noise, impl=jax.random.key_impl(key))
+        number = jnp.where(restart, 0, state.carried.inner.step // steps)
+
+        def run(meta_params: Params, inner: InnerState) -> tuple[jax.Array, tuple[dict[str, Any], InnerState]]:
+            return segment(
+                problem, learner.outer_loss, meta_params, frozen, inner, episode, task_key,
+                restart=restart, num_steps=steps, loop=_inner.scan_loop(),
+            )  # fmt: skip
+
+        def one(pair: jax.Array, inner: InnerState) -> tuple[Params, InnerState]:
+            pair_key = jax.random.fold_in(population_key, pair)
+            draw = lambda number: _draw(jax.random.fold_in(pair_key, number), meta_params)  # noqa: E731
+            new = draw(number)
+            every = jax.lax.fori_loop(0, number, lambda i, total: jax.tree.map(jnp.add, total, draw(i)), new)
+            values, (_, ends) = jax.vmap(lambda side, inner: run(_shift(meta_params, side, new), inner))(
+                _sides(sigma), inner
+            )
+            return _times(every, (values[0] - values[1]) / (2 * sigma)), ends
+
+        loss, (aux, end) = run(meta_params, state.carried.inner)
+        grads, inner = _mean_over_pairs(one, (jnp.arange(pairs), state.inner), meta_params, pairs, chunk)
+        carried = Carried(end, () if stream else episode, jnp.ones_like(state.carried.started))
+        return (loss, aux), grads, Population(carried, inner, noise)
+
+    return Hypergrad(init, value_and_grad)
+
+
+def _check(sigma: float, pairs: int, chunk: int | None) -> None:
+    _validate.positive_float("sigma", sigma)
+    _validate.positive_int("pairs", pairs)
+    if chunk is not None and pairs % _validate.positive_int("chunk", chunk):
+        raise ValueError(f"chunk must divide the number of pairs {pairs}, got {chunk}")
+
+
+def _split(name: str, key: Any) -> tuple[jax.Array, jax.Array]:
+    if key is None:
+        raise ValueError(f"hypergrad: {name} draws perturbations and needs a key, got key=None")
+    noise_key, task_key = jax.random.split(key)
+    return noise_key, task_key
+
+
+def _sides(sigma: float) -> jax.Array:
+    return jnp.array([sigma, -sigma])
+
+
+def _draw(key: jax.Array, like: Params) -> Params:
+    """Standard normal numbers in the shapes of a tree."""
+    leaves, treedef = jax.tree.flatten(like)
+    keys = jax.random.split(key, len(leaves))
+    draws = [
+        jax.random.normal(key, jnp.shape(leaf), jnp.result_type(leaf)) for key, leaf in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, draws)
+
+
+def _shift(params: Params, distance: Any, noise: Params) -> Params:
+    return jax.tree.map(lambda leaf, part: leaf + (distance * part).astype(part.dtype), params, noise)
+
+
+def _times(noise: Params, slope: jax.Array) -> Params:
+    return jax.tree.map(lambda leaf: leaf * slope, noise)  # in the precision of the loss, where that is the higher one
+
+
+def _mean_over_pairs(
+    one: Callable[..., tuple[Params, Any]], arguments: Any, like: Params, pairs: int, chunk: int | None
+) -> tuple[Params, Any]:
+    """The mean over pairs of what `one` gives first, and all of what it gives second."""
+
+    def several(part: Any) -> tuple[Params, Any]:
+        parts, rest = jax.vmap(one)(*part)
+        return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), parts), rest
+
+    if chunk is None or chunk == pairs:
+        total, rest = several(arguments)
+    else:
+        chunks = jax.tree.map(lambda leaf: leaf.reshape(pairs // chunk, chunk, *leaf.shape[1:]), arguments)
+        shapes = jax.eval_shape(lambda: several(jax.tree.map(lambda leaf: leaf[0], chunks))[0])
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        zeros = _tree.vary(zeros, _tree.varying_axes((like, arguments)))
+
+        def add(total: Params, part: Any) -> tuple[Params, Any]:
+            more, rest = several(part)
+            return jax.tree.map(jnp.add, total, more), rest
+
+        total, rest = jax.lax.scan(add, zeros, chunks)
+        rest = jax.tree.map(lambda leaf: leaf.reshape(pairs, *leaf.shape[2:]), rest)
+    return jax.tree.map(lambda leaf, part: (part / pairs).astype(jnp.result_type(leaf)), like, total), rest

@@ -1,0 +1,89 @@
+"""Exact hypergradients for few meta-parameters: tangents that go along with the inner loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from metajax.core import _inner, _tree, _validate
+from metajax.core._types import Episode, Hypergrad, Learner, Params
+from metajax.hypergrad._checks import check_rule
+from metajax.hypergrad._explicit import _checked, outer_objective
+
+
+def forward_mode(
+    *, chunk: int | None = None, max_params: int = 1024, step_weights: Sequence[float] | None = None
+) -> Hypergrad:
+    """Exact hypergradient by forward-mode differentiation, for few meta-parameters (Franceschi et al. 2017).
+
+    For rates, schedules and loss weights: with each trained scalar, a tangent of the fast weights and of the optimizer
+    state goes through the inner loop. Memory grows with the number of trained scalars, as does time, and not with that
+    of inner steps. `trainable` of `outer_update` leaves out what is not to be trained.
+
+    Args:
+      chunk: how many tangents go through the inner loop together, to bound memory; the loop then runs once for each
+        chunk and once more. None takes all together.
+      max_params: most trained scalars that are accepted.
+      step_weights: as for `unrolled`.
+
+    Raises:
+      ValueError: an argument is not as above; or (when used) there are more trained scalars than `max_params`, or
+        not as many weights as inner steps; or a case below.
+
+    | case | result |
+    |---|---|
+    | zero inner steps, or an update rule that cannot be differentiated (`optax.adam` without `eps_root`) | refused |
+    | NaN in the inner loop | loss and gradient are NaN |
+    | a learner without an inner problem | its adaptation is differentiated, forwards too |
+    | a function with a reverse-mode rule of its own (`jax.custom_vjp`) in a model or loss | JAX raises a TypeError |
+
+    Source: Franceschi, Donini, Frasconi and Pontil 2017, Forward and Reverse Gradient-Based Hyperparameter
+    Optimization, arXiv:1703.01785.
+
+    >>> import metajax
+    >>> metajax.hypergrad.forward_mode(chunk=16).init(None, None, None, None)
+    ()
+    """
+    if chunk is not None:
+        _validate.positive_int("chunk", chunk)
+    _validate.positive_int("max_params", max_params)
+    weights = None if step_weights is None else _checked(step_weights)
+
+    def init(learner: Learner, meta_params: Params, episode: Episode, key: Any) -> tuple[()]:
+        del learner, meta_params, episode, key
+        return ()
+
+    def value_and_grad(
+        learner: Learner, meta_params: Params, state: Any, episode: Episode, *, key: Any = None, frozen: Params = None
+    ) -> tuple[Any, Params, Any]:
+        count = sum(jnp.size(leaf) for leaf in jax.tree.leaves(meta_params))
+        if count > max_params:
+            raise ValueError(
+                f"max_params must be at least the number of trained meta-parameters, {count}, got {max_params}: "
+                "choose fewer with trainable, or an estimator in reverse mode"
+            )
+        check_rule(learner.problem, _tree.merge(meta_params, frozen), episode.support)
+        flat, unravel = ravel_pytree(meta_params)
+        indices, axes = jnp.arange(count), _tree.varying_axes(meta_params)
+
+        def objective(meta_params: Params) -> tuple[jax.Array, dict[str, Any]]:
+            return outer_objective(
+                learner, meta_params, episode, key=key, frozen=frozen, loop=_inner.scan_loop(), weights=weights
+            )
+
+        def push(index: jax.Array) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+            tangent = _tree.vary(unravel((indices == index).astype(flat.dtype)), axes)
+            return jax.jvp(objective, (meta_params,), (tangent,), has_aux=True)
+
+        if chunk is None or chunk >= count:
+            loss, slopes, aux = jax.vmap(push, out_axes=(None, 0, None))(indices)
+        else:
+            loss, aux = objective(meta_params)
+            slopes = jax.lax.map(lambda index: push(index)[1], indices, batch_size=chunk)
+        return (loss, aux), unravel(slopes.astype(flat.dtype)), state
+
+    return Hypergrad(init, value_and_grad)

@@ -1,0 +1,288 @@
+"""The hypergradient of a converged inner loop, from the linear system that holds at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.custom_derivatives import SymbolicZero
+
+from metajax.core import _inner, _rng, _tree, _validate
+from metajax.core._types import Episode, Hypergrad, InnerProblem, Learner, Params
+
+Product = Callable[[Params], Params]
+
+
+def implicit(
+    solver: str = "cg",
+    *,
+    steps: int = 10,
+    tol: float = 1e-5,
+    ridge: float = 0.0,
+    rate: float | None = None,
+    max_residual: float | None = None,
+) -> Hypergrad:
+    """Implicit differentiation at the end of the inner loop (iMAML; Rajeswaran et al. 2019, Lorraine et al. 2020).
+
+    Where the inner gradient vanishes, the fast weights are a function of the meta-parameters whose derivative needs no
+    trajectory. With the Hessian `H` of the inner loss there, `(H + ridge I) v = d outer_loss / d params` is solved from
+    Hessian-vector products, and the hypergradient is what the outer loss takes from the meta-parameters directly, minus
+    the product of `v` with the mixed second derivative of the inner loss. Memory does not depend on the number of inner
+    steps. All products are those of the inner loss of the last step, with one draw of its key.
+
+    The start, the rule and the length of the inner loop are forgotten: a meta-parameter that only enters there gets no
+    gradient. A proximal term in the inner loss makes its solution depend on the start of MAML; with `adapts=`, what
+    does not adapt enters the inner loss anyway.
+
+    Args:
+      solver: "cg" (conjugate gradients, for a positive definite Hessian), "neumann" (a series, whose first `steps`
+        terms are the gradient through so many more steps of gradient descent at `rate`) or "gmres" (for an indefinite
+        Hessian too, at `steps` more copies of the fast weights).
+      steps: Hessian-vector products at most.
+      tol: relative residual at which "cg" and "neumann" stop; "gmres" takes all its steps.
+      ridge: added to the diagonal of the Hessian.
+      rate: of "neumann", below 2 over the largest eigenvalue, or the series diverges.
+      max_residual: where the relative residual is above it, the gradient is NaN, so that a training loop stops or
+        `optax.apply_if_finite` skips the step; None accepts any.
+
+    Returns:
+      A `Hypergrad`. Its `aux` also has two scalars: `solver_residual`, the norm of what is left of the system relative
+      to that of its right-hand side, and `inner_grad_norm`, the norm of the inner gradient at the end. The system is
+      solved in float32 at least.
+
+    Raises:
+      ValueError: an argument is not as above, or (when used) as the table says.
+
+    | case | result |
+    |---|---|
+    | the inner loop has not converged | biased, and `inner_grad_norm` says how far it is |
+    | the solver has not converged | `solver_residual` says so, see `max_residual` |
+    | the Hessian is not positive definite | "cg" ends at the first direction that shows it, with the solution so far |
+    | zero inner steps | the same formula at the start |
+    | no kept support example | finite |
+    | no kept query example | zero, with residual zero |
+    | NaN inside the inner loop | loss, gradient and residual are NaN |
+    | a learner without an inner problem | refused |
+    | an inner loss that does not depend on what is trained | refused: it would be zero, silently |
+
+    Source: Rajeswaran et al. 2019, Meta-Learning with Implicit Gradients, arXiv:1909.04630; Lorraine, Vicol and
+    Duvenaud 2020, Optimizing Millions of Hyperparameters by Implicit Differentiation, arXiv:1911.02590.
+
+    >>> import jax.numpy as jnp, optax, metajax
+    >>> model = metajax.Model(lambda key, x: jnp.zeros([3, 1]), lambda w, x: x @ w)
+    >>> learner = metajax.learners.maml(
+    ...     model, optax.sgd(0.5), 20, proximal=1.0, loss=metajax.core.squared_error)
+    >>> examples = metajax.Examples(jnp.eye(3), jnp.ones([3, 1]), jnp.ones(3, bool))
+    >>> fn = metajax.hypergrad.value_and_grad(learner, metajax.hypergrad.implicit())
+    >>> (loss, aux), grads = fn(jnp.zeros([3, 1]), metajax.Episode(examples, examples))
+    >>> bool(aux["solver_residual"] < 1e-5), bool(aux["inner_grad_norm"] < 1e-5)
+    (True, True)
+    """
+    _validate.one_of("solver", solver, ("cg", "neumann", "gmres"))
+    _validate.positive_int("steps", steps)
+    _validate.non_negative_float("tol", tol)
+    _validate.non_negative_float("ridge", ridge)
+    if max_residual is not None:
+        _validate.positive_float("max_residual", max_residual)
+    if solver == "neumann":
+        rate = _validate.positive_float("rate", rate)
+    elif rate is not None:
+        raise ValueError(f'rate must be None except with solver="neumann", got {rate!r} with {solver!r}')
+
+    def solve(product: Product, target: Params) -> Params:
+        if solver == "gmres":
+            return _gmres(product, target, steps)
+        if solver == "cg":
+            return _conjugate_gradients(product, target, steps, tol)
+        return _neumann(product, target, steps, tol, rate)
+
+    def init(learner: Learner, meta_params: Params, episode: Episode, key: Any) -> tuple[()]:
+        del learner, meta_params, episode, key
+        return ()
+
+    def value_and_grad(
+        learner: Learner, meta_params: Params, state: Any, episode: Episode, *, key: Any = None, frozen: Params = None
+    ) -> tuple[Any, Params, Any]:
+        problem = inner_problem("implicit()", learner)
+        adapt_key, loss_key = _rng.split(key, 2)
+        result = _inner.unroll(problem, meta_params, episode.support, key=adapt_key, frozen=frozen)
+        _, loop_key, finish_key = _rng.split(adapt_key, 3)  # the keys that unroll gave to the loop and to finish
+
+        def outer(params: Params, meta_params: Params) -> tuple[jax.Array, dict[str, Any]]:
+            full = _tree.merge(meta_params, frozen)
+            adapted = problem.finish(params, full, episode.support, finish_key)
+            return learner.outer_loss(adapted, full, episode.query, key=loss_key)
+
+        value_and_slopes = jax.value_and_grad(outer, argnums=(0, 1), has_aux=True)
+        (loss, aux), (slope, direct) = value_and_slopes(result.params, meta_params)
+
+        arguments = _inner.Arguments(meta_params, frozen, episode.support, loop_key)
+        last = jnp.asarray(max(problem.num_steps - 1, 0), jnp.int32)
+        inner_loss = _inner.split_loss(problem)
+
+        def inner_slope(params: Params, argnum: int) -> Params:
+            here = _inner.loss_arguments(_inner.InnerState(params, None, last), arguments)
+            return jax.grad(inner_loss, argnums=argnum)(*here)
+
+        def along(function: Product, vector: Params) -> Params:
+            """The derivative of a function of the fast weights along a vector, both at the precision of the system."""
+            vector = jax.tree.map(lambda part, leaf: part.astype(leaf.dtype), vector, result.params)
+            return jax.jvp(function, (result.params,), (vector,))[1]
+
+        def product(vector: Params) -> Params:
+            image = along(lambda params: inner_slope(params, 0), vector)
+            return jax.tree.map(lambda part, leaf: part.astype(leaf.dtype) + ridge * leaf, image, vector)
+
+        precision = jnp.result_type(jnp.float32, *jax.tree.leaves(slope))
+        target = jax.tree.map(lambda leaf: leaf.astype(precision), slope)
+        solution = solve(product, target)
+        watched, reached = watch()
+        mixed = along(lambda params: watched(inner_slope(params, 1)), solution)
+        refuse_zero("implicit()", reached)
+        grads = jax.tree.map(jnp.subtract, direct, mixed)
+        size = optax.tree.norm(target)
+        left = optax.tree.norm(optax.tree.sub(target, product(solution)))
+        residual = left / jnp.where(size == 0, 1, size)
+        if max_residual is not None:
+            grads = jax.tree.map(lambda leaf: jnp.where(residual <= max_residual, leaf, jnp.nan), grads)
+        aux = {
+            **aux, "inner_loss": result.losses, "solver_residual": residual,
+            "inner_grad_norm": optax.tree.norm(inner_slope(result.params, 0)),
+        }  # fmt: skip
+        return (loss, aux), grads, state
+
+    return Hypergrad(init, value_and_grad)
+
+
+def inner_problem(name: str, learner: Learner) -> InnerProblem:
+    """The inner problem of a learner that must have one."""
+    if learner.problem is None:
+        raise ValueError(f"hypergrad: {name} needs a learner with an inner problem, got problem=None")
+    return learner.problem
+
+
+def watch() -> tuple[Callable[[Any], Any], list[bool]]:
+    """An identity, and a list that gets an entry where it is differentiated and its argument is not constant.
+
+    What is constant is known while tracing: a derivative that is zero by construction has no tangent at all.
+    """
+    reached: list[bool] = []
+
+    @jax.custom_jvp
+    def watched(tree: Any) -> Any:
+        return tree
+
+    def rule(primals: Any, tangents: Any) -> tuple[Any, Any]:
+        is_zero = lambda leaf: isinstance(leaf, SymbolicZero)  # noqa: E731
+        if not all(is_zero(leaf) for leaf in jax.tree.leaves(tangents, is_leaf=is_zero)):
+            reached.append(True)
+        return primals[0], tangents[0]
+
+    watched.defjvp(rule, symbolic_zeros=True)
+    return watched, reached
+
+
+def refuse_zero(name: str, reached: list[bool]) -> None:
+    """Refuses a product that is zero by construction."""
+    if not reached:
+        raise ValueError(
+            f"hypergrad: {name} would be zero, because the inner loss does not depend on the meta-parameters that are "
+            "trained (a start that adapts does not count): give the learner a proximal= term, or take another estimator"
+        )
+
+
+class _Progress(NamedTuple):
+    """What a solver carries; `going` is False where no further step can be taken."""
+
+    step: jax.Array
+    solution: Params
+    residual: Params
+    direction: Params
+    going: jax.Array
+
+
+def _rounding(value: jax.Array) -> float:
+    """Relative size below which a value is rounding."""
+    return 10 * float(jnp.finfo(value.dtype).eps)
+
+
+def _iterate(improve: Callable[[_Progress], _Progress], target: Params, steps: int, tol: float) -> Params:
+    """Improves on zero until the relative residual is at most `tol`."""
+    limit = tol * optax.tree.norm(target)
+
+    def unsolved(now: _Progress) -> jax.Array:
+        # not (<=): a NaN is no solution, and must reach the result
+        return (now.step < steps) & now.going & ~(optax.tree.norm(now.residual) <= limit)
+
+    zeros = jax.tree.map(jnp.zeros_like, target)
+    start = _Progress(jnp.zeros([], jnp.int32), zeros, target, target, jnp.ones([], bool))
+    return jax.lax.while_loop(unsolved, improve, _tree.vary(start, _tree.varying_axes(target))).solution
+
+
+def _conjugate_gradients(product: Product, target: Params, steps: int, tol: float) -> Params:
+    """Hestenes and Stiefel's method, ended at a direction without positive curvature as in truncated Newton methods."""
+
+    def improve(now: _Progress) -> _Progress:
+        image = product(now.direction)
+        squared, curvature = optax.tree.vdot(now.residual, now.residual), optax.tree.vdot(now.direction, image)
+        # relative to both: the sign of a curvature below rounding says nothing
+        going = ~(curvature <= _rounding(curvature) * optax.tree.norm(now.direction) * optax.tree.norm(image))
+        length = jnp.where(going, squared / curvature, 0)
+        residual = optax.tree.add_scale(now.residual, -length, image)
+        ratio = optax.tree.vdot(residual, residual) / squared
+        solution = optax.tree.add_scale(now.solution, length, now.direction)
+        return _Progress(now.step + 1, solution, residual, optax.tree.add_scale(residual, ratio, now.direction), going)
+
+    return _iterate(improve, target, steps, tol)
+
+
+def _neumann(product: Product, target: Params, steps: int, tol: float, rate: Any) -> Params:
+    """`rate * sum_k (I - rate A)^k target`, whose next term is `rate` times the residual."""
+
+    def improve(now: _Progress) -> _Progress:
+        solution = optax.tree.add_scale(now.solution, rate, now.residual)
+        residual = optax.tree.add_scale(now.residual, -rate, product(now.residual))
+        return now._replace(step=now.step + 1, solution=solution, residual=residual)
+
+    return _iterate(improve, target, steps, tol)
+
+
+def _gmres(product: Product, target: Params, steps: int) -> Params:
+    """Saad and Schultz's method: the smallest residual in the Krylov space of so many products.
+
+    Our own, since `jax.scipy.sparse.linalg.gmres` gives NaN for a singular matrix and does not run under `shard_map`.
+    """
+    size, highest = optax.tree.norm(target), jax.lax.Precision.HIGHEST
+
+    def overlaps(basis: Params, vector: Params) -> jax.Array:
+        dots = jax.tree.map(lambda rows, leaf: jnp.tensordot(rows, leaf, leaf.ndim, precision=highest), basis, vector)
+        return sum(jax.tree.leaves(dots))  # type: ignore[return-value]
+
+    def combine(weights: jax.Array, basis: Params) -> Params:
+        return jax.tree.map(lambda rows: jnp.tensordot(weights, rows, 1, precision=highest), basis)
+
+    def unit(vector: Params, length: jax.Array) -> Params:
+        return jax.tree.map(lambda leaf: jnp.where(length == 0, 0, leaf / length), vector)
+
+    def extend(index: jax.Array, carry: tuple[Params, jax.Array]) -> tuple[Params, jax.Array]:
+        basis, table = carry
+        image = product(jax.tree.map(lambda rows: rows[index], basis))
+        before, column = optax.tree.norm(image), jnp.zeros_like(table[:, 0])
+        for _ in range(2):  # once loses orthogonality to rounding
+            weights = overlaps(basis, image)
+            image, column = optax.tree.sub(image, combine(weights, basis)), column + weights
+        length = optax.tree.norm(image)
+        # what rounding left over is no direction: the space is exhausted
+        length = jnp.where(length <= _rounding(length) * before, 0, length)
+        basis = jax.tree.map(lambda rows, leaf: rows.at[index + 1].set(leaf), basis, unit(image, length))
+        return basis, table.at[:, index].set(column.at[index + 1].set(length))
+
+    first = unit(target, size)
+    basis = jax.tree.map(lambda leaf: jnp.zeros([steps + 1, *leaf.shape], leaf.dtype).at[0].set(leaf), first)
+    start = (basis, jnp.zeros([steps + 1, steps], size.dtype))
+    basis, table = jax.lax.fori_loop(0, steps, extend, _tree.vary(start, _tree.varying_axes(target)))
+    weights = jnp.linalg.lstsq(table, jnp.zeros_like(table[:, 0]).at[0].set(size))[0]
+    return combine(weights, jax.tree.map(lambda rows: rows[:-1], basis))

@@ -1,0 +1,30 @@
+"""The square root and the norm that have a gradient at zero."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def safe_sqrt(values: jax.Array) -> jax.Array:
+    """The square root, with derivative 0 instead of infinity where the value is zero.
+
+    Roots of squares are what rules take: there, infinity meets the derivative of the square, which is zero, and their
+    product is NaN. The limit of what a rule makes of them is that of a root without a slope.
+
+    >>> float(jax.grad(safe_sqrt)(0.0)), float(safe_sqrt(4.0))
+    (0.0, 2.0)
+    """
+    zero = values == 0  # NaN is not zero, and stays
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, values))).astype(jnp.result_type(values))
+
+
+def safe_norm(tree: Any) -> jax.Array:
+    """The Euclidean norm of all numbers of a tree, with derivative 0 where they are all zero.
+
+    >>> float(safe_norm({"a": jnp.array([3.0]), "b": jnp.array([4.0])}))
+    5.0
+    """
+    return safe_sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))
