@@ -112,4 +112,5 @@ def _conv4() -> dict[str, Any]:
     episodes = metajax.data.episode_batch(source, spec, seed=0, start=0, count=1)
     print("Conv4, 5-way 1-shot, 5 inner steps, proximal term 0.5, one task of the default job")
     found = metajax.hypergrad.compare(learner, episodes)
+    print(found)
     return {row.name: row._asdict() for row in found.rows}

@@ -1,6 +1,7 @@
 """Benchmarks: what the figures in the README come from.
 
     python -m experiments.benchmark step        # the Conv4 meta step, beside a plain PyTorch loop (extra `bench`)
+    python -m experiments.benchmark hypergrad   # memory and time of the estimators on a decoder, their bias on Conv4
     python -m experiments.benchmark batching    # ways to batch tasks, and what "auto" would have chosen
     python -m experiments.benchmark import      # seconds of `import metajax`
     python -m experiments.benchmark pixels      # nearest neighbour on the pixels of the default job's test episodes

@@ -76,11 +76,14 @@ def _fault(ordinary: _Outcome, dead: _Outcome, zero: _Outcome) -> str | None:
     """What is wrong with a rule, None if nothing is."""
     if not _all(np.isfinite, (ordinary.params, ordinary.slopes)):
         return None
-    for outcome, where in ((dead, "one number of the inner gradient"), (zero, "the whole inner gradient")):
+    for outcome, where, how in (
+        (dead, "one number of the inner gradient", "a dead input"),
+        (zero, "the whole inner gradient", "a support set of padding"),
+    ):
         if not _all(np.isfinite, (outcome.params, outcome.slopes)):
             return (
                 f"inner must be a rule whose derivative is finite where {where} is zero, got one whose derivative is "
-                "not: a dead input would make the hypergradient NaN. Take metajax.inner.adam, adamw, rmsprop, muon or "
+                f"not: {how} would make the hypergradient NaN. Take metajax.inner.adam, adamw, rmsprop, muon or "
                 "clip_by_global_norm, or give a rule of optax a positive eps_root (or eps), such as eps_root=1e-8"
             )
     flat = all(_all(lambda leaf: leaf == 0, outcome.slopes[0]) for outcome in (ordinary, dead, zero))
@@ -111,7 +114,7 @@ def _first_and_last(tree: Any) -> Any:
     kinds = [(leaf.ndim, leaf.dtype) for leaf in leaves]
     last = {kind: index for index, kind in enumerate(kinds)}
     kept = {kinds.index(kind) for kind in last} | set(last.values())
-    return structure.unflatten([leaf if index in kept else None for index, leaf in enumerate(leaves)])
+    return jax.tree.unflatten(structure, [leaf if index in kept else None for index, leaf in enumerate(leaves)])
 
 
 def _outcomes(problem: InnerProblem, params: Any, meta_params: Any, side: int | None) -> list[_Outcome]:

@@ -102,7 +102,7 @@ def compare(
     seed: int = 0,
     repeats: int = 3,
 ) -> Comparison:
-    """Runs each estimator on the same episodes, and prints how far it is from the exact one and what it costs.
+    """Runs each estimator on the same episodes: how far it is from the exact one, and what it costs.
 
     The hypergradient is the mean over the tasks, which are vmapped. The exact one is that of `mixed_mode`.
 
@@ -117,7 +117,7 @@ def compare(
       repeats: timed calls, after one that is not.
 
     Returns:
-      The rows, in order; printed too.
+      The rows, in order; `print` shows the table.
 
     Raises:
       ValueError: a part of another type.
@@ -126,7 +126,8 @@ def compare(
     >>> learner = metajax.learners.maml(metajax.models.mlp(outputs=2, hidden=()), optax.sgd(0.5), num_steps=3)
     >>> examples = metajax.Examples(jnp.eye(4)[None], jnp.array([[0, 0, 1, 1]]), jnp.ones([1, 4], bool))
     >>> some = {"unrolled": unrolled(), "first_order": first_order()}
-    >>> found = compare(learner, metajax.Episode(examples, examples), estimators=some)  # doctest: +ELLIPSIS
+    >>> found = compare(learner, metajax.Episode(examples, examples), estimators=some)
+    >>> print(found)  # doctest: +ELLIPSIS
     estimator    cosine ...
     >>> found["unrolled"].error < 1e-5, found["first_order"].error > 0.01
     (True, True)
@@ -159,9 +160,7 @@ def compare(
                 seconds=seconds,
             )
         )
-    comparison = Comparison(tuple(rows))
-    print(comparison)
-    return comparison
+    return Comparison(tuple(rows))
 
 
 @dataclasses.dataclass(frozen=True)

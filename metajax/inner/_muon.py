@@ -17,7 +17,7 @@ _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of Jordan's quintic iteration
 
 
 class _MuonState(NamedTuple):
-    count: jax.Array
+    step: jax.Array
     mu: Any
 
 
@@ -60,6 +60,7 @@ def muon(
     _options.positive("eps", eps)
     _options.learning_rate("rate", rate)
     _options.non_negative("weight_decay", weight_decay)
+    _options.learning_rate("adam_rate", rate if adam_rate is None else adam_rate)
     _validate.positive_int("steps", steps)
 
     def init(params: Any) -> _MuonState:
@@ -68,9 +69,9 @@ def muon(
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, _MuonState]:
         del params
         mean = optax.tree.update_moment(grads, state.mu, beta, 1)
-        count = optax.safe_increment(state.count)
-        ahead = _options.corrected_mean(grads, mean, beta, count, nesterov=True)
-        return jax.tree.map(lambda leaf: _orthogonalised(leaf, steps, eps), ahead), _MuonState(count, mean)
+        step = optax.safe_increment(state.step)
+        ahead = _options.corrected_mean(grads, mean, beta, step, nesterov=True)
+        return jax.tree.map(lambda leaf: _orthogonalised(leaf, steps, eps), ahead), _MuonState(step, mean)
 
     rules = {
         "matrix": optax.chain(

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 def safe_sqrt(values: jax.Array) -> jax.Array:
     """The square root, with derivative 0 instead of infinity where the value is zero.
 
-    Roots of squares are what rules take: there, infinity meets the derivative of the square, which is zero, and their
-    product is NaN. The limit of what a rule makes of them is that of a root without a slope.
+    What rules take the root of is a mean of squares. Where it is zero so is its own derivative, and infinity times
+    zero is NaN; the derivative of a quotient such as `g / (sqrt(g**2) + eps)` there is that with a root of slope 0.
 
     >>> float(jax.grad(safe_sqrt)(0.0)), float(safe_sqrt(4.0))
     (0.0, 2.0)
@@ -27,4 +27,4 @@ def safe_norm(tree: Any) -> jax.Array:
     >>> float(safe_norm({"a": jnp.array([3.0]), "b": jnp.array([4.0])}))
     5.0
     """
-    return safe_sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))
+    return safe_sqrt(jnp.asarray(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree))))

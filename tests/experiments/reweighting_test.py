@@ -6,7 +6,7 @@ import numpy as np
 
 
 def test_wrong_labels_weigh_less_and_the_test_images_gain(launch, tmp_path):
-    done = launch("reweighting", "--seeds=2", "--steps=25", f"--out={tmp_path}")
+    done = launch("reweighting", "--seeds=2", "--steps=40", f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "reweighting.json").read_text())
     wrong, right = (np.array(found[f"weight_of_{name}"]) for name in ("wrong", "right"))
