@@ -55,7 +55,11 @@ def run(config: ConfigDict, workdir: pathlib.Path, *, resume: bool = False) -> i
             train, experiment.train_spec, seed=config.seed, start=0, count=config.outer.meta_batch
         )
     else:
-        with contextlib.closing(stream(config, experiment, train)) as episodes:
+        try:
+            episodes = stream(config, experiment, train)
+        except ImportError as error:
+            raise ValueError(f"data.sampler must be 'device' here, got 'pipeline': {error}") from error
+        with contextlib.closing(episodes):
             batch = jax.tree.map(np.asarray, next(episodes))
     outer = meta_step(config, experiment, jax.tree.leaves(batch)[0].shape[0])
     example = jax.tree.map(lambda leaf: leaf[0], batch)

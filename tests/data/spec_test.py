@@ -29,7 +29,7 @@ def test_refuses_what_is_no_positive_integer(field, value):
         ({"shots": (0, 3)}, r"shots must be an integer of at least 1, got 0"),
         ({"queries": (1, 2)}, r"queries must be an integer of at least 1"),
         ({"ways": (5, 50), "shots": Imbalanced(support=49)}, r"shots.support must hold one example of each of 50 ways"),
-        ({"hierarchical": 1}, r"hierarchical must be a bool, got 1"),
+        ({"hierarchical": 1}, r"hierarchical must be of type bool, got 1"),
         ({"buckets": [(5, 5, 75)]}, r"buckets must be a tuple of \(ways, support, query\), got"),
         ({"buckets": ((5, 5),)}, r"buckets must be a tuple of \(ways, support, query\), got"),
         ({"buckets": ((5, 5, 0),)}, r"query of a bucket must be an integer of at least 1, got 0"),

@@ -159,6 +159,14 @@ def test_a_run_on_the_device_needs_no_tensorflow(device_run):
     assert _results(workdir)["steps"] == 300
 
 
+def test_the_pipeline_without_tensorflow_says_what_to_do(pictures, tmp_path):
+    command = [sys.executable, "-c", _WITHOUT_TENSORFLOW, *_flags(pictures, tmp_path / "run", steps=2)]
+    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "error: data.sampler must be 'device' here, got 'pipeline': episodes() and batches() need" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_interrupted_run_on_the_device_resumes_to_the_same_parameters(device_run, launch, pictures, tmp_path):
     workdir = tmp_path / "interrupted"
     process, told = _stopped(workdir, pictures, signal.SIGINT, _ON_DEVICE, steps=300)
