@@ -16,7 +16,7 @@ def base() -> ConfigDict:
                 "set": "",  # tfds: name of the set, such as cifar100
                 "splits": "",  # image_folder, tfds: published class lists, such as fc100; "" divides by 64, 16 and 20 %
                 "cache_mib": 0,  # memory for decoded images; 0 holds them all
-                "size": 28,  # pixels; 0 keeps the size that images have
+                "size": 0,  # pixels; 0: 28 for characters, 32 for CIFAR, 84 for ImageNet, else as the images are
                 "channels": 0,  # image_folder, tfds: 1 grey, 3 RGB, 0 as the files are
                 "invert": "",  # image_folder, tfds: "" no, "auto" dark on white becomes white on black
                 "protocol": "vinyals",  # omniglot: vinyals or lake

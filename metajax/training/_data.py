@@ -14,6 +14,7 @@ _Open = Callable[[str, str, dict[str, Any]], data.Source]  # (path, split, field
 # fields that configs of old do not have
 _LATER = {"set": "", "splits": "", "cache_mib": 0}
 _MADE, _CHARACTERS = ("glyphs", "sinusoids"), ("glyphs", "omniglot")
+_CHARACTER = 28  # pixels, where data.size is 0
 _PUBLISHED = ("cifar_fs", "fc100", "mini_imagenet", "tiered_imagenet", "cub", "meta_dataset")
 
 
@@ -34,11 +35,11 @@ def open_source(config: Config, split: str, *, path: str | None = None) -> data.
     """
     fields = {**_LATER, **config["data"]}
     name = _validate.one_of("data.name", fields["name"], tuple(_SOURCES))
-    path = path or fields["path"]
     if name == "glyphs" and path:  # a run on glyphs, looked at on images from elsewhere
         return data.image_folder(path, split=split, **image_options(config))
-    if name == "sinusoids" and path:
-        raise ValueError(f"data.path must be empty for sinusoids, which are made and not read, got {path!r}")
+    path = path or fields["path"]
+    if name in _MADE and path:
+        raise ValueError(f"data.path must be empty for {name}, which are made and not read, got {path!r}")
     if not path and name not in (*_MADE, "tfds"):
         raise ValueError(f"data.path must name the folder of {name}, got {path!r}")
     if name == "tfds" and not fields["set"]:
@@ -58,7 +59,7 @@ def image_options(config: Config) -> dict[str, Any]:
     """
     fields = config["data"]
     if fields["name"] in _CHARACTERS:
-        return {"size": fields["size"], "channels": 1, "invert": "auto"}
+        return {"size": fields["size"] or _CHARACTER, "channels": 1, "invert": "auto"}
     if fields["name"] in _PUBLISHED:
         return {"size": fields["size"] or None, "channels": 3, "invert": False}
     return {"size": fields["size"] or None, "channels": fields["channels"] or None, "invert": fields["invert"] or False}
@@ -66,7 +67,7 @@ def image_options(config: Config) -> dict[str, Any]:
 
 def _omniglot(path: str, split: str, fields: dict[str, Any]) -> data.Source:
     more = {name: fields[name] and split == "train" for name in ("rotations", "mirrored")}
-    return data.omniglot(path, split=split, protocol=fields["protocol"], size=fields["size"], **more)
+    return data.omniglot(path, split=split, protocol=fields["protocol"], size=fields["size"] or _CHARACTER, **more)
 
 
 def _folder(path: str, split: str, fields: dict[str, Any]) -> data.Source:
@@ -96,7 +97,7 @@ def _cache_bytes(fields: dict[str, Any]) -> int | None:
 
 
 _SOURCES: dict[str, _Open] = {
-    "glyphs": lambda path, split, fields: data.glyphs(split, size=fields["size"]),
+    "glyphs": lambda path, split, fields: data.glyphs(split, size=fields["size"] or _CHARACTER),
     "omniglot": _omniglot,
     "image_folder": _folder,
     "tfds": _tfds,

@@ -60,6 +60,7 @@ def test_a_set_of_tfds(cifar, tmp_path):
         ({"name": "mnist"}, "data.name must be one of 'glyphs', 'omniglot', .*, got 'mnist'"),
         ({"name": "cub"}, "data.path must name the folder of cub, got ''"),
         ({"name": "sinusoids", "path": "x"}, "data.path must be empty for sinusoids, which are made and not read"),
+        ({"name": "glyphs", "path": "x"}, "data.path must be empty for glyphs, which are made and not read"),
         ({"name": "tfds"}, "data.set must name a set of TensorFlow Datasets, got ''"),
         ({"name": "omniglot", "path": "x", "set": "y"}, "data.set is for tfds, not for omniglot, got 'y'"),
         ({"name": "cub", "path": "x", "splits": "cub"}, "data.splits is for tfds and image_folder, not for cub"),
