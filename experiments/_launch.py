@@ -95,7 +95,10 @@ def _refuse(error: Exception, arguments: list[str]) -> NoReturn:
     given = ", ".join(argument for argument in arguments if argument.startswith("--config."))
     while error.args and isinstance(error.args[0], Exception):  # ml_collections wraps a KeyError
         error = error.args[0]
-    print(f"error: {' '.join(str(error.args[0]).split())} (given {given})", file=sys.stderr)
+    told = " ".join(str(error.args[0]).split())
+    if isinstance(error, AttributeError | KeyError) and " " not in told:  # the bare name of what is not there
+        told = f"the config has no field {told}; experiments/configs/_base.py lists them"
+    print(f"error: {told} (given {given})", file=sys.stderr)
     sys.exit(2)
 
 

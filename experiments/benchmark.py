@@ -3,6 +3,7 @@
     python -m experiments.benchmark step        # the Conv4 meta step, beside a plain PyTorch loop (extra `bench`)
     python -m experiments.benchmark hypergrad   # memory and time of the estimators on a decoder, their bias on Conv4
     python -m experiments.benchmark batching    # ways to batch tasks, and what "auto" would have chosen
+    python -m experiments.benchmark data        # the input pipeline: episodes a second, starts, memory, training time
     python -m experiments.benchmark import      # seconds of `import metajax`
     python -m experiments.benchmark pixels      # nearest neighbour on the pixels of the default job's test episodes
 
@@ -32,7 +33,7 @@ _TASKS = flags.DEFINE_integer("tasks", 16, "Tasks in the meta step.")
 
 def main(arguments: list[str]) -> int:
     """Runs the benchmark that is named first."""
-    tables = {"step": _step, "batching": _batching, "import": _import, "pixels": _pixels}
+    tables = {"step": _step, "batching": _batching, "data": _data, "import": _import, "pixels": _pixels}
     name = arguments[1] if len(arguments) > 1 else ""
     if name not in tables or len(arguments) > 2:
         raise app.UsageError(f"name one benchmark of {', '.join(tables)}, got {arguments[1:]}")
@@ -176,6 +177,14 @@ def _regression_episodes(tasks: int) -> Any:
     return metajax.data.episode_batch(
         metajax.data.sinusoids(), metajax.data.EpisodeSpec(1, 10, 10), seed=0, start=0, count=tasks
     )
+
+
+def _data() -> dict[str, Any]:
+    """The input pipeline and the device sampler."""
+    _launch.prepare()
+    from experiments import _benchmark_data
+
+    return _benchmark_data.run(_ROUNDS.value)
 
 
 def _import() -> dict[str, Any]:

@@ -8,7 +8,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import math
 import pathlib
 from typing import Any
 
@@ -46,8 +48,20 @@ def run(config: ConfigDict, workdir: pathlib.Path, *, resume: bool = False) -> i
     experiment = metajax.training.build(config, num_classes=getattr(train, "num_classes", None))
     validation.check(experiment.spec)
     test.check(experiment.spec)
-    batch = next(_stream(config, experiment, train, 0))
-    outer = _meta_step(config, experiment, jax.tree.leaves(batch)[0].shape[0])
+    on_device = config.data.sampler == "device"
+    if on_device:
+        data, sample = metajax.data.device_sampler(train, experiment.train_spec)
+        batch = metajax.data.episode_batch(
+            train, experiment.train_spec, seed=config.seed, start=0, count=config.outer.meta_batch
+        )
+    else:
+        try:
+            episodes = stream(config, experiment, train)
+        except ImportError as error:
+            raise ValueError(f"data.sampler must be 'device' here, got 'pipeline': {error}") from error
+        with contextlib.closing(episodes):
+            batch = jax.tree.map(np.asarray, next(episodes))
+    outer = meta_step(config, experiment, jax.tree.leaves(batch)[0].shape[0])
     example = jax.tree.map(lambda leaf: leaf[0], batch)
     # traced before anything is written, so that what does not fit together is refused here
     jax.eval_shape(lambda key: outer.update(outer.init(key, example), batch), jax.random.key(config.seed))
@@ -64,6 +78,8 @@ def run(config: ConfigDict, workdir: pathlib.Path, *, resume: bool = False) -> i
         state, extra = checkpoints.restore(state)
         print(f"resuming at step {int(state.step)}")
     start = int(state.step)
+    # older checkpoints have no position
+    position = extra.get("position", start if config.learner.name == "finetune" else start * config.outer.meta_batch)
 
     def score(params: Any) -> dict[str, float]:
         # NumPy, as after training: one compilation for both, on one device
@@ -78,14 +94,26 @@ def run(config: ConfigDict, workdir: pathlib.Path, *, resume: bool = False) -> i
     )  # fmt: skip
     saving = metajax.training.Saving(
         checkpoints, every=config.checkpoint.every, steps=config.outer.steps,
-        extra=lambda: {"seconds": recorder.seconds, "best": validating.best},
+        extra=lambda: {
+            "seconds": recorder.seconds, "best": validating.best,
+            # of the step that is saved: its batch was handed out, the next one was not
+            **({} if on_device else {"position": episodes.position}),
+        },
     )  # fmt: skip
     progress = metajax.training.Progress(config.outer.steps, meta_batch=config.outer.meta_batch, start=start)
+    callbacks: list[Any] = [progress, recorder, validating, saving]
+    if not recorder.tensorboard:
+        print("TensorFlow is not installed: metrics.jsonl is written, TensorBoard events are not")
     if start < config.outer.steps:
-        state = metajax.training.fit(
-            outer, state, _stream(config, experiment, train, start), steps=config.outer.steps,
-            callbacks=[progress, recorder, validating, saving],
-        )  # fmt: skip
+        if on_device:
+            state = metajax.training.fit_on_device(
+                outer, state, data, sample, batch=config.outer.meta_batch, steps=config.outer.steps, seed=config.seed,
+                chunk=math.gcd(config.log.every, config.validation.every, config.checkpoint.every),
+                callbacks=callbacks,
+            )  # fmt: skip
+        else:
+            with contextlib.closing(stream(config, experiment, train, position)) as episodes:
+                state = metajax.training.fit(outer, state, episodes, steps=config.outer.steps, callbacks=callbacks)
         extra = {"seconds": recorder.seconds}
     checkpoints.close()
 
@@ -108,35 +136,46 @@ def _fresh() -> pathlib.Path:
     return pathlib.Path("runs") / f"{stem}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
 
 
-def _meta_step(config: Any, experiment: Any, tasks: int) -> Any:
+def meta_step(config: Any, experiment: Any, tasks: int) -> Any:
     """The meta step, over all local devices where the tasks divide, on augmented episodes where the config says so."""
-    import jax
-
     import metajax
 
-    # the most devices over which the tasks divide
-    devices = max(count for count in range(1, jax.local_device_count() + 1) if tasks % count == 0)
-    spread = devices > 1
+    devices = _devices(tasks)
+    spread = len(devices) > 1
     outer = metajax.outer_update(
         experiment.trained, experiment.optimizer, hypergrad=experiment.hypergrad,
         axis_name="task" if spread else None, before=config.log.before,
     )  # fmt: skip
     if spread:
-        outer = metajax.parallel.shard_tasks(outer, devices=jax.local_devices()[:devices])
+        outer = metajax.parallel.shard_tasks(outer, devices=devices)
     if experiment.transform is not None:
         outer = metajax.training.augment(outer, experiment.transform)
     return outer
 
 
-def _stream(config: Any, experiment: Any, source: Any, step: int) -> Any:
+def _devices(tasks: int) -> list[Any]:
+    """The most local devices over which the tasks divide."""
+    import jax
+
+    count = max(count for count in range(1, jax.local_device_count() + 1) if tasks % count == 0)
+    return jax.local_devices()[:count]
+
+
+def stream(config: Any, experiment: Any, source: Any, start: int = 0) -> Any:
+    """The batches of the pipeline from a position on, each task on the device of the meta step that trains on it."""
+    import jax
+    import numpy as np
+
     import metajax
 
+    tasks = size = config.outer.meta_batch
     if config.learner.name == "finetune":
-        return metajax.data.batches(source, config.outer.meta_batch, config.seed, start=step)
-    return metajax.data.episodes(
-        source, experiment.train_spec, batch=config.outer.meta_batch, seed=config.seed,
-        start=step * config.outer.meta_batch,
-    )  # fmt: skip
+        batches, tasks = metajax.data.batches(source, size, config.seed, start=start), 1
+    else:
+        batches = metajax.data.episodes(source, experiment.train_spec, batch=size, seed=config.seed, start=start)
+    mesh = jax.sharding.Mesh(np.array(_devices(tasks)), ("task",))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("task"))
+    return metajax.data.prefetch_to_device(batches, device=split if mesh.size > 1 else None)
 
 
 def _evaluate(experiment: Any, params: Any, source: Any, config: Any, episodes: int) -> Any:

@@ -9,14 +9,20 @@ def base() -> ConfigDict:
         {
             "seed": 0,
             "data": {
-                "name": "glyphs",  # glyphs, omniglot, image_folder, sinusoids
-                "path": "",  # folder of omniglot or image_folder
-                "size": 28,  # pixels; 0 keeps the size of image_folder
-                "channels": 0,  # image_folder: 1 grey, 3 RGB, 0 as the files are
-                "invert": "",  # image_folder: "" no, "auto" dark on white becomes white on black
+                # glyphs, omniglot, image_folder, tfds, sinusoids; cifar_fs, fc100, mini_imagenet, tiered_imagenet, cub,
+                # meta_dataset
+                "name": "glyphs",
+                "path": "",  # folder of the images; of tfds, where sets are prepared ("": as TFDS does)
+                "set": "",  # tfds: name of the set, such as cifar100
+                "splits": "",  # image_folder, tfds: published class lists, such as fc100; "" divides by 64, 16 and 20 %
+                "cache_mib": 0,  # memory for decoded images; 0 holds them all
+                "size": 0,  # pixels; 0: 28 for characters, 32 for CIFAR, 84 for ImageNet, else as the images are
+                "channels": 0,  # image_folder, tfds: 1 grey, 3 RGB, 0 as the files are
+                "invert": "",  # image_folder, tfds: "" no, "auto" dark on white becomes white on black
                 "protocol": "vinyals",  # omniglot: vinyals or lake
                 "rotations": True,  # omniglot: rotated training classes are new classes
                 "mirrored": False,  # omniglot: mirror images of training classes are new classes
+                "sampler": "pipeline",  # who draws training episodes: tf.data on the host, or the device
             },
             # random affine map of each training image: degrees, fractions; all 0 changes nothing
             "augment": {"rotation": 0.0, "scale": 0.0, "shear": 0.0, "shift": 0.0},

@@ -67,6 +67,8 @@ def arrays(
     >>> episode(source, EpisodeSpec(ways=1, shots=2, queries=2), seed=0, index=0).query.targets.shape
     (2, 1)
     """
+    if isinstance(inputs, list):  # of numbers, which would be a tree of scalars
+        inputs = np.asarray(inputs)
     numbers, texts = _classes(labels)
     names = texts if class_names is None else _names(class_names, len(texts))
     chosen = set(names) if splits is None else set(divide(names, split, splits, name))

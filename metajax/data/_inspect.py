@@ -155,13 +155,14 @@ def show(episode: Episode, *, class_names: Any = None) -> Any:
 
     Args:
       episode: one task, without a task axis.
-      class_names: of its classes, instead of their numbers.
+      class_names: of its classes in order, instead of their numbers; an episode does not know what its classes are
+        called in its source.
 
     Returns:
       A `matplotlib.figure.Figure`; a notebook draws it, `show(episode).savefig("episode.png")` writes it.
 
     Raises:
-      ValueError: it is no episode, or one with a task axis.
+      ValueError: it is no episode, or one with a task axis, or has another number of classes than names.
 
     >>> from metajax.data import EpisodeSpec, episode, glyphs
     >>> figure = show(episode(glyphs("val"), EpisodeSpec(5, 1, 3), seed=0, index=0))
@@ -174,6 +175,12 @@ def show(episode: Episode, *, class_names: Any = None) -> Any:
             f"episode must be one task, without a task axis, got a mask of shape {np.shape(episode.support.mask)}"
         )
     parts = {name: _present(part) for name, part in episode._asdict().items()}
+    mask = episode.query.class_mask
+    if class_names is not None and (mask is None or len(class_names) != np.sum(mask)):
+        ways = "no classes" if mask is None else f"{np.sum(mask)} classes"
+        raise ValueError(
+            f"class_names must have one for each class of the episode, which has {ways}, got {class_names!r}"
+        )
     leaf = jax.tree.leaves(parts["query"].inputs)[0]
     targets = jax.tree.leaves(parts["query"].targets)[0]
     if leaf.ndim == 4 and leaf.shape[-1] in (1, 3) and targets.ndim == 1:
@@ -210,15 +217,17 @@ def _images(parts: dict[str, Examples], class_names: Any) -> Any:
     ]
     columns = sum(widths) + 1
     size = min(0.7, 14 / columns)
-    figure = _figure(size * columns + 1.2, size * len(classes) + 0.5)
+    margin = 1.0 if class_names is None else 0.3 + 0.08 * max(map(len, map(str, class_names)))  # inches
+    width = size * columns + margin + 0.2
+    figure = _figure(width, size * len(classes) + 0.5)
     grid = figure.add_gridspec(
-        len(classes), columns, left=1.0 / (size * columns + 1.2), right=0.995, bottom=0.01,
+        len(classes), columns, left=margin / width, right=0.995, bottom=0.01,
         top=1 - 0.35 / (size * len(classes) + 0.5), wspace=0.06, hspace=0.06,
     )  # fmt: skip
     first = 0
-    for (name, part), width in zip(parts.items(), widths, strict=True):
+    for (name, part), most in zip(parts.items(), widths, strict=True):
         for row, label in enumerate(classes):
-            images = part.inputs[part.targets == label][:width]
+            images = part.inputs[part.targets == label][:most]
             for column, image in enumerate(images):
                 axes = figure.add_subplot(grid[row, first + column])
                 axes.set_axis_off()
@@ -230,7 +239,7 @@ def _images(parts: dict[str, Examples], class_names: Any) -> Any:
                 if not first and not column:
                     told = str(label) if class_names is None else str(class_names[int(label)])
                     axes.text(-0.15, 0.5, told, transform=axes.transAxes, ha="right", va="center", fontsize=8)
-        first += width + 1
+        first += most + 1
     return figure
 
 

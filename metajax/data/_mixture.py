@@ -18,7 +18,7 @@ from metajax.data._sources import Drawn, Source, Take
 from metajax.data._spec import EpisodeSpec
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class _Mixture:
     """Each episode is one of the sources'; `extra` holds which, and what each source needs besides."""
 
@@ -26,6 +26,9 @@ class _Mixture:
     split: str
     sources: tuple[Any, ...]
     weights: tuple[float, ...]
+
+    def __repr__(self) -> str:
+        return f"<{self.name} ({self.split}): mixture of {len(self.sources)} sources>"
 
     @property
     def examples(self) -> PyTree:
@@ -62,7 +65,7 @@ class _Mixture:
             if shape != shapes[0]:
                 raise ValueError(
                     f"sources must give episodes of one form, but {self.sources[0].name} gives {shapes[0]} and "
-                    f"{source.name} gives {shape}; data.transformed with data.resize brings images to one size"
+                    f"{source.name} gives {shape}; only images of one size, channels and type mix (data.resize)"
                 )
         if spec.hierarchical and not any(getattr(source, "nodes", {}) for source in self.sources):
             raise ValueError(f"hierarchical must be False for {self.name}, none of whose sources has nodes, got True")

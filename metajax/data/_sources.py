@@ -94,7 +94,7 @@ class Source(Protocol):
         ...
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class ClassSource:
     """Examples that are indexed by class.
 
@@ -176,6 +176,9 @@ class ClassSource:
         self._set("_rows", rows)
         self._set("_first", np.cumsum(counts) - counts)
         self._set("_family", None if self.families is None else np.unique(self.families[rows], return_inverse=True)[1])
+
+    def __repr__(self) -> str:
+        return f"<{self.name} ({self.split}): {self.num_classes} classes, {self.counts.sum()} examples>"
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -292,7 +295,9 @@ class ClassSource:
         used = np.unique(np.concatenate(list(pools.values())))
         smallest = used[np.argmin(self.counts[used])]
         count, name = self.counts[smallest], self.class_names[smallest]
-        hint = "; source.at_least(...) leaves small classes out"
+        needed = 2 if isinstance(spec.shots, Imbalanced) else spec.max_shots + spec.queries
+        enough = int((self.counts >= needed).sum())
+        hint = f"; source.at_least({needed}) leaves small classes out" if enough >= spec.min_ways else ""
         if isinstance(spec.shots, Imbalanced):
             if count < 2:
                 raise ValueError(

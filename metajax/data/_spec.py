@@ -6,6 +6,8 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from metajax.core import _validate
 
 Range = int | tuple[int, int]
@@ -194,10 +196,12 @@ class EpisodeSpec:
 
 
 def _range(name: str, value: Any) -> None:
+    pair = ", a pair (low, high) or Imbalanced(...)" if name == "shots" else " or a pair (low, high)"
     if not isinstance(value, tuple):
-        _validate.positive_int(name, value)
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+            raise ValueError(f"{name} must be an integer of at least 1{pair}, got {value!r}")
     elif len(value) != 2 or _validate.positive_int(name, value[0]) > _validate.positive_int(name, value[1]):
-        raise ValueError(f"{name} must be a positive integer or a pair (low, high), got {value!r}")
+        raise ValueError(f"{name} must be an integer of at least 1{pair}, got {value!r}")
 
 
 def _holds(size: tuple[int, ...], episode: tuple[int, ...]) -> bool:

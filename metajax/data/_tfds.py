@@ -137,10 +137,19 @@ def _find(name: str, data_dir: str | os.PathLike[str] | None) -> pathlib.Path:
     if fitting:
         return prepared[max(fitting)]
     there = ", ".join(folder.name for folder in prepared.values())
+    sets = sorted(folder.name for folder in root.iterdir() if _any_prepared(folder)) if root.is_dir() else []
+    if there:
+        there = f", of which only {there} is there"
+    elif sets:
+        there = f"; there are {', '.join(sets)}"
     raise ValueError(
-        f"name must be a set that is prepared in {str(root)!r}, got {name!r}"
-        f"{f', of which only {there} is there' if there else ''}; this command prepares it: {_command(name, root)}"
+        f"name must be a set that is prepared in {str(root)!r}, got {name!r}{there}; this command prepares it: "
+        f"{_command(name, root)}"
     )
+
+
+def _any_prepared(folder: pathlib.Path) -> bool:
+    return folder.is_dir() and bool(_prepared(folder) or any(_prepared(below) for below in folder.iterdir()))
 
 
 def _prepared(folder: pathlib.Path) -> dict[tuple[int, ...], pathlib.Path]:

@@ -18,7 +18,7 @@ from metajax.data._transforms import Transform, Transforms, apply_all, as_transf
 _LABELLED = EpisodeSpec(1, 1, 1)  # an example for pre-training: its own class and episode
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class _Transformed:
     """Adds to what a source draws the random numbers of its transforms, `[..., slots, draws]` for support and query."""
 
@@ -26,6 +26,9 @@ class _Transformed:
     both: tuple[Transform, ...]
     support: tuple[Transform, ...]
     query: tuple[Transform, ...]
+
+    def __repr__(self) -> str:
+        return f"<transformed {self.source!r}>"
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name == "source":  # while it is unpickled or copied, there is no source yet

@@ -38,7 +38,7 @@ Transforms = Transform | Sequence[Transform]
 
 
 def per_class(transform: Transform) -> Transform:
-    """All examples of a class, in support and query alike, are changed in one way.
+    """All examples of a class are changed in one way; support and query alike where it stands in `both`.
 
     With `random_rotate90`, turned characters are further classes.
 
@@ -49,7 +49,7 @@ def per_class(transform: Transform) -> Transform:
 
 
 def per_episode(transform: Transform) -> Transform:
-    """All examples of an episode, in support and query alike, are changed in one way.
+    """All examples of an episode are changed in one way; support and query alike where it stands in `both`.
 
     >>> per_episode(colour_jitter(brightness=0.4)).shared
     'episode'
@@ -150,6 +150,9 @@ def normalise(mean: float | Sequence[float], std: float | Sequence[float]) -> Tr
             raise ValueError(f"{name} must be a number or one for each channel, finite and std above 0, got {value}")
 
     def apply(images: Array, numbers: Array) -> Array:
+        for name, value in (("mean", shift), ("std", scale)):
+            if len(value) not in (1, images.shape[-1]):
+                raise ValueError(f"{name} must be a number or one for each of {images.shape[-1]} channels, got {value}")
         values = _cast(images, np.float32)
         values = values / 255.0 if images.dtype == np.uint8 else values
         return (values - shift) / scale

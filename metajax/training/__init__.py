@@ -3,14 +3,14 @@
 from metajax.training._augment import augment
 from metajax.training._callbacks import Progress, Recorder, Saving, Validation, read_metrics
 from metajax.training._checkpoint import Checkpoints
+from metajax.training._data import image_options, open_source
+from metajax.training._device_loop import fit_on_device
 from metajax.training._experiment import (
     Experiment,
     build,
-    image_options,
     load_config,
     load_run,
     normalisation,
-    open_source,
 )
 from metajax.training._loop import NonFiniteError, fit
 from metajax.training._outer import choose_task_batching, outer_update
@@ -27,6 +27,7 @@ __all__ = [
     "build",
     "choose_task_batching",
     "fit",
+    "fit_on_device",
     "image_options",
     "load_config",
     "load_run",

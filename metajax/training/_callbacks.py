@@ -73,7 +73,10 @@ class Recorder:
       every: steps between lines.
       start: steps that are already taken.
       seconds: seconds that the steps before `start` took.
-      tensorboard: whether to write events, which needs TensorFlow.
+      tensorboard: whether to write events; they are left out where TensorFlow is not installed.
+
+    Attributes:
+      tensorboard: whether events are written.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -95,6 +98,7 @@ class Recorder:
         os.replace(temporary, path)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 closed in close
         self._events = _event_writer(folder / "tensorboard") if tensorboard else None
+        self.tensorboard = self._events is not None
         self._every, self._waiting = every, []  # type: tuple[int, list[dict[str, Any]]]
         self._begin = time.monotonic() - seconds
 
@@ -130,10 +134,13 @@ class Recorder:
         self._file.close()
 
 
-def _event_writer(folder: pathlib.Path) -> Callable[[int, dict[str, float]], None]:
+def _event_writer(folder: pathlib.Path) -> Callable[[int, dict[str, float]], None] | None:
     from metajax.data._pipeline import tensorflow
 
-    tf = tensorflow()
+    try:
+        tf = tensorflow()
+    except ImportError:
+        return None
     writer = tf.summary.create_file_writer(str(folder))
 
     def write(step: int, values: dict[str, float]) -> None:
@@ -168,7 +175,7 @@ class Validation:
     Args:
       score: `(params) -> metrics`, such as a call of `metajax.evaluation.evaluate` on validation episodes.
       recorder: gets the metrics.
-      every: steps between validations.
+      every: steps between validations, also an attribute.
       checkpoints: where the best goes.
       better: the metric to compare and its sign, 1 where higher is better.
       steps: steps in all; the last one is validated too.
@@ -183,13 +190,13 @@ class Validation:
         best: float | None = None, steps: int | None = None,
     ):  # fmt: skip
         self._steps = steps
-        self._score, self._recorder, self._every, self._checkpoints = score, recorder, every, checkpoints
+        self._score, self._recorder, self.every, self._checkpoints = score, recorder, every, checkpoints
         self._name, self._sign = better
         self.best = best
 
     def __call__(self, step: int, state: MetaState, metrics: dict[str, Any]) -> None:
         """Validates when it is due."""
-        if step % self._every and step != self._steps:
+        if step % self.every and step != self._steps:
             return
         _loop.require_finite_loss(step, metrics)
         found = self._score(state.params)
@@ -205,7 +212,7 @@ class Saving:
 
     Args:
       checkpoints: where.
-      every: steps between checkpoints.
+      every: steps between checkpoints, also an attribute.
       steps: steps in all.
       extra: gives the JSON values to store beside the state.
 
@@ -214,11 +221,11 @@ class Saving:
     """
 
     def __init__(self, checkpoints: Checkpoints, *, every: int, steps: int, extra: Callable[[], dict[str, Any]]):
-        self._checkpoints, self._every, self._steps, self._extra = checkpoints, every, steps, extra
+        self._checkpoints, self.every, self._steps, self._extra = checkpoints, every, steps, extra
 
     def __call__(self, step: int, state: MetaState, metrics: dict[str, Any]) -> None:
         """Saves when it is due; a state that is not finite is never saved."""
-        if step % self._every and step != self._steps:
+        if step % self.every and step != self._steps:
             return
         _loop.require_finite_loss(step, metrics)
         _loop.require_finite_params(step, state)

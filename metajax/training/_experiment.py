@@ -20,7 +20,6 @@ LEARNERS = ("maml", "reptile", "prototypical", "finetune")
 ESTIMATORS = (  # those that need no argument
     "displacement", "finite_difference", "first_order", "forward_mode", "implicit", "mixed_mode", "sama", "unrolled"
 )  # fmt: skip
-_CHARACTERS = ("glyphs", "omniglot")
 
 
 class Experiment(NamedTuple):
@@ -76,6 +75,10 @@ def build(config: Config, *, num_classes: int | None = None) -> Experiment:
         _validate.positive_int(f"{section}.{field}", config[section][field])
     for section in ("validation", "evaluation"):
         _validate.int_at_least(f"{section}.episodes", config[section]["episodes"], 2)
+    sampler = config["data"].get("sampler", "pipeline")  # runs of old do not have it
+    if _validate.one_of("data.sampler", sampler, ("pipeline", "device")) == "device" and trained is not learner:
+        name = config["learner"]["name"]
+        raise ValueError(f"data.sampler must be 'pipeline' for {name}, which trains on no episodes, got 'device'")
     _validate.int_at_least("seed", config["seed"], 0)
     _validate.int_at_least("evaluation.seed", config["evaluation"]["seed"], 0)
     _validate.one_of("hypergrad.name", config["hypergrad"]["name"], ESTIMATORS)
@@ -173,51 +176,6 @@ def _outer_optimizer(config: Config) -> optax.GradientTransformation:
     }[kind]
     rule = optax.adam(schedule) if name == "adam" else optax.sgd(schedule)
     return optax.chain(optax.clip_by_global_norm(clip), rule) if clip else rule
-
-
-def open_source(config: Config, split: str, *, path: str | None = None) -> data.Source:
-    """Opens the source that `config["data"]` names.
-
-    Args:
-      config: as for `build`.
-      split: "train", "val" or "test".
-      path: instead of `data.path`, other data of the same kind.
-
-    Raises:
-      ValueError: an unknown source, a missing path, or what the source itself refuses.
-
-    >>> from experiments.configs import maml_sinusoids
-    >>> open_source(maml_sinusoids.get_config(), "test").split
-    'test'
-    """
-    fields = config["data"]
-    name = _validate.one_of("data.name", fields["name"], ("glyphs", "omniglot", "image_folder", "sinusoids"))
-    path = path or fields["path"]
-    if name == "sinusoids":
-        if path:
-            raise ValueError(f"data.path must be empty for sinusoids, which are made and not read, got {path!r}")
-        return data.sinusoids(split=split)
-    if name == "glyphs" and not path:
-        return data.glyphs(split, size=fields["size"])
-    if not path:
-        raise ValueError(f"data.path must name the folder of {name}, got {path!r}")
-    if name == "omniglot":
-        more = {name: fields[name] and split == "train" for name in ("rotations", "mirrored")}
-        return data.omniglot(path, split=split, protocol=fields["protocol"], size=fields["size"], **more)
-    return data.image_folder(path, split=split, **image_options(config))
-
-
-def image_options(config: Config) -> dict[str, Any]:
-    """How images from outside are read so that they look like those of the run: size, channels and ink.
-
-    >>> from experiments.configs import prototypical_glyphs
-    >>> image_options(prototypical_glyphs.get_config())
-    {'size': 28, 'channels': 1, 'invert': 'auto'}
-    """
-    fields = config["data"]
-    if fields["name"] in _CHARACTERS:
-        return {"size": fields["size"], "channels": 1, "invert": "auto"}
-    return {"size": fields["size"] or None, "channels": fields["channels"] or None, "invert": fields["invert"] or False}
 
 
 def normalisation(config: Config) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -40,7 +41,8 @@ def fit(
     Args:
       outer: an `OuterUpdate`, or an update function `(state, episodes) -> (state, metrics)`.
       state: where to start; consumed.
-      episodes: batches of episodes, the first for step `state.step`.
+      episodes: batches of episodes, the first for step `state.step`. The batch of the next step is taken after the
+        callbacks of this one, which so find `episodes.position` where a run that goes on from here has to start.
       steps: the number of steps in all, those that `state` has behind it included.
       callbacks: called in order after each step as `callback(step, state, metrics)`, with the steps taken so far.
         A callback with a method `close` has it called at the end, also after an error.
@@ -65,10 +67,10 @@ def fit(
     (3, True)
     """
     _validate.positive_int("steps", steps)
-    update = jax.jit(outer.update if isinstance(outer, OuterUpdate) else outer, donate_argnums=0)
+    update = jax.jit(update_of(outer), donate_argnums=0)
     taken = int(state.step)
     before: tuple[int, dict[str, Any]] | None = None
-    try:
+    with closing(callbacks):
         stream = itertools.islice(iter(episodes), max(steps - taken, 0))
         for step, batch in enumerate(stream, start=taken + 1):
             state, metrics = update(state, batch)
@@ -79,13 +81,25 @@ def fit(
                 callback(step, state, metrics)
         if before is not None:
             require_finite_loss(*before)
+    if int(state.step) < steps:
+        raise ValueError(f"episodes must last for {steps} steps, got {int(state.step)}")
+    return state
+
+
+def update_of(outer: OuterUpdate | Callable[..., Any]) -> Callable[..., Any]:
+    """The update function of a meta step that may be one itself."""
+    return outer.update if isinstance(outer, OuterUpdate) else outer
+
+
+@contextlib.contextmanager
+def closing(callbacks: Sequence[Callback]) -> Iterator[None]:
+    """Closes the callbacks that can be closed in the end, also after an error."""
+    try:
+        yield
     finally:
         for callback in callbacks:
             if hasattr(callback, "close"):
                 callback.close()
-    if int(state.step) < steps:
-        raise ValueError(f"episodes must last for {steps} steps, got {int(state.step)}")
-    return state
 
 
 def require_finite_loss(step: int, metrics: dict[str, Any]) -> None:

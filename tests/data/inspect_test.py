@@ -96,12 +96,14 @@ def drawn(figure):
 
 def test_images_are_in_the_row_of_their_class():
     inputs = np.repeat(np.array([0, 255, 0, 255], np.uint8)[:, None, None, None], 8, 1).repeat(8, 2)
-    part = Examples(inputs, np.array([0, 1, 0, 1]), np.array([True, True, True, False]))
+    part = Examples(inputs, np.array([0, 1, 0, 1]), np.array([True, True, True, False]), np.ones(2, bool))
     figure = show(Episode(part, part), class_names=["dark", "bright"])
     shown = [int(axes.images[0].get_array().max()) for axes in figure.axes]
     assert shown == [0, 0, 255, 0, 0, 255], "support and query; padding is left out"
     assert {text.get_text() for axes in figure.axes for text in axes.texts} == {"dark", "bright"}
     assert figure._repr_png_()[1:4] == b"PNG"
+    with pytest.raises(ValueError, match=r"class_names must have one for each class .* has 2 classes, got \['dark'\]"):
+        show(Episode(part, part), class_names=["dark"])
 
 
 def test_other_episodes_are_drawn():

@@ -56,8 +56,10 @@ def test_a_stream_without_a_position_has_none():
 
 
 def test_errors_come_after_the_batches_before_them():
-    ahead = prefetch_to_device(_Counting(stop=4, fails=(2,)), size=4)
+    stream = _Counting(stop=4, fails=(2,))
+    ahead = prefetch_to_device(stream, size=4)
     assert [int(next(ahead)["x"][0]) for _ in range(2)] == [0, 1]
+    assert stream.position == 3  # nothing is asked of it until its error was told
     with pytest.raises(OSError, match="batch 2 is damaged"):
         next(ahead)
     assert ahead.position == 2

@@ -17,19 +17,19 @@ def test_is_a_value():
 @pytest.mark.parametrize("field", ["ways", "shots", "queries"])
 @pytest.mark.parametrize("value", [0, -1, 1.0, "5", None, True])
 def test_refuses_what_is_no_positive_integer(field, value):
-    with pytest.raises(ValueError, match=rf"{field} must be an integer of at least 1, got {value!r}"):
+    with pytest.raises(ValueError, match=rf"{field} must be an integer of at least 1.*, got {value!r}"):
         EpisodeSpec(**{field: value})
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"ways": (5, 3)}, r"ways must be a positive integer or a pair \(low, high\), got \(5, 3\)"),
-        ({"ways": (5,)}, r"ways must be a positive integer or a pair"),
+        ({"ways": (5, 3)}, r"ways must be an integer of at least 1 or a pair \(low, high\), got \(5, 3\)"),
+        ({"ways": (5,)}, r"ways must be an integer of at least 1 or a pair"),
         ({"shots": (0, 3)}, r"shots must be an integer of at least 1, got 0"),
         ({"queries": (1, 2)}, r"queries must be an integer of at least 1"),
         ({"ways": (5, 50), "shots": Imbalanced(support=49)}, r"shots.support must hold one example of each of 50 ways"),
-        ({"hierarchical": 1}, r"hierarchical must be a bool, got 1"),
+        ({"hierarchical": 1}, r"hierarchical must be of type bool, got 1"),
         ({"buckets": [(5, 5, 75)]}, r"buckets must be a tuple of \(ways, support, query\), got"),
         ({"buckets": ((5, 5),)}, r"buckets must be a tuple of \(ways, support, query\), got"),
         ({"buckets": ((5, 5, 0),)}, r"query of a bucket must be an integer of at least 1, got 0"),

@@ -128,7 +128,7 @@ def test_transforms_follow_one_another():
             r"saturation must be 0 for images of 1 channel\(s\), got 0.5",
         ),
         (lambda: data.random_rotate90().apply(BYTES[:, :10], np.zeros([6, 1])), "images must be square"),
-        (lambda: data.per_class(data.random_flip), "transform must be a Transform, got"),
+        (lambda: data.per_class(data.random_flip), "transform must be of type Transform, got"),
         (
             lambda: apply_all([data.random_flip()], BYTES[0], np.zeros([20, 1])),
             r"images must be \[n, height, width, c\]",

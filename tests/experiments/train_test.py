@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import metajax
 from experiments import _runs, train
 from experiments.configs import prototypical_glyphs
 
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
 _SMALL = [
     "--config.model.width=4", "--config.model.depth=1", "--config.data.name=image_folder", "--config.data.size=8",
     "--config.data.channels=1", "--config.episode.ways=3", "--config.episode.queries=2", "--config.outer.meta_batch=2",
@@ -62,23 +64,123 @@ def test_a_run_leaves_everything_about_itself(whole_run):
     metajax.load_run(workdir, checkpoint="best")
 
 
-def test_a_killed_run_resumes_to_the_same_parameters(whole_run, launch, pictures, tmp_path):
-    workdir = tmp_path / "killed"
-    command = [sys.executable, "-m", "experiments.train", *_flags(pictures, workdir, "--resume")]
+def _stopped(workdir, pictures, sent, *more, step=15, **options):
+    """Starts a run, sends it a signal when it has taken so many steps, and gives the process and what it told."""
+    command = [sys.executable, "-m", "experiments.train", *_flags(pictures, workdir, "--resume", *more, **options)]
     environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it, with heirs
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     give_up = time.monotonic() + 100
     while time.monotonic() < give_up and process.poll() is None:
-        if any(line["step"] >= 15 for line in metajax.training.read_metrics(workdir)):
+        if any(line["step"] >= step for line in metajax.training.read_metrics(workdir)):
             break
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(sent)
+    return process, process.communicate(timeout=100)[1]
+
+
+@pytest.fixture(scope="module")
+def killed_run(pictures, tmp_path_factory):
+    """A run that was killed; tests copy it."""
+    workdir = tmp_path_factory.mktemp("train") / "killed"
+    _stopped(workdir, pictures, signal.SIGKILL)
+    return workdir
+
+
+def _copy(workdir, to):
+    shutil.copytree(workdir, to)
+    return to
+
+
+def test_a_killed_run_resumes_to_the_same_parameters(whole_run, killed_run, launch, pictures, tmp_path):
+    workdir = _copy(killed_run, tmp_path / "killed")
     done = launch("train", *_flags(pictures, workdir, "--resume"))
     assert done.returncode == 0, done.stderr
     assert _results(workdir)["params_sha256"] == _results(whole_run[0])["params_sha256"]
     steps = [line["step"] for line in metajax.training.read_metrics(workdir) if "loss" in line]
     assert steps == sorted(set(steps))
+
+
+@pytest.mark.parametrize("stored", ["as it is", "another", "none"])
+def test_a_resumed_stream_starts_at_the_position_of_the_checkpoint(killed_run, tmp_path, monkeypatch, stored):
+    workdir = _copy(killed_run, tmp_path / "killed")
+    (file,) = workdir.glob("checkpoints/last/*/extra/metadata")
+    step, extra = int(file.parts[-3]), json.loads(file.read_text())
+    assert extra["position"] == 2 * step  # tasks
+    expected = {"as it is": 2 * step, "another": 7, "none": 2 * step}[stored]
+    if stored == "none":  # older checkpoints have none
+        del extra["position"]
+    else:
+        extra["position"] = expected
+    file.write_text(json.dumps(extra))
+    starts, stream = [], train.stream
+
+    def watched(*arguments):
+        starts.append(arguments[3:])
+        if len(starts) == 2:
+            raise InterruptedError("seen enough")
+        return stream(*arguments)
+
+    monkeypatch.setattr(train, "stream", watched)
+    config = prototypical_glyphs.get_config()
+    config.update(json.loads((workdir / "config.json").read_text()))
+    with pytest.raises(InterruptedError, match="seen enough"):
+        train.run(config, workdir, resume=True)
+    assert starts == [(), (expected,)]
+
+
+_ON_DEVICE = "--config.data.sampler=device"
+_WITHOUT_TENSORFLOW = """
+import runpy, sys
+sys.modules["tensorflow"] = None
+runpy.run_module("experiments.train", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def device_run(pictures, tmp_path_factory):
+    """A run whose episodes are drawn on the device, where TensorFlow is not installed."""
+    workdir = tmp_path_factory.mktemp("train") / "device"
+    command = [sys.executable, "-c", _WITHOUT_TENSORFLOW, *_flags(pictures, workdir, _ON_DEVICE, steps=300)]
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return workdir, done
+
+
+def test_a_run_on_the_device_needs_no_tensorflow(device_run):
+    workdir, done = device_run
+    assert "TensorFlow is not installed: " in done.stdout.splitlines()[1]
+    assert not (workdir / "tensorboard").exists()
+    lines = metajax.training.read_metrics(workdir)
+    assert [line["step"] for line in lines if "loss" in line] == [1, *range(5, 301, 5)]
+    assert [line["step"] for line in lines if "validation_accuracy" in line] == list(range(20, 301, 20))
+    assert _results(workdir)["steps"] == 300
+
+
+def test_the_pipeline_without_tensorflow_says_what_to_do(pictures, tmp_path):
+    command = [sys.executable, "-c", _WITHOUT_TENSORFLOW, *_flags(pictures, tmp_path / "run", steps=2)]
+    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "error: data.sampler must be 'device' here, got 'pipeline': episodes() and batches() need" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_interrupted_run_on_the_device_resumes_to_the_same_parameters(device_run, launch, pictures, tmp_path):
+    workdir = tmp_path / "interrupted"
+    process, told = _stopped(workdir, pictures, signal.SIGINT, _ON_DEVICE, steps=300)
+    assert process.returncode == 130, told
+    assert "--resume" in told
+    (file,) = workdir.glob("checkpoints/last/*/extra/metadata")
+    assert int(file.parts[-3]) < 300
+    done = launch("train", *_flags(pictures, workdir, _ON_DEVICE, "--resume", steps=300))
+    assert done.returncode == 0, done.stderr
+    assert f"resuming at step {file.parts[-3]}" in done.stdout
+    assert _results(workdir)["params_sha256"] == _results(device_run[0])["params_sha256"]
+    steps = [line["step"] for line in metajax.training.read_metrics(workdir) if "loss" in line]
+    assert steps == [1, *range(5, 301, 5)]
+    assert any((workdir / "tensorboard").iterdir())
 
 
 def test_a_finished_run_is_left_as_it_is(whole_run, launch, pictures):
@@ -134,6 +236,9 @@ def _config(pictures, changes):
         ({"model.normalisation": "weight"}, "normalisation must be one of"),
         ({"data.path": "no/such/folder"}, "no/such/folder"),
         ({"data.path": ""}, "data.path must name the folder"),
+        ({"data.sampler": "host"}, "data.sampler must be one of 'pipeline', 'device', got 'host'"),
+        ({"data.sampler": "device", "learner.name": "finetune"}, "data.sampler must be 'pipeline' for finetune"),
+        ({"data.sampler": "device", "episode.ways": 99}, "ways is 99"),
     ],
 )
 def test_bad_input_is_named_and_nothing_is_written(pictures, tmp_path, changes, told):

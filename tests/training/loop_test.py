@@ -1,5 +1,7 @@
 """`fit`, its callbacks and checkpoints."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,6 +43,35 @@ def test_fit_compiles_once():
 
     training.fit(update, state, [batch] * 4, steps=4)
     assert len(count) == 1
+
+
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_callbacks_find_the_position_of_their_step_and_a_run_goes_on_from_it(hosts):
+    """From any step, in any number of processes: the run of process 0 is followed, the others draw beside it."""
+    source, spec = metajax.data.sinusoids(), metajax.data.EpisodeSpec(ways=1, shots=2, queries=2)
+    start = metajax.MetaState((), (), (), jnp.zeros([], jnp.int32), jax.random.key(0))
+
+    def update(state, episodes):  # trains nothing, and tells what it was given
+        return state._replace(step=state.step + 1), {"loss": 0.5, "given": episodes.query.inputs}
+
+    def run(state, position, steps, count):
+        """Gives the position after each step, and what its first two tasks were."""
+        stream = metajax.data.prefetch_to_device(
+            metajax.data.episodes(source, spec, batch=4 // count, seed=1, start=position, process_count=count), size=3
+        )
+        seen = []
+        keep = lambda step, state, metrics: seen.append((step, stream.position, np.asarray(metrics["given"][:2])))  # noqa: E731
+        state = training.fit(update, state, stream, steps=steps, callbacks=[keep])
+        stream.close()
+        return state, seen
+
+    known = metajax.data.episode_batch(source, spec, seed=1, start=0, count=20).query.inputs.reshape(5, 4, 2, 1)
+    for stop in range(1, 5):
+        state, before = run(jax.tree.map(jnp.copy, start), 0, stop, hosts)
+        _, after = run(state, before[-1][1], 5, 3 - hosts)
+        for place, (step, position, given) in enumerate(before + after):
+            assert (step, position) == (place + 1, 4 * (place + 1))
+            np.testing.assert_array_equal(given, known[place, :2])
 
 
 def test_fit_refuses_too_few_episodes_and_bad_steps():
@@ -133,6 +164,16 @@ def test_a_run_killed_between_the_best_and_the_last_checkpoint_passes_the_best_a
         assert checkpoints.latest("best") == 2
         checkpoints.close()
         recorder.close()
+
+
+def test_the_recorder_works_without_tensorflow(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    recorder = training.Recorder(tmp_path, every=1)
+    assert not recorder.tensorboard
+    recorder(1, None, {"loss": 0.5})
+    recorder.close()
+    assert training.read_metrics(tmp_path)[0]["loss"] == 0.5
+    assert not (tmp_path / "tensorboard").exists()
 
 
 def test_the_recorder_forgets_lines_beyond_the_restored_step_and_a_torn_line(tmp_path):

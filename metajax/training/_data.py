@@ -1,0 +1,106 @@
+"""From a config to its data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from metajax import data
+from metajax.core import _validate
+
+Config = Mapping[str, Any]
+_Open = Callable[[str, str, dict[str, Any]], data.Source]  # (path, split, fields)
+
+# fields that configs of old do not have
+_LATER = {"set": "", "splits": "", "cache_mib": 0}
+_MADE, _CHARACTERS = ("glyphs", "sinusoids"), ("glyphs", "omniglot")
+_CHARACTER = 28  # pixels, where data.size is 0
+_PUBLISHED = ("cifar_fs", "fc100", "mini_imagenet", "tiered_imagenet", "cub", "meta_dataset")
+
+
+def open_source(config: Config, split: str, *, path: str | None = None) -> data.Source:
+    """Opens the source that `config["data"]` names.
+
+    Args:
+      config: a mapping of the fields that `experiments/configs` document.
+      split: "train", "val" or "test".
+      path: instead of `data.path`, other data of the same kind.
+
+    Raises:
+      ValueError: an unknown source, a missing path, or what the source itself refuses.
+
+    >>> from experiments.configs import maml_sinusoids
+    >>> open_source(maml_sinusoids.get_config(), "test").split
+    'test'
+    """
+    fields = {**_LATER, **config["data"]}
+    name = _validate.one_of("data.name", fields["name"], tuple(_SOURCES))
+    if name == "glyphs" and path:  # a run on glyphs, looked at on images from elsewhere
+        return data.image_folder(path, split=split, **image_options(config))
+    path = path or fields["path"]
+    if name in _MADE and path:
+        raise ValueError(f"data.path must be empty for {name}, which are made and not read, got {path!r}")
+    if not path and name not in (*_MADE, "tfds"):
+        raise ValueError(f"data.path must name the folder of {name}, got {path!r}")
+    if name == "tfds" and not fields["set"]:
+        raise ValueError(f"data.set must name a set of TensorFlow Datasets, got {fields['set']!r}")
+    for field, having in (("set", ("tfds",)), ("splits", ("tfds", "image_folder"))):
+        if fields[field] and name not in having:
+            raise ValueError(f"data.{field} is for {' and '.join(having)}, not for {name}, got {fields[field]!r}")
+    return _SOURCES[name](path, split, fields)
+
+
+def image_options(config: Config) -> dict[str, Any]:
+    """How images from outside are read so that they look like those of the run: size, channels and ink.
+
+    >>> from experiments.configs import prototypical_glyphs
+    >>> image_options(prototypical_glyphs.get_config())
+    {'size': 28, 'channels': 1, 'invert': 'auto'}
+    """
+    fields = config["data"]
+    if fields["name"] in _CHARACTERS:
+        return {"size": fields["size"] or _CHARACTER, "channels": 1, "invert": "auto"}
+    if fields["name"] in _PUBLISHED:
+        return {"size": fields["size"] or None, "channels": 3, "invert": False}
+    return {"size": fields["size"] or None, "channels": fields["channels"] or None, "invert": fields["invert"] or False}
+
+
+def _omniglot(path: str, split: str, fields: dict[str, Any]) -> data.Source:
+    more = {name: fields[name] and split == "train" for name in ("rotations", "mirrored")}
+    return data.omniglot(path, split=split, protocol=fields["protocol"], size=fields["size"] or _CHARACTER, **more)
+
+
+def _folder(path: str, split: str, fields: dict[str, Any]) -> data.Source:
+    options = image_options({"data": fields})
+    return data.image_folder(path, split=split, splits=_splits(fields), cache_bytes=_cache_bytes(fields), **options)
+
+
+def _tfds(path: str, split: str, fields: dict[str, Any]) -> data.Source:
+    options = image_options({"data": fields}) | {"splits": _splits(fields), "cache_bytes": _cache_bytes(fields)}
+    return data.tfds_source(fields["set"], split, data_dir=path or None, **options)
+
+
+def _published(name: str) -> _Open:
+    def opened(path: str, split: str, fields: dict[str, Any]) -> data.Source:
+        size = {"size": fields["size"]} if fields["size"] else {}
+        return getattr(data, name)(path, split, cache_bytes=_cache_bytes(fields), **size)
+
+    return opened
+
+
+def _splits(fields: dict[str, Any]) -> Any:
+    return data.class_lists(fields["splits"]) if fields["splits"] else None
+
+
+def _cache_bytes(fields: dict[str, Any]) -> int | None:
+    return _validate.int_at_least("data.cache_mib", fields["cache_mib"], 0) * 2**20 or None
+
+
+_SOURCES: dict[str, _Open] = {
+    "glyphs": lambda path, split, fields: data.glyphs(split, size=fields["size"] or _CHARACTER),
+    "omniglot": _omniglot,
+    "image_folder": _folder,
+    "tfds": _tfds,
+    **{name: _published(name) for name in _PUBLISHED},
+    "sinusoids": lambda path, split, fields: data.sinusoids(split=split),
+}
