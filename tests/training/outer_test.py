@@ -361,7 +361,7 @@ def test_steps_and_keys():
 
 @pytest.mark.parametrize("where", ["inner", "outer"])
 def test_optimizers_that_ask_for_the_value_get_the_loss(where):
-    asking = optax.polyak_sgd(max_learning_rate=0.1)
+    asking = optax.polyak_sgd(max_learning_rate=0.1, eps=1e-8)  # else not finite at a zero gradient
     inner, optimizer = (asking, optax.sgd(0.1)) if where == "inner" else (optax.sgd(0.1), asking)
     learner = metajax.learners.maml(metajax.models.mlp(outputs=2, hidden=(3,)), inner)
     outer = metajax.outer_update(learner, optimizer, hypergrad=metajax.hypergrad.unrolled())
