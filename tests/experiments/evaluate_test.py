@@ -70,7 +70,7 @@ def test_bad_input_is_refused_before_anything_is_written(refusals, metric_run, h
     cases = [
         (head_run, "--ways=5", "ways must be at most 4"),
         (metric_run, "--ways=50", "ways is 50"),
-        (metric_run, "--shots=0", "shots must be an integer of at least 1, a pair (low, high) or Imbalanced(...), got 0"),
+        (metric_run, "--shots=0", "shots must be an integer of at least 1, a pair"),
         (metric_run, "--queries=11", "shots + queries is 2 + 11 = 13"),
         (metric_run, "--episodes=1", "episodes must be an integer of at least 2, got 1"),
         (metric_run, "--seed=-1", "seed must be an integer of at least 0, got -1"),
