@@ -21,8 +21,9 @@ ESTIMATORS = {
     "persistent_evolution": hypergrad.persistent_evolution(sigma=0.01, pairs=2, steps=1),
 }
 CARRIED = ("persistent_truncation", "persistent_evolution")
+# the convolutional row takes several times as long to compile as the others
 PAIRS = [
-    (name, estimator)
+    pytest.param(name, estimator, marks=[pytest.mark.slow] if row.images else [])
     for name, row in worlds.LEARNERS.items()
     for estimator in ESTIMATORS
     if row.learner.problem is not None or estimator not in CARRIED
