@@ -104,24 +104,6 @@ def vmapped_stepper(episodes: Any) -> Callable[[], Any]:
     return call
 
 
-def adapter(episode: Any) -> Callable[[], Any]:
-    """The adaptation of one task."""
-    import jax
-
-    import metajax
-
-    params = _parameters(metajax.models.conv4(outputs=5).init(jax.random.key(0), episode.support.inputs))
-    images, labels, *_ = _tasks(jax.tree.map(lambda leaf: leaf[None], episode))[0]
-
-    def call() -> None:
-        fast = params
-        for _ in range(_STEPS):
-            grads = torch.autograd.grad(F.cross_entropy(_forward(fast, images), labels), fast)
-            fast = [(value - _RATE * grad).detach().requires_grad_() for value, grad in zip(fast, grads, strict=True)]
-
-    return call
-
-
 def relative_error(learner: Any, episodes: Any) -> float:
     """How far the hypergradients of the first task lie apart, relative to their norm."""
     import jax

@@ -116,6 +116,23 @@ def parameters(row: Row, seed: int = 0, *, dtype: Any = np.float64) -> Any:
     return jax.tree.map(lambda leaf: jnp.asarray(leaf + 0.3 * rng.normal(size=leaf.shape), dtype), start)
 
 
+@functools.cache
+def world(name: str) -> tuple[Row, Any, metajax.Episode]:
+    """A row, and the parameters and the episode that it is tested at."""
+    row = LEARNERS[name]
+    return row, parameters(row), episode(row)
+
+
+def quadratic(seed: int = 0) -> tuple[metajax.Episode, list[Any], list[Any], Any]:
+    """A regression task, the Hessians and slopes (at zero) of its support and query loss, and a start."""
+    rng = np.random.default_rng(seed)
+    inputs, targets = rng.normal(size=(2, 7, 3)), rng.normal(size=(2, 7, 1))
+    pairs = list(zip(inputs, targets, strict=True))
+    parts = [metajax.Examples(jnp.array(x), jnp.array(y), jnp.ones(7, bool)) for x, y in pairs]
+    hessians, slopes = [2 * x.T @ x / 7 for x in inputs], [2 * x.T @ y / 7 for x, y in pairs]
+    return metajax.Episode(*parts), hessians, slopes, rng.normal(size=(3, 1))
+
+
 def stack(episodes: list[metajax.Episode]) -> metajax.Episode:
     """A batch of tasks."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *episodes)
@@ -142,6 +159,23 @@ def outer_loss(name: str) -> Any:
         return learner.outer_loss(learner.adapt(meta_params, episode.support), meta_params, episode.query)[0]
 
     return loss
+
+
+def temporary_bytes(function: Any, *arguments: Any) -> int:
+    """Bytes of temporaries of a jitted function, as the compiler counts them."""
+    return function.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+
+
+def bytes_by_steps(estimator: Any, rule: optax.GradientTransformation) -> list[int]:
+    """Temporaries of an estimator at 4 and at 400 inner steps of a small network with a proximal term."""
+    model = models.mlp(WAYS, hidden=(32,))
+    part = examples(0, 200, 0, dtype=np.float32)
+    params = model.init(jax.random.key(0), part.inputs)
+    several = [learners.maml(model, rule, steps, proximal=1.0) for steps in (4, 400)]
+    return [
+        temporary_bytes(jit(hypergrad.value_and_grad(learner, estimator)), params, metajax.Episode(part, part))
+        for learner in several
+    ]
 
 
 def finite_difference(function: Any, point: Any, direction: Any, step: float = 3e-6) -> float:
@@ -176,6 +210,58 @@ def relative_distance(a: Any, b: Any) -> float:
 def path_name(path: Any) -> str:
     """`head/kernel`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+class LastStep(NamedTuple):
+    """The end of an inner loop.
+
+    Attributes:
+      before: the fast weights before the last step.
+      fast: and after it.
+      of_end: gradient of the outer loss with respect to `fast`.
+      of_before: the part of it that reaches `before` past the inner gradient of the last step.
+      direct: gradient of the outer loss with respect to the meta-parameters, `fast` being constant.
+      difference: `(point, distance)`, the central difference of the inner gradients (with respect to fast weights and
+        meta-parameters) along what the last step makes of `of_end`.
+    """
+
+    before: Any
+    fast: Any
+    of_end: Any
+    of_before: Any
+    direct: Any
+    difference: Any
+
+
+def last_step(name: str) -> LastStep:
+    """What the biased estimators take at the end of the inner loop, without that loop or an estimator."""
+    row, params, task = world(name)
+    problem, outer_loss = row.learner.problem, row.learner.outer_loss
+    slope = jit(jax.grad(lambda fast, meta: problem.loss(fast, meta, task.support, 0, None), argnums=(0, 1)))
+    fast = problem.init(params, task.support, None)
+    rule_state = row.rule.init(fast)
+
+    def update(fast, grads, rule_state):
+        change, rule_state = row.rule.update(grads, rule_state, fast)
+        return optax.apply_updates(fast, change), rule_state
+
+    for _ in range(problem.num_steps):
+        before, before_state = fast, rule_state
+        fast, rule_state = update(fast, slope(fast, params)[0], rule_state)
+
+    def outer(fast, meta):
+        return outer_loss(problem.finish(fast, meta, task.support, None), meta, task.query)[0]
+
+    of_end, direct = jit(jax.grad(outer, argnums=(0, 1)))(fast, params)
+    _, pull_back = jax.vjp(lambda *inputs: update(*inputs, before_state)[0], before, slope(before, params)[0])
+    of_before, of_slope = pull_back(of_end)
+
+    def difference(point, distance):
+        scale = distance / optax.tree.norm(of_slope)
+        above, below = (slope(optax.tree.add_scale(point, sign * scale, of_slope), params) for sign in (1, -1))
+        return jax.tree.map(lambda a, b: (a - b) / (2 * scale), above, below)
+
+    return LastStep(before, fast, of_end, of_before, direct, difference)
 
 
 @functools.cache

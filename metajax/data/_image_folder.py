@@ -12,7 +12,7 @@ import numpy as np
 from metajax.core import _validate
 from metajax.data import _image_store, _images
 from metajax.data._class_splits import Splits, divide
-from metajax.data._sources import SPLITS, ClassSource
+from metajax.data._sources import SPLITS, ClassSource, nodes_of_groups
 
 _Members = dict[str, list[tuple[_images.Files, str]]]  # class -> its files, and where to read them
 
@@ -85,13 +85,9 @@ def image_folder(
                     together.setdefault(name, []).extend(members)
             classes = {name: together[name] for name in divide(together, split, splits, where)}
         images, labels = _read(classes, repr(str(path)), size, channels, invert, cache_bytes)
-        nodes: dict[str, list[str]] = {}
-        for name in classes:
-            if "/" in name:
-                nodes.setdefault(name.split("/")[0], []).append(name)
         if isinstance(images, _image_store.StoredImages):
             images.owner = opened.pop_all()  # zips stay open as long as something may read them
-        return ClassSource(os.fspath(path), split, images, labels, tuple(classes), nodes=nodes)
+        return ClassSource(os.fspath(path), split, images, labels, tuple(classes), nodes=nodes_of_groups(classes))
 
 
 class ImageFolder(NamedTuple):

@@ -13,7 +13,7 @@ from PIL import Image
 
 from metajax.core import _validate
 from metajax.data import _cache, _images
-from metajax.data._sources import SPLITS, ClassSource
+from metajax.data._sources import SPLITS, ClassSource, nodes_of_groups
 
 _VERSION = 1  # of what the cache holds
 _PARTS = {"images_background": 964, "images_evaluation": 659}  # and their classes
@@ -99,10 +99,7 @@ def omniglot(
         labels = np.concatenate([labels, labels + len(class_names)])
         class_names += tuple(f"{name}/mirrored" for name in class_names)
     name = f"omniglot-{protocol}{'-rotated' if rotations else ''}{'-mirrored' if mirrored else ''}"
-    nodes: dict[str, list[int]] = {}
-    for index, class_name in enumerate(class_names):
-        nodes.setdefault(class_name.split("/")[0], []).append(index)
-    return ClassSource(name, split, images, labels, class_names, nodes=nodes)
+    return ClassSource(name, split, images, labels, class_names, nodes=nodes_of_groups(class_names))
 
 
 def _select(folder: pathlib.Path, split: str, protocol: str, size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,7 @@ devices or TensorFlow.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -377,6 +377,19 @@ def _line(name: str, value: Any) -> np.ndarray:
     if line.ndim != 1 or not np.issubdtype(line.dtype, np.integer):
         raise ValueError(f"{name} must be a line of integers, got {line.dtype} of shape {line.shape}")
     return line
+
+
+def nodes_of_groups(class_names: Iterable[str]) -> dict[str, list[str]]:
+    """The nodes of classes named `GROUP/CLASS`; other classes are in none.
+
+    >>> nodes_of_groups(["cats/lion", "cats/lynx", "owl"])
+    {'cats': ['cats/lion', 'cats/lynx']}
+    """
+    nodes: dict[str, list[str]] = {}
+    for name in class_names:
+        if "/" in name:
+            nodes.setdefault(name.split("/")[0], []).append(name)
+    return nodes
 
 
 def read(leaf: Any, rows: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ import numpy as np
 from metajax.core import _validate
 from metajax.data import _cache, _image_store, _images, _records
 from metajax.data._class_splits import Splits, divide
-from metajax.data._sources import SPLITS, ClassSource
+from metajax.data._sources import SPLITS, ClassSource, nodes_of_groups
 
 _VERSION = 1  # of what the cache holds
 _OPEN_FILES = 128  # at most, of one source: systems allow a process some hundreds
@@ -106,11 +106,7 @@ def tfds_source(
         return shards.open(int(own.shards[row])).name(int(own.places[row]))
 
     images = _image_store.read_images(load, told, len(rows), where=where, cache_bytes=cache_bytes)
-    nodes: dict[str, list[str]] = {}
-    for class_name in chosen:
-        if "/" in class_name:
-            nodes.setdefault(class_name.split("/")[0], []).append(class_name)
-    return ClassSource(_title(info), split, images, labels[rows], tuple(chosen), nodes=nodes)
+    return ClassSource(_title(info), split, images, labels[rows], tuple(chosen), nodes=nodes_of_groups(chosen))
 
 
 def _find(name: str, data_dir: str | os.PathLike[str] | None) -> pathlib.Path:

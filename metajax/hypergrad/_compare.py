@@ -148,6 +148,7 @@ def compare(
             continue
         function = _mean(learner, estimator)
         compiled = jax.jit(function).lower(*arguments).compile()
+        sizes: Any = compiled.memory_analysis()
         found, seconds = _timed(compiled, arguments, repeats)
         norms = float(jnp.linalg.norm(found)), float(jnp.linalg.norm(exact))
         rows.append(
@@ -155,7 +156,7 @@ def compare(
                 name,
                 cosine=float(found @ exact) / (norms[0] * norms[1]) if all(norms) else math.nan,
                 error=float(jnp.linalg.norm(found - exact)) / norms[1] if norms[1] else math.nan,
-                temporary_bytes=temporary_bytes(compiled),
+                temporary_bytes=sizes.temp_size_in_bytes,
                 flops=_flops.count(function, *arguments),
                 seconds=seconds,
             )
@@ -171,7 +172,7 @@ class Plan:
       name: the call that makes the estimator; None where no exact one fits.
       estimator: it; None likewise.
       memory_bytes: what there is.
-      rows: `(name, bytes, FLOPs)` of each exact estimator, the chosen one's order of preference.
+      rows: `(name, bytes, FLOPs)` of each exact estimator, fewest FLOPs first.
 
     >>> print(Plan(None, None, 10.0, (("unrolled", 2e6, 3e9),)))
     no exact estimator fits into 0.0 MB
@@ -230,7 +231,8 @@ def plan(
     steps = 1 if learner.problem is None else learner.problem.num_steps
     found = []
     for name, make in EXACT.items():
-        function, estimator = value_and_grad(learner, make(steps)), make(steps)
+        estimator = make(steps)
+        function = value_and_grad(learner, estimator)
         sizes: Any = jax.jit(function).lower(params, episode).compile().memory_analysis()
         whole = sizes.temp_size_in_bytes + sizes.argument_size_in_bytes + sizes.output_size_in_bytes
         found.append((_flops.count(function, params, episode), name, float(whole), estimator))
@@ -240,11 +242,6 @@ def plan(
         if size <= memory_bytes:
             return Plan(name, estimator, memory_bytes, rows)
     return Plan(None, None, memory_bytes, rows)
-
-
-def temporary_bytes(compiled: Any) -> int:
-    """Bytes of temporaries of a compiled program, as the compiler counts them."""
-    return int(compiled.memory_analysis().temp_size_in_bytes)
 
 
 def _start(learner: Learner, episodes: Episode, params: Params | None, seed: int) -> tuple[Params, Episode, jax.Array]:

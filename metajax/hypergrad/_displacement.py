@@ -8,6 +8,7 @@ import jax
 
 from metajax.core import _inner, _rng, _tree
 from metajax.core._types import Episode, Hypergrad, Learner, Params
+from metajax.hypergrad._parts import inner_problem, stateless
 
 
 def displacement() -> Hypergrad:
@@ -27,16 +28,10 @@ def displacement() -> Hypergrad:
     ()
     """
 
-    def init(learner: Learner, meta_params: Params, episode: Episode, key: Any) -> tuple[()]:
-        del learner, meta_params, episode, key
-        return ()
-
     def value_and_grad(
         learner: Learner, meta_params: Params, state: Any, episode: Episode, *, key: Any = None, frozen: Params = None
     ) -> tuple[Any, Params, Any]:
-        problem = learner.problem
-        if problem is None:
-            raise ValueError("hypergrad: displacement() needs a learner with an inner problem, got problem=None")
+        problem = inner_problem("displacement()", learner)
         adapt_key, loss_key = _rng.split(key, 2)
         result = _inner.unroll(problem, meta_params, episode.support, key=adapt_key, frozen=frozen)
         full = _tree.merge(meta_params, frozen)
@@ -49,4 +44,4 @@ def displacement() -> Hypergrad:
         (grads,) = pull_back(moved)
         return (loss, {**aux, "inner_loss": result.losses}), grads, state
 
-    return Hypergrad(init, value_and_grad)
+    return stateless(value_and_grad)

@@ -12,7 +12,7 @@ from metajax.core import _inner, _tree, _validate
 from metajax.core._inner import InnerState
 from metajax.core._types import Episode, Hypergrad, Learner, Params
 from metajax.hypergrad._explicit import outer_objective
-from metajax.hypergrad._implicit import inner_problem
+from metajax.hypergrad._parts import inner_problem, stateless
 from metajax.hypergrad._truncated import Carried, carry, check_horizon, resume, segment
 
 
@@ -58,10 +58,6 @@ def evolution(*, sigma: float, pairs: int, antithetic: bool = True, chunk: int |
     """
     _check(sigma, pairs, chunk)
 
-    def init(learner: Learner, meta_params: Params, episode: Episode, key: Any) -> tuple[()]:
-        del learner, meta_params, episode, key
-        return ()
-
     def value_and_grad(
         learner: Learner, meta_params: Params, state: Any, episode: Episode, *, key: Any = None, frozen: Params = None
     ) -> tuple[Any, Params, Any]:
@@ -84,7 +80,7 @@ def evolution(*, sigma: float, pairs: int, antithetic: bool = True, chunk: int |
         grads, _ = _mean_over_pairs(one, (jax.random.split(noise_key, pairs),), meta_params, pairs, chunk)
         return (loss, aux), grads, state
 
-    return Hypergrad(init, value_and_grad)
+    return stateless(value_and_grad)
 
 
 class Population(NamedTuple):

@@ -1,6 +1,6 @@
 """Estimators that differentiate through the inner loop: exact in two forms, and first order.
 
-They run the same loop and differ in the gradient of the inner loss. Where a learner has no inner problem, its
+They differ in the loop that they run (`metajax.core._inner.Loop`). Where a learner has no inner problem, its
 adaptation is differentiated directly and all three agree.
 """
 
@@ -16,6 +16,7 @@ from metajax.core import _inner, _rng, _tree, _validate
 from metajax.core._types import Episode, Hypergrad, Learner, Params
 from metajax.hypergrad._checks import check_rule
 from metajax.hypergrad._mixed import mixed_loop
+from metajax.hypergrad._parts import stateless
 
 Remat = bool | Callable[..., Any]
 
@@ -50,9 +51,9 @@ def unrolled(*, remat: Remat = False, block: int = 1, step_weights: Sequence[flo
     if block > 1 and remat is False:
         raise ValueError(f"block must be 1 without remat, got {block}")
     if remat is False:
-        return _checking(_explicit(_inner.scan_loop(), step_weights))
+        return _checking(explicit(_inner.scan_loop(), step_weights))
     wrap = functools.partial(jax.checkpoint, policy=None if remat is True else remat)
-    return _checking(_explicit(_inner.scan_loop(wrap=wrap, block=block), step_weights))
+    return _checking(explicit(_inner.scan_loop(wrap=wrap, block=block), step_weights))
 
 
 def mixed_mode(*, every: int = 8, step_weights: Sequence[float] | None = None) -> Hypergrad:
@@ -81,7 +82,7 @@ def mixed_mode(*, every: int = 8, step_weights: Sequence[float] | None = None) -
     >>> metajax.hypergrad.mixed_mode().init(None, None, None, None)
     ()
     """
-    return _checking(_explicit(mixed_loop(_validate.positive_int("every", every)), step_weights))
+    return _checking(explicit(mixed_loop(_validate.positive_int("every", every)), step_weights))
 
 
 def first_order(*, step_weights: Sequence[float] | None = None) -> Hypergrad:
@@ -102,7 +103,7 @@ def first_order(*, step_weights: Sequence[float] | None = None) -> Hypergrad:
     >>> metajax.hypergrad.first_order().init(None, None, None, None)
     ()
     """
-    return _explicit(_inner.scan_loop(stopped_gradient), step_weights)
+    return explicit(_inner.scan_loop(stopped_gradient), step_weights)
 
 
 def stopped_gradient(loss: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, Params]]:
@@ -111,12 +112,9 @@ def stopped_gradient(loss: Callable[..., jax.Array]) -> Callable[..., tuple[jax.
     return lambda *arguments: jax.lax.stop_gradient(gradient(*arguments))
 
 
-def _explicit(loop: _inner.Loop, step_weights: Sequence[float] | None) -> Hypergrad:
-    weights = None if step_weights is None else _checked(step_weights)
-
-    def init(learner: Learner, meta_params: Params, episode: Episode, key: Any) -> tuple[()]:
-        del learner, meta_params, episode, key
-        return ()
+def explicit(loop: _inner.Loop, step_weights: Sequence[float] | None = None) -> Hypergrad:
+    """The estimator that differentiates the outer loss through a loop, as that loop lets itself be differentiated."""
+    weights = checked_weights(step_weights)
 
     def value_and_grad(
         learner: Learner, meta_params: Params, state: Any, episode: Episode, *, key: Any = None, frozen: Params = None
@@ -127,7 +125,7 @@ def _explicit(loop: _inner.Loop, step_weights: Sequence[float] | None) -> Hyperg
         value, grads = jax.value_and_grad(objective, has_aux=True)(meta_params)
         return value, grads, state
 
-    return Hypergrad(init, value_and_grad)
+    return stateless(value_and_grad)
 
 
 def _checking(estimator: Hypergrad) -> Hypergrad:
@@ -142,7 +140,10 @@ def _checking(estimator: Hypergrad) -> Hypergrad:
     return Hypergrad(estimator.init, value_and_grad)
 
 
-def _checked(step_weights: Sequence[float]) -> tuple[float, ...]:
+def checked_weights(step_weights: Sequence[float] | None) -> tuple[float, ...] | None:
+    """Returns the weights of the outer losses after each inner step, None for the last one alone."""
+    if step_weights is None:
+        return None
     weights = tuple(_validate.non_negative_float("a weight of step_weights", weight) for weight in step_weights)
     if not any(weights):
         raise ValueError(f"step_weights must hold a positive number, got {weights}")

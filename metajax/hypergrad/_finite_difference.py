@@ -16,8 +16,8 @@ import optax
 from metajax.core import _inner, _validate
 from metajax.core._inner import Arguments, InnerState
 from metajax.core._types import Hypergrad, InnerProblem, Learner, Params
-from metajax.hypergrad._explicit import _explicit, stopped_gradient
-from metajax.hypergrad._implicit import inner_problem, refuse_zero, watch
+from metajax.hypergrad._explicit import explicit, stopped_gradient
+from metajax.hypergrad._parts import inner_problem, refuse_zero, watch
 
 
 def finite_difference(*, epsilon: float = 0.01) -> Hypergrad:
@@ -64,7 +64,7 @@ def finite_difference(*, epsilon: float = 0.01) -> Hypergrad:
         state, last = _inner.scan_loop(_differenced_gradient(epsilon))(problem, state, arguments, 1, visit)
         return state, jax.tree.map(lambda *parts: jnp.concatenate(parts), outputs, last)
 
-    return _explicit(loop, None)
+    return explicit(loop)
 
 
 def sama(*, alpha: float = 1.0) -> Hypergrad:
@@ -122,7 +122,7 @@ def sama(*, alpha: float = 1.0) -> Hypergrad:
         state = _inner.apply_gradient(problem, state, jax.tree.map(jnp.add, grads, change), value, arguments)
         return state, (jnp.append(losses, value), ())
 
-    estimator = _explicit(loop, None)
+    estimator = explicit(loop)
 
     def value_and_grad(learner: Learner, *arguments: Any, **keywords: Any) -> tuple[Any, Params, Any]:
         inner_problem("sama()", learner)

@@ -12,7 +12,8 @@ from jax.flatten_util import ravel_pytree
 from metajax.core import _inner, _tree, _validate
 from metajax.core._types import Episode, Hypergrad, Learner, Params
 from metajax.hypergrad._checks import check_rule
-from metajax.hypergrad._explicit import _checked, outer_objective
+from metajax.hypergrad._explicit import checked_weights, outer_objective
+from metajax.hypergrad._parts import stateless
 
 
 def forward_mode(
@@ -51,11 +52,7 @@ def forward_mode(
     if chunk is not None:
         _validate.positive_int("chunk", chunk)
     _validate.positive_int("max_params", max_params)
-    weights = None if step_weights is None else _checked(step_weights)
-
-    def init(learner: Learner, meta_params: Params, episode: Episode, key: Any) -> tuple[()]:
-        del learner, meta_params, episode, key
-        return ()
+    weights = checked_weights(step_weights)
 
     def value_and_grad(
         learner: Learner, meta_params: Params, state: Any, episode: Episode, *, key: Any = None, frozen: Params = None
@@ -86,4 +83,4 @@ def forward_mode(
             slopes = jax.lax.map(lambda index: push(index)[1], indices, batch_size=chunk)
         return (loss, aux), unravel(slopes.astype(flat.dtype)), state
 
-    return Hypergrad(init, value_and_grad)
+    return stateless(value_and_grad)

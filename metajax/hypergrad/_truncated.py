@@ -12,9 +12,9 @@ from metajax.core import _inner, _rng, _tree, _validate
 from metajax.core._inner import Arguments, InnerState
 from metajax.core._types import Episode, Hypergrad, InnerProblem, Learner, Params
 from metajax.hypergrad._checks import check_rule
-from metajax.hypergrad._explicit import _explicit, outer_objective
-from metajax.hypergrad._implicit import inner_problem, watch
+from metajax.hypergrad._explicit import explicit, outer_objective
 from metajax.hypergrad._mixed import mixed_loop
+from metajax.hypergrad._parts import inner_problem, watch
 
 Start = Literal["identity", "constant"]
 _EVERY = 8  # as mixed_mode
@@ -60,7 +60,7 @@ def truncated(k: int, *, start: Start = "identity", step_weights: Sequence[float
     _check_start(start)
     if step_weights is not None and any(step_weights[:-k]):
         raise ValueError(f"step_weights must be 0 before the last {k} inner steps, got {tuple(step_weights)}")
-    estimator = _explicit(_last_steps(k, start, mixed_loop(_EVERY)), step_weights)
+    estimator = explicit(_last_steps(k, start, mixed_loop(_EVERY)), step_weights)
     # mixed mode cannot be differentiated forwards; which of the exact loops runs makes no difference here
     plain = _last_steps(k, start, _inner.scan_loop())
 

@@ -156,8 +156,7 @@ def test_recomputing_estimators_keep_less():
 
     def temporaries(name):
         fn = worlds.jit(hypergrad.value_and_grad(learner, worlds.ESTIMATORS[name]))
-        lowered = fn.lower(params, metajax.Episode(examples, examples))
-        return lowered.compile().memory_analysis().temp_size_in_bytes
+        return worlds.temporary_bytes(fn, params, metajax.Episode(examples, examples))
 
     plain, remat, mixed = (temporaries(name) for name in worlds.EXACT)
     assert remat < 0.5 * plain

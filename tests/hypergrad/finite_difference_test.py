@@ -212,16 +212,7 @@ def test_serves_operations_whose_gradient_has_no_derivative(estimator, x64):
 
 @pytest.mark.parametrize("estimator", BOTH)
 def test_memory_does_not_grow_with_the_number_of_inner_steps(estimator):
-    model = metajax.models.mlp(worlds.WAYS, hidden=(32,))
-    examples = worlds.examples(0, 200, 0, dtype=np.float32)
-    params = model.init(jax.random.key(0), examples.inputs)
-
-    def temporaries(steps):
-        learner = metajax.learners.maml(model, optax.adam(0.1, eps_root=1e-8), steps, proximal=1.0)
-        lowered = gradient(learner, BOTH[estimator]).lower(params, metajax.Episode(examples, examples))
-        return lowered.compile().memory_analysis().temp_size_in_bytes
-
-    few, many = temporaries(4), temporaries(400)
+    few, many = worlds.bytes_by_steps(BOTH[estimator], optax.adam(0.1, eps_root=1e-8))
     assert few > 200 * 32 * 4
     assert abs(many - few) < 8192  # the inner losses, one number a step
 

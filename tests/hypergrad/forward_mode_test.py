@@ -138,7 +138,7 @@ def test_memory_does_not_grow_with_the_number_of_steps():
 
     def temporaries(num_steps, estimator):
         fn = worlds.jit(hypergrad.value_and_grad(tuned("adam", num_steps, size), estimator))
-        return fn.lower(params, episode).compile().memory_analysis().temp_size_in_bytes
+        return worlds.temporary_bytes(fn, params, episode)
 
     few, many = (temporaries(steps, hypergrad.forward_mode()) for steps in (8, 64))
     assert abs(many - few) < 4 * size  # less than one copy of the fast weights

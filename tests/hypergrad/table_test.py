@@ -32,19 +32,13 @@ KEY = jax.random.key(0)
 
 
 @functools.cache
-def world(name):
-    row = worlds.LEARNERS[name]
-    return row, worlds.parameters(row), worlds.episode(row)
-
-
-@functools.cache
 def compiled(name, estimator):
     return worlds.jit(hypergrad.value_and_grad(worlds.LEARNERS[name].learner, ESTIMATORS[estimator]))
 
 
 @pytest.mark.parametrize(("name", "estimator"), PAIRS)
 def test_rows(name, estimator):
-    row, params, episode = world(name)
+    row, params, episode = worlds.world(name)
     (loss, aux), grads = compiled(name, estimator)(params, episode, key=KEY)
     assert jax.tree.structure(grads) == jax.tree.structure(params)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
@@ -62,7 +56,7 @@ def test_rows(name, estimator):
 
 @pytest.mark.parametrize(("name", "estimator"), PAIRS)
 def test_content_of_padding(name, estimator):
-    _, params, episode = world(name)
+    _, params, episode = worlds.world(name)
 
     def spoil(part):
         padding = ~np.asarray(part.mask)
@@ -79,7 +73,7 @@ def test_content_of_padding(name, estimator):
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_one_compilation_in_the_meta_step(estimator):
-    row, params, episode = world("anil")
+    row, params, episode = worlds.world("anil")
     outer = metajax.outer_update(row.learner, metajax.inner.adam(1e-2), hypergrad=ESTIMATORS[estimator])
     update, state = worlds.jit(outer.update), outer.init(KEY, episode, params=params, num_tasks=2)
     losses = []

@@ -160,8 +160,7 @@ def test_memory_does_not_grow_with_the_number_of_steps():
 
     def temporaries(num_steps):
         fn = worlds.jit(hypergrad.value_and_grad(quadratic(num_steps), hypergrad.truncated(2)))
-        compiled = fn.lower(meta, metajax.Episode(part, part)).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
+        return worlds.temporary_bytes(fn, meta, metajax.Episode(part, part))
 
     assert abs(temporaries(64) - temporaries(8)) < 4 * size  # less than one copy of the fast weights
 
