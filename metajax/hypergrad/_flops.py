@@ -42,6 +42,9 @@ def _equation(equation: Any) -> float:
     if name == "dot_general":
         (contracted, _), _ = equation.params["dimension_numbers"]
         return 2.0 * size * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+    if name == "convolution":  # of `metajax.models`: its value and its derivatives cost the same
+        _, kernel, outputs = equation.params["shapes"]
+        return 2.0 * math.prod(outputs) * math.prod(kernel[:-1])
     if name == "conv_general_dilated":
         kernel = equation.invars[1].aval.shape
         outputs = kernel[equation.params["dimension_numbers"].rhs_spec[0]]

@@ -98,7 +98,7 @@ def conv4(
     _validate.positive_int("width", width)
     _validate.positive_int("depth", depth)
     _validate.one_of("normalisation", normalisation, _norm.POLICIES)
-    _validate.one_of("form", form, ("auto", "lax", "patches"))
+    _validate.one_of("form", form, _conv_ops.FORMS)
 
     def module(shape: tuple[int, ...], rngs: nnx.Rngs) -> nnx.Module:
         if len(shape) != 3:

@@ -1,8 +1,8 @@
 """How a convolution is computed, chosen by backend in this one place.
 
-XLA on the CPU runs the gradient of the gradient of a convolution in a slow loop, and turns a vmap over kernels
-into a grouped convolution that is slower still. A convolution as shifted slices and one matrix product has
-neither problem. Accelerators run `lax.conv_general_dilated`.
+XLA on the CPU runs the gradient of the gradient of a convolution in a slow loop, and any gradient of a kernel inside of
+a loop; `_trilinear` has neither problem, in float32. A vmap over kernels becomes a grouped convolution, which is slower
+still; a convolution as shifted slices and one matrix product does not. Accelerators run `lax.conv_general_dilated`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from metajax.core import _validate
+from metajax.models import _trilinear
 
-Form = Literal["auto", "lax", "patches"]
+Form = Literal["auto", "lax", "patches", "trilinear"]
+FORMS = ("auto", "lax", "patches", "trilinear")
 
 
 def convolution(inputs: jax.Array, kernel: jax.Array, *, stride: int = 1, form: Form = "auto") -> jax.Array:
@@ -24,7 +26,9 @@ def convolution(inputs: jax.Array, kernel: jax.Array, *, stride: int = 1, form: 
       inputs: `[n, height, width, c_in]`.
       kernel: `[k_h, k_w, c_in, c_out]`.
       stride: step in both directions.
-      form: "lax", "patches" (shifted slices and a matrix product), or "auto": patches on the CPU, lax elsewhere.
+      form: "lax"; "patches" (shifted slices and a matrix product); "trilinear" (contractions of one trilinear form,
+        which all derivatives are too); or "auto": on the CPU trilinear for float32 and patches for other types, lax
+        elsewhere.
 
     Returns:
       `[n, ceil(height / stride), ceil(width / stride), c_out]`.
@@ -36,35 +40,22 @@ def convolution(inputs: jax.Array, kernel: jax.Array, *, stride: int = 1, form: 
     >>> convolution(jnp.ones([1, 4, 4, 1]), jnp.ones([3, 3, 1, 2]), stride=2).shape
     (1, 2, 2, 2)
     """
-    _validate.one_of("form", form, ("auto", "lax", "patches"))
+    _validate.one_of("form", form, FORMS)
     _validate.positive_int("stride", stride)
     if form == "auto":
-        form = "patches" if jax.default_backend() == "cpu" else "lax"
+        form = "lax" if jax.default_backend() != "cpu" else "trilinear" if _is_float32(inputs, kernel) else "patches"
     if form == "lax":
         return jax.lax.conv_general_dilated(
             inputs, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
-    return patches(inputs, (kernel.shape[0], kernel.shape[1]), stride) @ kernel.reshape(-1, kernel.shape[-1])
+    if form == "trilinear":
+        return _trilinear.convolution(inputs, kernel, stride)
+    return _trilinear.by_patches(inputs, kernel, stride)
 
 
-def patches(inputs: jax.Array, window: tuple[int, int], stride: int) -> jax.Array:
-    """The window around each output position: `[n, h, w, c]` to `[n, h_out, w_out, k_h * k_w * c]`."""
-    height, width = inputs.shape[1:3]
-    pad_h, out_h = _same_padding(height, window[0], stride)
-    pad_w, out_w = _same_padding(width, window[1], stride)
-    padded = jnp.pad(inputs, ((0, 0), pad_h, pad_w, (0, 0)))
-    shifted = [
-        padded[:, i : i + stride * (out_h - 1) + 1 : stride, j : j + stride * (out_w - 1) + 1 : stride]
-        for i in range(window[0])
-        for j in range(window[1])
-    ]
-    return jnp.concatenate(shifted, axis=-1)
-
-
-def _same_padding(size: int, window: int, stride: int) -> tuple[tuple[int, int], int]:
-    out = -(-size // stride)
-    total = max((out - 1) * stride + window - size, 0)
-    return (total // 2, total - total // 2), out
+def _is_float32(*arrays: jax.Array) -> bool:
+    """XLA has a fast convolution on the CPU for these only."""
+    return all(array.dtype == jnp.float32 for array in arrays)
 
 
 def max_pool(inputs: jax.Array) -> jax.Array:

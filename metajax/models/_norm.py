@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import jax
@@ -58,18 +59,32 @@ class Norm(nnx.Module):
         else:
             stats = None
             mean, variance = _example_statistics(inputs, 1 if self.policy == "layer" else _GROUPS)
-        return (inputs - mean) * (jax.lax.rsqrt(variance + _EPSILON) * self.scale[...]) + self.bias[...], stats
+        scale = jax.lax.rsqrt(variance + _EPSILON) * self.scale[...]
+        return inputs * scale + (self.bias[...] - mean * scale), stats
 
 
+@jax.custom_jvp
 def _batch_statistics(inputs: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    axes = tuple(range(inputs.ndim - 1))
+    mean = _mean(inputs, mask)
+    return mean, _mean(jnp.square(inputs - mean), mask)
+
+
+@_batch_statistics.defjvp
+def _batch_statistics_jvp(primals: Any, tangents: Any) -> Any:
+    """The variance does not depend on the mean to first order, which JAX cannot know: three passes less in reverse."""
+    (inputs, mask), (moved, _) = primals, tangents
+    mean, variance = _batch_statistics(inputs, mask)
+    return (mean, variance), (_mean(moved, mask), 2 * _mean((inputs - mean) * moved, mask))
+
+
+def _mean(values: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """The mean over all axes but the last, first within the examples."""
+    sums = jnp.sum(values, tuple(range(1, values.ndim - 1)))
+    positions = math.prod(values.shape[1:-1])
     if mask is None:
-        return jnp.mean(inputs, axes), jnp.var(inputs, axes)
-    weight = jnp.expand_dims(mask, tuple(range(1, inputs.ndim)))
-    positions = inputs[0, ..., 0].size
-    count = jnp.maximum(jnp.sum(mask) * positions, 1).astype(inputs.dtype)
-    mean = jnp.sum(jnp.where(weight, inputs, 0), axes) / count
-    return mean, jnp.sum(jnp.where(weight, jnp.square(inputs - mean), 0), axes) / count
+        return jnp.sum(sums, 0) / (positions * values.shape[0])
+    count = jnp.maximum(jnp.sum(mask) * positions, 1).astype(values.dtype)
+    return jnp.sum(jnp.where(mask[:, None], sums, 0), 0) / count
 
 
 def _example_statistics(inputs: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:

@@ -1,4 +1,4 @@
-"""The two forms of a convolution and of max pooling agree, also in their second derivatives."""
+"""The forms of a convolution and of max pooling agree, also in their second derivatives."""
 
 import jax
 import jax.numpy as jnp
@@ -14,19 +14,47 @@ def arrays(*shapes, seed=0):
     return [jnp.array(rng.normal(size=shape)) for shape in shapes]
 
 
-@pytest.mark.parametrize("size", [(1, 1), (2, 5), (7, 8), (12, 12)])
-@pytest.mark.parametrize("window", [(3, 3), (1, 1), (2, 4), (5, 3)])
+FORMS = ("patches", "trilinear")
+
+
+@pytest.mark.parametrize(
+    ("size", "window"),
+    [((1, 1), (3, 3)), ((2, 5), (2, 4)), ((2, 5), (5, 3)), ((7, 8), (1, 1)), ((7, 8), (2, 4)), ((12, 11), (3, 3))],
+)
 @pytest.mark.parametrize("stride", [1, 2, 3])
-def test_patches_are_the_convolution(size, window, stride, x64):
+@pytest.mark.parametrize("form", FORMS)
+def test_value_and_gradients(form, size, window, stride, x64):
     images, kernel = arrays((2, *size, 3), (*window, 3, 4))
-    expected = convolution(images, kernel, stride=stride, form="lax")
-    found = convolution(images, kernel, stride=stride, form="patches")
+    expected, pull_back = jax.vjp(lambda x, k: convolution(x, k, stride=stride, form="lax"), images, kernel)
+    found, own_pull_back = jax.vjp(lambda x, k: convolution(x, k, stride=stride, form=form), images, kernel)
     assert found.shape == (2, -(-size[0] // stride), -(-size[1] // stride), 4)
     np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+    (cotangent,) = arrays(found.shape, seed=1)
+    for own, reference in zip(own_pull_back(cotangent), pull_back(cotangent), strict=True):
+        np.testing.assert_allclose(own, reference, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("examples", [75, 79, 100])
+def test_the_gradient_of_a_kernel_is_summed_over_groups_of_images(examples, x64):
+    images, kernel, cotangent = arrays((examples, 12, 11, 2), (3, 3, 2, 3), (examples, 12, 11, 3))
+    found, expected = (
+        jax.vjp(lambda k, form=form: convolution(images, k, form=form), kernel)[1](cotangent)[0]
+        for form in ("trilinear", "lax")
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-11)
+
+
+def test_no_images():
+    images, kernel = jnp.ones([0, 6, 6, 2]), jnp.ones([3, 3, 2, 4])
+    found, pull_back = jax.vjp(lambda x, k: convolution(x, k, form="trilinear"), images, kernel)
+    assert found.shape == (0, 6, 6, 4)
+    assert [leaf.shape for leaf in pull_back(found)] == [images.shape, kernel.shape]
+    np.testing.assert_array_equal(pull_back(found)[1], 0)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_second_order_of_both_forms(stride, x64):
+@pytest.mark.parametrize("kind", ["reverse", "forward"])
+def test_second_order(kind, stride, x64):
     """The derivative of a gradient step through two layers, which is what a hypergradient is made of."""
     images, first, second = arrays((3, 6, 5, 2), (3, 3, 2, 4), (3, 3, 4, 1))
 
@@ -37,21 +65,77 @@ def test_second_order_of_both_forms(stride, x64):
     def after_a_step(first, form):
         return loss(first - 0.5 * jax.grad(loss)(first, form), form)
 
-    found, expected = (worlds.jit(jax.grad(lambda k, f=form: after_a_step(k, f)))(first) for form in ("patches", "lax"))
-    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-14)
+    def derivative(form):
+        outer = jax.grad if kind == "reverse" else lambda f: lambda k: jax.jvp(f, (k,), (jnp.cos(k),))[1]
+        return worlds.jit(outer(lambda k: after_a_step(k, form)))(first)
+
+    for form in FORMS:
+        np.testing.assert_allclose(derivative(form), derivative("lax"), rtol=1e-10, atol=1e-14)
 
 
-def test_a_kernel_of_its_own_for_each_task(x64):
+def test_third_order(x64):
+    images, kernel = arrays((1, 4, 4, 1), (3, 3, 1, 2))
+
+    def third(form):
+        value = lambda k: jnp.sum(jnp.sin(convolution(images, k, form=form)))  # noqa: E731
+        return jax.jacrev(jax.jacfwd(jax.grad(value)))(kernel)
+
+    np.testing.assert_allclose(third("trilinear"), third("lax"), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_kernel_of_its_own_for_each_task(form, x64):
     images, kernels = arrays((3, 2, 5, 5, 2), (3, 3, 3, 2, 4))
-    found = jax.vmap(lambda x, k: convolution(x, k, form="patches"))(images, kernels)
-    expected = [convolution(x, k, form="lax") for x, k in zip(images, kernels, strict=True)]
-    np.testing.assert_allclose(found, np.stack(expected), rtol=1e-12, atol=1e-12)
+
+    def loss(images, kernel, form):
+        return jnp.sum(jnp.sin(convolution(images, kernel, form=form)))
+
+    for shared in (True, False):
+        weights, axis = (kernels[0], None) if shared else (kernels, 0)
+        gradients = jax.vmap(jax.grad(lambda x, k: loss(x, k, form), argnums=(0, 1)), in_axes=(0, axis))
+        found = gradients(images, weights)
+        for task, image in enumerate(images):
+            expected = jax.grad(loss, argnums=(0, 1))(image, weights if shared else weights[task], "lax")
+            for own, reference in zip(found, expected, strict=True):
+                np.testing.assert_allclose(own[task], reference, rtol=1e-11, atol=1e-12)
 
 
-def test_auto_is_patches_on_the_cpu(x64):
-    images, kernel = arrays((2, 6, 6, 2), (3, 3, 2, 3))
-    assert "conv_general_dilated" not in str(jax.make_jaxpr(convolution)(images, kernel))
-    assert "conv_general_dilated" in str(jax.make_jaxpr(lambda x, k: convolution(x, k, form="lax"))(images, kernel))
+@pytest.mark.parametrize("axis", [0, 1, 4])
+def test_the_axis_of_tasks_may_be_any(axis, x64):
+    images, kernel = arrays((3, 2, 5, 5, 2), (3, 3, 2, 4))
+    found = jax.vmap(lambda x: convolution(x, kernel, form="trilinear"), in_axes=axis, out_axes=axis)(
+        jnp.moveaxis(images, 0, axis)
+    )
+    expected = [convolution(x, kernel, form="lax") for x in images]
+    np.testing.assert_allclose(jnp.moveaxis(found, axis, 0), np.stack(expected), rtol=1e-12, atol=1e-12)
+
+
+def test_devices_that_share_a_kernel(x64):
+    """The gradient with respect to a shared kernel is summed over the devices, as everywhere in shard_map."""
+    images, kernel = arrays((8, 2, 5, 5, 2), (3, 3, 2, 4))
+    mesh = jax.make_mesh((8,), ("task",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def loss(kernel, images):
+        return jnp.sum(jnp.sin(convolution(images, kernel, form="trilinear")))
+
+    spread = jax.shard_map(
+        lambda kernel, images: jax.grad(loss)(kernel, images[0]),
+        mesh=mesh, in_specs=(jax.P(), jax.P("task")), out_specs=jax.P(),
+    )  # fmt: skip
+    expected = sum(jax.grad(loss)(kernel, part) for part in images)
+    np.testing.assert_allclose(worlds.jit(spread)(kernel, images), expected, rtol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "form"), [(jnp.float32, "trilinear"), (jnp.float64, "patches"), (jnp.bfloat16, "patches")]
+)
+def test_auto_on_the_cpu(dtype, form, x64):
+    images, kernel = (leaf.astype(dtype) for leaf in arrays((2, 6, 6, 2), (3, 3, 2, 3)))
+    found, expected = (
+        str(jax.make_jaxpr(lambda x, k, form=form: convolution(x, k, form=form))(images, kernel))
+        for form in ("auto", form)
+    )
+    assert found == expected
 
 
 @pytest.mark.parametrize("size", [(2, 2), (3, 2), (8, 8), (7, 5)])
@@ -74,7 +158,7 @@ def test_a_tie_has_one_winner():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"form": "fft"}, "form must be one of 'auto', 'lax', 'patches', got 'fft'"),
+        ({"form": "fft"}, "form must be one of 'auto', 'lax', 'patches', 'trilinear', got 'fft'"),
         ({"stride": 0}, "stride must be an integer of at least 1, got 0"),
     ],
 )

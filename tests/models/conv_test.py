@@ -129,7 +129,7 @@ def test_types_follow_the_parameters():
         ({"width": 0}, "width must be an integer of at least 1, got 0"),
         ({"depth": 0}, "depth must be an integer of at least 1, got 0"),
         ({"normalisation": "spectral"}, "normalisation must be one of 'batch', .* got 'spectral'"),
-        ({"form": "fft"}, "form must be one of 'auto', 'lax', 'patches', got 'fft'"),
+        ({"form": "fft"}, "form must be one of 'auto', 'lax', 'patches', 'trilinear', got 'fft'"),
     ],
 )
 def test_refusals(arguments, message):
