@@ -106,7 +106,10 @@ def apply_gradient(
 
 
 def scan_loop(
-    gradient: Gradient = jax.value_and_grad, wrap: Callable[..., Any] = lambda step: step, block: int = 1
+    gradient: Gradient = jax.value_and_grad,
+    wrap: Callable[..., Any] = lambda step: step,
+    block: int = 1,
+    unroll: int = 1,
 ) -> Loop:
     """A loop that JAX differentiates by itself.
 
@@ -115,6 +118,7 @@ def scan_loop(
       wrap: applied to functions `(state, arguments) -> (state, outputs)`, to a step and to a block of steps, such as
         `jax.checkpoint`.
       block: how many steps are wrapped together.
+      unroll: how many steps are written out one after the other in the program.
     """
 
     def loop(
@@ -129,7 +133,7 @@ def scan_loop(
             return state, (loss, visit(state.params, arguments, state.step) if visit else ())
 
         def several(state: InnerState, arguments: Arguments, length: int) -> tuple[InnerState, Any]:
-            return jax.lax.scan(lambda state, _: step(state, arguments), state, length=length)
+            return jax.lax.scan(lambda state, _: step(state, arguments), state, length=length, unroll=unroll)
 
         if block == 1:
             return several(start, arguments, num_steps)

@@ -202,7 +202,8 @@ def plan(
     """Picks the exact estimator that costs the fewest operations among those that fit into memory.
 
     Every exact estimator is compiled for one task, and not run: what is compared with `memory_bytes` are the bytes of
-    arguments, results and temporaries in the memory analysis of the compiler.
+    arguments, results and temporaries in the memory analysis of the compiler. A meta step that takes its tasks one
+    after the other takes the same, within 10 %, and the state of the outer optimizer.
 
     Args:
       learner: any learner.

@@ -21,7 +21,9 @@ from metajax.hypergrad._parts import stateless
 Remat = bool | Callable[..., Any]
 
 
-def unrolled(*, remat: Remat = False, block: int = 1, step_weights: Sequence[float] | None = None) -> Hypergrad:
+def unrolled(
+    *, remat: Remat = False, block: int = 1, step_weights: Sequence[float] | None = None, unroll: int = 1
+) -> Hypergrad:
     """Exact hypergradient by reverse-mode differentiation through the inner loop (Finn et al. 2017).
 
     Memory grows with the activations of every inner step. With `remat` the backward pass computes steps once more.
@@ -33,6 +35,8 @@ def unrolled(*, remat: Remat = False, block: int = 1, step_weights: Sequence[flo
         one more computation of each step. Blocks of a network are recomputed by the model itself.
       step_weights: a weight for the outer loss after each inner step (Antoniou et al. 2019), instead of 1 for the last
         one alone. Metrics describe the predictions after the last step.
+      unroll: how many inner steps are written out in the program, instead of a loop: the compiler sees across them, and
+        takes the longer for it.
 
     Raises:
       ValueError: an argument is not as above, or (when used) there are not as many weights as inner steps, there is no
@@ -46,17 +50,18 @@ def unrolled(*, remat: Remat = False, block: int = 1, step_weights: Sequence[flo
     ()
     """
     _validate.positive_int("block", block)
+    _validate.positive_int("unroll", unroll)
     if not isinstance(remat, bool) and not callable(remat):
         raise ValueError(f"remat must be True, False or a policy of jax.checkpoint_policies, got {remat!r}")
     if block > 1 and remat is False:
         raise ValueError(f"block must be 1 without remat, got {block}")
     if remat is False:
-        return _checking(explicit(_inner.scan_loop(), step_weights))
+        return _checking(explicit(_inner.scan_loop(unroll=unroll), step_weights))
     wrap = functools.partial(jax.checkpoint, policy=None if remat is True else remat)
-    return _checking(explicit(_inner.scan_loop(wrap=wrap, block=block), step_weights))
+    return _checking(explicit(_inner.scan_loop(wrap=wrap, block=block, unroll=unroll), step_weights))
 
 
-def mixed_mode(*, every: int = 8, step_weights: Sequence[float] | None = None) -> Hypergrad:
+def mixed_mode(*, every: int = 8, step_weights: Sequence[float] | None = None, unroll: int = 1) -> Hypergrad:
     """Exact hypergradient with forward-over-reverse products in the backward pass (Kemaev et al. 2025).
 
     The backward pass of an inner step needs a Hessian-vector product and a mixed product. Here both come from
@@ -71,6 +76,7 @@ def mixed_mode(*, every: int = 8, step_weights: Sequence[float] | None = None) -
         counts the parameters and what the optimizer has like them (3 for Adam), and (every - 1)/2 more updates by the
         optimizer alone. With 1 nothing is replayed.
       step_weights: as for `unrolled`.
+      unroll: likewise.
 
     Raises:
       ValueError: as `unrolled`.
@@ -82,7 +88,9 @@ def mixed_mode(*, every: int = 8, step_weights: Sequence[float] | None = None) -
     >>> metajax.hypergrad.mixed_mode().init(None, None, None, None)
     ()
     """
-    return _checking(explicit(mixed_loop(_validate.positive_int("every", every)), step_weights))
+    _validate.positive_int("every", every)
+    _validate.positive_int("unroll", unroll)
+    return _checking(explicit(mixed_loop(every, unroll), step_weights))
 
 
 def first_order(*, step_weights: Sequence[float] | None = None) -> Hypergrad:

@@ -12,7 +12,7 @@ from metajax.core._inner import Arguments, InnerState
 from metajax.core._types import InnerProblem, Params
 
 
-def mixed_loop(every: int) -> _inner.Loop:
+def mixed_loop(every: int, unroll: int = 1) -> _inner.Loop:
     """An inner loop with its own backward pass.
 
     The forward pass keeps the inner gradient of each step. The backward pass goes through the steps in reverse, and
@@ -32,7 +32,7 @@ def mixed_loop(every: int) -> _inner.Loop:
                 state = _inner.apply_gradient(problem, state, grads, value, arguments)
                 return state, (value, visit(state.params, arguments, state.step) if visit else (), grads)
 
-            end, (values, visits, grads) = jax.lax.scan(step, start, length=num_steps)
+            end, (values, visits, grads) = jax.lax.scan(step, start, length=num_steps, unroll=unroll)
             return (end, (values, visits)), (start, arguments, values, grads)
 
         def backward(kept: Any, cotangents: Any) -> tuple[Any, Any]:
@@ -81,7 +81,7 @@ def mixed_loop(every: int) -> _inner.Loop:
             keep = lambda leaf, cotangent: None if leaf is None else cotangent  # noqa: E731
             of_end = jax.tree.map(keep, split_floats(start)[0], of_end, is_leaf=lambda leaf: leaf is None)
             (of_start, of_meta), _ = jax.lax.scan(
-                step_back, (of_end, zeros), (jnp.arange(num_steps), of_visits), reverse=True
+                step_back, (of_end, zeros), (jnp.arange(num_steps), of_visits), reverse=True, unroll=unroll
             )
             return of_start, Arguments(of_meta, None, None, None)  # type: ignore[arg-type]
 

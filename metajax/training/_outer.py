@@ -61,8 +61,8 @@ def outer_update(
 
     Raises:
       ValueError: a part of another type, an unknown `task_batching`, a chunk size that does not divide the tasks,
-        a `trainable` that picks nothing, or leaves of episodes that disagree in their leading axis (or
-        have none, or no task).
+        a `trainable` that picks nothing, leaves of episodes that disagree in their leading axis (or have none, or no
+        task), or another number of tasks than `init(num_tasks=)` made the states of a persistent estimator for.
 
     >>> import jax, jax.numpy as jnp, optax, metajax
     >>> learner = metajax.learners.maml(metajax.models.mlp(outputs=2), inner=optax.sgd(0.1))
@@ -118,6 +118,12 @@ def outer_update(
 
     def update(state: MetaState, episodes: Episode) -> tuple[MetaState, dict[str, Any]]:
         num_tasks = _num_tasks(episodes)
+        kept = {leaf.shape[0] for leaf in jax.tree.leaves(state.hypergrad_state)} - {num_tasks}
+        if kept:
+            raise ValueError(
+                f"episodes must have as many tasks as the estimator keeps states, which init(num_tasks=) says: "
+                f"got {num_tasks} tasks and {kept.pop()} states"
+            )
         trained, frozen = _tree.split(state.params, trainable, name="trainable")
         local, shared = _tree.vary((trained, frozen), axes)
         first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * num_tasks

@@ -84,6 +84,37 @@ def test_plan_predicts_what_the_compiler_counts():
     np.testing.assert_allclose(choice.rows[0][1], whole, rtol=0.1)
 
 
+def conv4_task():
+    images = lambda each: metajax.Examples(  # noqa: E731
+        jnp.ones([5 * each, 28, 28, 1]), jnp.arange(5 * each) % 5, jnp.ones(5 * each, bool)
+    )
+    return metajax.learners.maml(metajax.models.conv4(5), optax.sgd(0.1), 5), metajax.Episode(images(1), images(15))
+
+
+def decoder_task():
+    model = metajax.models.decoder(256, width=128, depth=3, heads=4, remat=True)
+    text = metajax.Examples(jnp.ones([2, 128], jnp.int32), jnp.ones([2, 128], jnp.int32), jnp.ones(2, bool))
+    return metajax.learners.maml(model, metajax.inner.adam(1e-3), 4), metajax.Episode(text, text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [conv4_task, decoder_task])
+def test_plan_predicts_the_meta_step(make):
+    """A scan over tasks takes what one task takes, besides the state of the outer optimizer, which is none here."""
+    one, task = make()
+    tasks = jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), task)
+    estimators = {name: make(one.problem.num_steps) for name, make in hypergrad._compare.EXACT.items()}
+    for name, predicted, _ in hypergrad.plan(one, task, 1e9).rows:
+        outer = metajax.outer_update(
+            one, optax.sgd(0.1), hypergrad=estimators[name], task_batching="scan", before=False
+        )
+        state = jax.eval_shape(outer.init, jax.random.key(0), task)
+        sizes = jax.jit(outer.update, donate_argnums=0).lower(state, tasks).compile().memory_analysis()
+        whole = sizes.temp_size_in_bytes + sizes.argument_size_in_bytes
+        whole += sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+        np.testing.assert_allclose(predicted, whole, rtol=0.1, err_msg=name)
+
+
 @pytest.mark.parametrize("memory", [0, -1, float("nan")])
 def test_bad_memory(memory):
     with pytest.raises(ValueError, match="memory_bytes must be"):

@@ -188,3 +188,17 @@ def test_keys_reach_the_learner(estimator):
     first, again, other = (fn(params, episode, key=jax.random.key(seed))[1] for seed in (1, 1, 2))
     assert worlds.relative_distance(first, again) == 0
     assert worlds.relative_distance(other, first) > 1e-3
+
+
+@pytest.mark.parametrize("make", [hypergrad.unrolled, hypergrad.mixed_mode])
+@pytest.mark.parametrize("unroll", [2, 5])
+def test_steps_written_out_change_nothing(make, unroll, x64):
+    row, params, episode = worlds.world("maml")
+    function = hypergrad.value_and_grad(row.learner, make(unroll=unroll))
+    (_, expected), (_, found) = (
+        worlds.compiled("maml", "unrolled")(params, episode),
+        worlds.jit(function)(params, episode),
+    )
+    assert worlds.relative_distance(found, expected) < 1e-12
+    with pytest.raises(ValueError, match="unroll must be an integer of at least 1, got 0"):
+        make(unroll=0)

@@ -336,6 +336,13 @@ def test_bad_arguments(make, text):
         make()
 
 
+def test_another_number_of_tasks_than_of_states_is_refused(x64):
+    outer = metajax.outer_update(quadratic(4), optax.sgd(0.5), hypergrad=hypergrad.persistent_truncation(2))
+    state = outer.init(jax.random.key(0), task(0), params=as_float64(META), num_tasks=2)
+    with pytest.raises(ValueError, match="got 3 tasks and 2 states"):
+        outer.update(state, worlds.stack([task(seed) for seed in range(3)]))
+
+
 def test_what_persistent_truncation_refuses(x64):
     def trace(one, estimator, params, episode):
         jax.eval_shape(hypergrad.value_and_grad(one, estimator), params, episode)
