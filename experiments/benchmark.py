@@ -1,6 +1,6 @@
 """Benchmarks: what the figures in the README come from.
 
-    python -m experiments.benchmark step        # the Conv4 meta step, beside a plain PyTorch loop (extra `bench`)
+    python -m experiments.benchmark speed       # the Conv4 meta step and adaptation, beside peers (extra `bench`)
     python -m experiments.benchmark hypergrad   # memory and time of the estimators on a decoder, their bias on Conv4
     python -m experiments.benchmark batching    # ways to batch tasks, and what "auto" would have chosen
     python -m experiments.benchmark data        # the input pipeline: episodes a second, starts, memory, training time
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import pathlib
-import platform
 import statistics
 import subprocess
 import sys
@@ -28,13 +27,14 @@ from experiments import _launch
 
 _JSON = flags.DEFINE_string("json", None, "Where to write the figures.")
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed rounds; each runs every variant once.")
-_TASKS = flags.DEFINE_integer("tasks", 16, "Tasks in the meta step.")
+_TASKS = flags.DEFINE_integer("tasks", None, "Tasks in the meta step of `speed`; 16, or 32 on an accelerator.")
+_LIMIT = flags.DEFINE_float("limit", 120.0, "Seconds after which a call of one variant of `speed` is given up.")
 
 
 def main(arguments: list[str]) -> int:
     """Runs the benchmark that is named first."""
     tables = {
-        "step": _step, "hypergrad": _hypergrad, "batching": _batching, "data": _data, "import": _import,
+        "speed": _speed, "hypergrad": _hypergrad, "batching": _batching, "data": _data, "import": _import,
         "pixels": _pixels,
     }  # fmt: skip
     name = arguments[1] if len(arguments) > 1 else ""
@@ -58,20 +58,6 @@ def _rounds(variants: dict[str, Callable[[], Any]], warm_up: int = 2) -> dict[st
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def _stepper(outer: Any, episodes: Any) -> Callable[[], Any]:
-    import jax
-
-    state = outer.init(jax.random.key(0), jax.tree.map(lambda leaf: leaf[0], episodes))
-    update = jax.jit(outer.update, donate_argnums=0)
-    held = [state]
-
-    def call() -> None:
-        held[0], metrics = update(held[0], episodes)
-        jax.block_until_ready((held[0].params, metrics))
-
-    return call
-
-
 def _random_episodes(tasks: int, ways: int, shots: int, queries: int, shape: tuple[int, ...]) -> Any:
     import numpy as np
 
@@ -89,43 +75,11 @@ def _random_episodes(tasks: int, ways: int, shots: int, queries: int, shape: tup
     return metajax.Episode(examples(shots), examples(queries))
 
 
-def _step() -> dict[str, Any]:
-    """Conv4, 64 filters, max pool, batch norm, 28x28, 5-way 1-shot 15 queries, 5 SGD steps, exact second order."""
-    _launch.prepare()
-    import jax
-    import optax
+def _speed() -> dict[str, Any]:
+    """The Conv4 meta step and adaptation. JAX does not start in this process."""
+    from experiments import _benchmark_speed
 
-    import metajax
-
-    episodes = _random_episodes(_TASKS.value, 5, 1, 15, (28, 28, 1))
-    learner = metajax.learners.maml(metajax.models.conv4(outputs=5), optax.sgd(0.1), 5)
-    variants, devices = {}, len(jax.local_devices())
-    for name in ("mixed_mode", "unrolled"):
-        estimator = getattr(metajax.hypergrad, name)()
-        make = lambda axis, estimator=estimator: metajax.outer_update(  # noqa: E731
-            learner, optax.adam(1e-3), hypergrad=estimator, axis_name=axis, before=False
-        )
-        variants[f"metajax {name}"] = _stepper(make(None), episodes)
-        if devices > 1 and _TASKS.value % devices == 0:
-            outer = metajax.parallel.shard_tasks(make("task"))
-            variants[f"metajax {name}, {devices} devices"] = _stepper(outer, episodes)
-    try:
-        from experiments import _torch_peer
-
-        variants["PyTorch loop"] = _torch_peer.stepper(episodes)
-        if _TASKS.value <= 16:  # it keeps the activations of all tasks
-            variants["PyTorch torch.func vmap"] = _torch_peer.vmapped_stepper(episodes)
-        error = _torch_peer.relative_error(learner, episodes)
-        print(f"relative difference of the hypergradients of one task: {error:.1e}")
-    except ImportError:
-        print("PyTorch is not installed: pip install -e '.[bench]' brings the peer")
-    medians = _rounds(variants)
-    peer = medians.get("PyTorch loop")
-    print(f"{platform.machine()}, {jax.devices()[0].device_kind}, jax {jax.__version__}, {_TASKS.value} tasks")
-    for name, seconds in sorted(medians.items(), key=lambda item: item[1]):
-        ratio = "" if peer is None else f"  {peer / seconds:.2f} times PyTorch"
-        print(f"{name:34s} {seconds:7.3f} s{ratio}")
-    return {"seconds": medians, "tasks": _TASKS.value}
+    return _benchmark_speed.run(_ROUNDS.value, _TASKS.value, _LIMIT.value)
 
 
 def _batching() -> dict[str, Any]:
@@ -135,6 +89,7 @@ def _batching() -> dict[str, Any]:
     import optax
 
     import metajax
+    from experiments import _speed_jax
 
     conv = lambda outputs: metajax.models.conv4(outputs, pool=False)  # noqa: E731
     cases = {
@@ -165,7 +120,8 @@ def _batching() -> dict[str, Any]:
                 task_batching=batching,
                 before=False,
             )
-            variants[str(batching)] = _stepper(outer, episodes)
+            state = outer.init(jax.random.key(0), jax.tree.map(lambda leaf: leaf[0], episodes))
+            variants[str(batching)], _ = _speed_jax.stepper(outer, state, episodes)
         medians = _rounds(variants)
         best = min(seconds for name, seconds in medians.items() if name != "auto")
         told = "  ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in medians.items())
