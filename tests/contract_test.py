@@ -336,13 +336,7 @@ def test_order_of_examples(name, estimator):
 def test_content_of_padding(name, estimator, filling):
     _, params, episode = worlds.world(name)
 
-    def spoil(part):
-        padding = ~np.asarray(part.mask)
-        inputs, targets = np.array(part.inputs), np.array(part.targets)
-        inputs[padding], targets[padding] = (np.nan, 99) if filling == "nan" else (1e30, -5)
-        return part._replace(inputs=jnp.array(inputs), targets=jnp.array(targets))
-
-    spoiled = metajax.Episode(spoil(episode.support), spoil(episode.query))
+    spoiled = worlds.spoil_padding(episode, *((np.nan, 99) if filling == "nan" else (1e30, -5)))
     same(worlds.compiled(name, estimator)(params, spoiled), result(name, estimator), 1e-15)
 
 

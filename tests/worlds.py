@@ -133,6 +133,23 @@ def quadratic(seed: int = 0) -> tuple[metajax.Episode, list[Any], list[Any], Any
     return metajax.Episode(*parts), hessians, slopes, rng.normal(size=(3, 1))
 
 
+def spoil_padding(episode: metajax.Episode, inputs: float, targets: int) -> metajax.Episode:
+    """The episode with other values in its padding."""
+
+    def spoil(part: metajax.Examples) -> metajax.Examples:
+        kept = np.asarray(part.mask)
+        values, labels = np.array(part.inputs), np.array(part.targets)
+        values[~kept], labels[~kept] = inputs, targets
+        return part._replace(inputs=jnp.array(values), targets=jnp.array(labels))
+
+    return metajax.Episode(*(spoil(part) for part in episode))
+
+
+def with_nan(part: metajax.Examples, rows: Any) -> metajax.Examples:
+    """Examples whose inputs are NaN in some rows."""
+    return part._replace(inputs=jnp.where(rows[:, None], jnp.nan, part.inputs))
+
+
 def stack(episodes: list[metajax.Episode]) -> metajax.Episode:
     """A batch of tasks."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *episodes)
@@ -262,6 +279,15 @@ def last_step(name: str) -> LastStep:
         return jax.tree.map(lambda a, b: (a - b) / (2 * scale), above, below)
 
     return LastStep(before, fast, of_end, of_before, direct, difference)
+
+
+WITHOUT_PROBLEM = [name for name, row in LEARNERS.items() if row.learner.problem is None]
+
+
+def trace(name: str, estimator: metajax.Hypergrad) -> None:
+    """Traces an estimator on a row, which is when it refuses a learner."""
+    row = LEARNERS[name]
+    jax.eval_shape(hypergrad.value_and_grad(row.learner, estimator), parameters(row), episode(row))
 
 
 @functools.cache

@@ -77,12 +77,6 @@ def bilevel(
             raise ValueError("init must be given to bilevel(), or params to the init of outer_update, got neither")
         return init(key, example_inputs)
 
-    def adapt(
-        meta_params: Params, support: Examples, *, unlabelled: Any = None, num_steps: int | None = None, key: Any = None
-    ) -> Any:
-        del unlabelled
-        return _inner.unroll(inner_problem, meta_params, support, key=key, num_steps=num_steps).adapted
-
     def outputs(adapted: Any, inputs: Any, *, mask: Any = None, key: Any = None) -> Any:
         del mask, key
         if predict is None:
@@ -103,4 +97,4 @@ def bilevel(
             )
         return loss, aux
 
-    return Learner(first, adapt, outputs, judge, inner_problem)
+    return Learner(first, _inner.adaptation(inner_problem), outputs, judge, inner_problem)

@@ -225,3 +225,15 @@ def unroll(
     state, (losses, visits) = (loop or scan_loop())(problem, start, arguments, num_steps, visit)
     adapted = problem.finish(state.params, full, support, finish_key)
     return InnerResult(start.params, state.params, adapted, losses, visits)
+
+
+def adaptation(problem: InnerProblem) -> Callable[..., Any]:
+    """The `adapt` of a learner that adapts by its inner loop alone."""
+
+    def adapt(
+        meta_params: Params, support: Examples, *, unlabelled: Any = None, num_steps: int | None = None, key: Any = None
+    ) -> Any:
+        del unlabelled
+        return unroll(problem, meta_params, support, key=key, num_steps=num_steps).adapted
+
+    return adapt

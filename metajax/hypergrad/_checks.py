@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metajax.core import _inner, _validate
-from metajax.core._types import Examples, InnerProblem, Params
+from metajax.core import _inner, _tree, _validate
+from metajax.core._types import Episode, Examples, Hypergrad, InnerProblem, Learner, Params
 
 
 class _Outcome(NamedTuple):
@@ -70,6 +70,18 @@ def check_rule(problem: InnerProblem | None, meta_params: Params, support: Examp
     if fault is not None:
         raise ValueError(fault)
     _passed.setdefault(problem.optimizer, set()).add(seen)
+
+
+def checking(estimator: Hypergrad) -> Hypergrad:
+    """An exact estimator that refuses an update rule that it cannot differentiate, before all else."""
+
+    def value_and_grad(
+        learner: Learner, meta_params: Params, state: Any, episode: Episode, *, key: Any = None, frozen: Params = None
+    ) -> tuple[Any, Params, Any]:
+        check_rule(learner.problem, _tree.merge(meta_params, frozen), episode.support)
+        return estimator.value_and_grad(learner, meta_params, state, episode, key=key, frozen=frozen)
+
+    return Hypergrad(estimator.init, value_and_grad)
 
 
 def _fault(ordinary: _Outcome, dead: _Outcome, zero: _Outcome) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metajax.core import _inner, _tree, _validate
+from metajax.core import _chunks, _inner, _tree, _validate
 from metajax.core._inner import InnerState
 from metajax.core._types import Episode, Hypergrad, Learner, Params
 from metajax.hypergrad._explicit import outer_objective
@@ -230,23 +230,5 @@ def _mean_over_pairs(
     one: Callable[..., tuple[Params, Any]], arguments: Any, like: Params, pairs: int, chunk: int | None
 ) -> tuple[Params, Any]:
     """The mean over pairs of what `one` gives first, and all of what it gives second."""
-
-    def several(part: Any) -> tuple[Params, Any]:
-        parts, rest = jax.vmap(one)(*part)
-        return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), parts), rest
-
-    if chunk is None or chunk == pairs:
-        total, rest = several(arguments)
-    else:
-        chunks = jax.tree.map(lambda leaf: leaf.reshape(pairs // chunk, chunk, *leaf.shape[1:]), arguments)
-        shapes = jax.eval_shape(lambda: several(jax.tree.map(lambda leaf: leaf[0], chunks))[0])
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        zeros = _tree.vary(zeros, _tree.varying_axes((like, arguments)))
-
-        def add(total: Params, part: Any) -> tuple[Params, Any]:
-            more, rest = several(part)
-            return jax.tree.map(jnp.add, total, more), rest
-
-        total, rest = jax.lax.scan(add, zeros, chunks)
-        rest = jax.tree.map(lambda leaf: leaf.reshape(pairs, *leaf.shape[2:]), rest)
+    total, rest = _chunks.sum_in_chunks(one, arguments, chunk or pairs, _tree.varying_axes((like, arguments)))
     return jax.tree.map(lambda leaf, part: (part / pairs).astype(jnp.result_type(leaf)), like, total), rest

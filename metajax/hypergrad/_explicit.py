@@ -14,8 +14,8 @@ import jax
 
 from metajax.core import _inner, _rng, _tree, _validate
 from metajax.core._types import Episode, Hypergrad, Learner, Params
-from metajax.hypergrad._checks import check_rule
-from metajax.hypergrad._mixed import mixed_loop
+from metajax.hypergrad._checks import checking
+from metajax.hypergrad._mixed import EVERY, mixed_loop
 from metajax.hypergrad._parts import stateless
 
 Remat = bool | Callable[..., Any]
@@ -56,12 +56,12 @@ def unrolled(
     if block > 1 and remat is False:
         raise ValueError(f"block must be 1 without remat, got {block}")
     if remat is False:
-        return _checking(explicit(_inner.scan_loop(unroll=unroll), step_weights))
+        return checking(explicit(_inner.scan_loop(unroll=unroll), step_weights))
     wrap = functools.partial(jax.checkpoint, policy=None if remat is True else remat)
-    return _checking(explicit(_inner.scan_loop(wrap=wrap, block=block, unroll=unroll), step_weights))
+    return checking(explicit(_inner.scan_loop(wrap=wrap, block=block, unroll=unroll), step_weights))
 
 
-def mixed_mode(*, every: int = 8, step_weights: Sequence[float] | None = None, unroll: int = 1) -> Hypergrad:
+def mixed_mode(*, every: int = EVERY, step_weights: Sequence[float] | None = None, unroll: int = 1) -> Hypergrad:
     """Exact hypergradient with forward-over-reverse products in the backward pass (Kemaev et al. 2025).
 
     The backward pass of an inner step needs a Hessian-vector product and a mixed product. Here both come from
@@ -90,7 +90,7 @@ def mixed_mode(*, every: int = 8, step_weights: Sequence[float] | None = None, u
     """
     _validate.positive_int("every", every)
     _validate.positive_int("unroll", unroll)
-    return _checking(explicit(mixed_loop(every, unroll), step_weights))
+    return checking(explicit(mixed_loop(every, unroll), step_weights))
 
 
 def first_order(*, step_weights: Sequence[float] | None = None) -> Hypergrad:
@@ -134,18 +134,6 @@ def explicit(loop: _inner.Loop, step_weights: Sequence[float] | None = None) -> 
         return value, grads, state
 
     return stateless(value_and_grad)
-
-
-def _checking(estimator: Hypergrad) -> Hypergrad:
-    """Refuses an update rule that cannot be differentiated."""
-
-    def value_and_grad(
-        learner: Learner, meta_params: Params, state: Any, episode: Episode, *, key: Any = None, frozen: Params = None
-    ) -> tuple[Any, Params, Any]:
-        check_rule(learner.problem, _tree.merge(meta_params, frozen), episode.support)
-        return estimator.value_and_grad(learner, meta_params, state, episode, key=key, frozen=frozen)
-
-    return Hypergrad(estimator.init, value_and_grad)
 
 
 def checked_weights(step_weights: Sequence[float] | None) -> tuple[float, ...] | None:

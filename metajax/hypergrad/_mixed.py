@@ -11,8 +11,10 @@ from metajax.core import _inner, _tree
 from metajax.core._inner import Arguments, InnerState
 from metajax.core._types import InnerProblem, Params
 
+EVERY = 8  # steps between kept states
 
-def mixed_loop(every: int, unroll: int = 1) -> _inner.Loop:
+
+def mixed_loop(every: int = EVERY, unroll: int = 1) -> _inner.Loop:
     """An inner loop with its own backward pass.
 
     The forward pass keeps the inner gradient of each step. The backward pass goes through the steps in reverse, and

@@ -11,13 +11,12 @@ import jax.numpy as jnp
 from metajax.core import _inner, _rng, _tree, _validate
 from metajax.core._inner import Arguments, InnerState
 from metajax.core._types import Episode, Hypergrad, InnerProblem, Learner, Params
-from metajax.hypergrad._checks import check_rule
+from metajax.hypergrad._checks import checking
 from metajax.hypergrad._explicit import explicit, outer_objective
 from metajax.hypergrad._mixed import mixed_loop
 from metajax.hypergrad._parts import inner_problem, watch
 
 Start = Literal["identity", "constant"]
-_EVERY = 8  # as mixed_mode
 
 
 def truncated(k: int, *, start: Start = "identity", step_weights: Sequence[float] | None = None) -> Hypergrad:
@@ -60,14 +59,13 @@ def truncated(k: int, *, start: Start = "identity", step_weights: Sequence[float
     _check_start(start)
     if step_weights is not None and any(step_weights[:-k]):
         raise ValueError(f"step_weights must be 0 before the last {k} inner steps, got {tuple(step_weights)}")
-    estimator = explicit(_last_steps(k, start, mixed_loop(_EVERY)), step_weights)
+    estimator = explicit(_last_steps(k, start, mixed_loop()), step_weights)
     # mixed mode cannot be differentiated forwards; which of the exact loops runs makes no difference here
     plain = _last_steps(k, start, _inner.scan_loop())
 
     def value_and_grad(
         learner: Learner, meta_params: Params, state: Any, episode: Episode, *, key: Any = None, frozen: Params = None
     ) -> tuple[Any, Params, Any]:
-        check_rule(learner.problem, _tree.merge(meta_params, frozen), episode.support)
         if start == "constant" and learner.problem is not None and learner.problem.num_steps > k:
             _refuse_zero(
                 f"truncated({k})",
@@ -78,7 +76,7 @@ def truncated(k: int, *, start: Start = "identity", step_weights: Sequence[float
             )  # fmt: skip
         return estimator.value_and_grad(learner, meta_params, state, episode, key=key, frozen=frozen)
 
-    return Hypergrad(estimator.init, value_and_grad)
+    return checking(Hypergrad(estimator.init, value_and_grad))
 
 
 def _check_start(start: str) -> None:
@@ -186,7 +184,7 @@ def persistent_truncation(k: int, *, start: Start = "identity", reset: bool = Tr
     """
     _validate.positive_int("k", k)
     _check_start(start)
-    name, loop = f"persistent_truncation({k})", mixed_loop(_EVERY)
+    name, loop = f"persistent_truncation({k})", mixed_loop()
 
     def init(learner: Learner, meta_params: Params, episode: Episode, key: Any) -> Carried:
         return carry(name, learner, meta_params, episode, key, stream=stream)
@@ -196,7 +194,6 @@ def persistent_truncation(k: int, *, start: Start = "identity", reset: bool = Tr
         frozen: Params = None,
     ) -> tuple[Any, Params, Any]:  # fmt: skip
         problem = inner_problem(name, learner)
-        check_rule(problem, _tree.merge(meta_params, frozen), episode.support)
         if reset:
             check_horizon("k", k, problem)
         restart, episode = resume(problem, state, episode, reset=reset)
@@ -213,7 +210,7 @@ def persistent_truncation(k: int, *, start: Start = "identity", reset: bool = Tr
         loss, (aux, inner) = value
         return (loss, aux), grads, Carried(inner, () if stream else episode, jnp.ones_like(state.started))
 
-    return Hypergrad(init, value_and_grad)
+    return checking(Hypergrad(init, value_and_grad))
 
 
 def check_horizon(argument: str, steps: int, problem: InnerProblem) -> None:

@@ -136,17 +136,11 @@ def _gradient_learner(
 
     problem = InnerProblem(problem_init, inner_loss, lambda meta_params: inner, num_steps, finish)
 
-    def adapt(
-        meta_params: Params, support: Examples, *, unlabelled: Any = None, num_steps: int | None = None, key: Any = None
-    ) -> Adapted:
-        del unlabelled
-        return _inner.unroll(problem, meta_params, support, key=key, num_steps=num_steps).adapted
-
     def predict(adapted: Adapted, inputs: Any, *, mask: Any = None, key: Any = None) -> Any:
         outputs, _ = forward(model, adapted.params, inputs, mask=mask, key=key, stats=adapted.stats)
         return masked(outputs, adapted.class_mask)
 
-    return Learner(model.init, adapt, predict, query_loss(predict, loss), problem)
+    return Learner(model.init, _inner.adaptation(problem), predict, query_loss(predict, loss), problem)
 
 
 def _minibatch(support: Examples, size: int, key: jax.Array) -> Examples:

@@ -31,7 +31,7 @@ _POSITIONS = 4096  # summed at a time; fastest between about 500 and 4,000
 
 
 def convolution(inputs: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """As `metajax.models.convolution`, for arrays of float32 and of known shapes."""
+    """As `metajax.models.convolution`; fast for float32."""
     height, width = (-(-size // stride) for size in inputs.shape[1:3])
     shapes = inputs.shape, kernel.shape, (inputs.shape[0], height, width, kernel.shape[-1])
     return _contract(_OUTPUTS, shapes, stride, {_INPUTS: inputs, _KERNEL: kernel})
@@ -44,7 +44,7 @@ def same_padding(size: int, window: int, stride: int) -> tuple[int, int]:
 
 
 def _contract(missing: int, shapes: Shapes, stride: int, given: dict[int, Any]) -> jax.Array:
-    operands = [given[role] for role in range(3) if role != missing]
+    operands = [given[role] for role in _roles(missing)]
     operands = [_tree.vary(operand, _tree.varying_axes(operands)) for operand in operands]
     return _primitive.bind(*operands, missing=missing, shapes=shapes, stride=stride)
 
@@ -69,10 +69,10 @@ def _batch(operands: Any, axes: Any, *, missing: int, shapes: Shapes, stride: in
         other = _INPUTS if missing == _OUTPUTS else _OUTPUTS
         examples = jnp.moveaxis(given[other][0], given[other][1], 0)
         tasks, number = examples.shape[:2]
-        together: Any = tuple((tasks * number, *shape[1:]) if role != _KERNEL else shape
-                              for role, shape in enumerate(shapes))  # fmt: skip
+        together: Any = [(tasks * number, *shape[1:]) for shape in shapes]
+        together[_KERNEL] = shapes[_KERNEL]
         arguments = {_KERNEL: given[_KERNEL][0], other: examples.reshape(together[other])}
-        return _contract(missing, together, stride, arguments).reshape(tasks, *shapes[missing]), 0
+        return _contract(missing, tuple(together), stride, arguments).reshape(tasks, *shapes[missing]), 0
     one = functools.partial(_contract_patches, missing=missing, shapes=shapes, stride=stride)
     return jax.vmap(one, in_axes=tuple(axes))(*operands), 0
 
@@ -106,54 +106,62 @@ def by_patches(inputs: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
 
 
 def _compute(first: Any, second: Any, *, missing: int, shapes: Shapes, stride: int) -> Any:
-    (_, *sizes, _), (*window, _, _), (_, *outputs, _) = shapes
-    before = [same_padding(size, width, stride)[0] for size, width in zip(sizes, window, strict=True)]
-    dilated = [stride * (out - 1) + 1 for out in outputs]
-    if missing == _OUTPUTS:
-        after = [same_padding(size, width, stride)[1] for size, width in zip(sizes, window, strict=True)]
-        return jax.lax.conv_general_dilated(
-            first, second, (stride, stride), list(zip(before, after, strict=True)), dimension_numbers=_LAYOUT
-        )
-    if missing == _INPUTS:
-        flipped = _barrier(jnp.swapaxes(jnp.flip(first, (0, 1)), 2, 3))
-        padding = [
-            (width - 1 - low, size + low - out)
-            for width, low, size, out in zip(window, before, sizes, dilated, strict=True)
-        ]
-        return jax.lax.conv_general_dilated(
-            second, flipped, (1, 1), padding, lhs_dilation=(stride, stride), dimension_numbers=_LAYOUT
-        )
-    reached = [
-        min(size, out + width - 1 - low) for size, out, width, low in zip(sizes, dilated, window, before, strict=True)
-    ]
-    first = first[:, : reached[0], : reached[1]]
+    contraction = {_INPUTS: _of_inputs, _KERNEL: _of_kernel, _OUTPUTS: _of_outputs}[missing]
+    return contraction(first, second, shapes, stride)
+
+
+def _of_outputs(inputs: Any, kernel: Any, shapes: Shapes, stride: int) -> Any:
+    (_, *sizes, _), (*window, _, _), _ = shapes
+    padding = [same_padding(size, width, stride) for size, width in zip(sizes, window, strict=True)]
+    return jax.lax.conv_general_dilated(inputs, kernel, (stride, stride), padding, dimension_numbers=_LAYOUT)
+
+
+def _of_inputs(kernel: Any, cotangents: Any, shapes: Shapes, stride: int) -> Any:
+    padding = [(width - 1 - low, size + low - reach) for size, width, low, reach in _sides(shapes, stride)]
+    flipped = _barrier(jnp.swapaxes(jnp.flip(kernel, (0, 1)), 2, 3))
+    return jax.lax.conv_general_dilated(
+        cotangents, flipped, (1, 1), padding, lhs_dilation=(stride, stride), dimension_numbers=_LAYOUT
+    )
+
+
+def _of_kernel(inputs: Any, cotangents: Any, shapes: Shapes, stride: int) -> Any:
+    sides = _sides(shapes, stride)
+    read = [min(size, reach + width - 1 - low) for size, width, low, reach in sides]  # a stride may skip the last ones
+    inputs = inputs[:, : read[0], : read[1]]
     padding = [
-        (low, width - 1 - low - size + out)
-        for low, width, size, out in zip(before, window, reached, dilated, strict=True)
+        (low, reach + width - 1 - low - count) for count, (_, width, low, reach) in zip(read, sides, strict=True)
     ]
 
     def summed(inputs: Any, cotangents: Any) -> Any:
         """Channels take the place of examples, and examples that of channels."""
-        inputs, cotangents = (_barrier(jnp.transpose(inputs, (3, 1, 2, 0))),
-                              _barrier(jnp.transpose(cotangents, (1, 2, 0, 3))))  # fmt: skip
         found = jax.lax.conv_general_dilated(
-            inputs, cotangents, (1, 1), padding, rhs_dilation=(stride, stride), dimension_numbers=_LAYOUT
-        )
+            _barrier(jnp.transpose(inputs, (3, 1, 2, 0))), _barrier(jnp.transpose(cotangents, (1, 2, 0, 3))),
+            (1, 1), padding, rhs_dilation=(stride, stride), dimension_numbers=_LAYOUT,
+        )  # fmt: skip
         return jnp.transpose(_barrier(found), (1, 2, 0, 3))
 
-    examples = first.shape[0]
-    chunks = -(-examples * outputs[0] * outputs[1] // _POSITIONS)
+    examples, height, width, _ = shapes[_OUTPUTS]
+    chunks = -(-examples * height * width // _POSITIONS)
     if chunks <= 1:
-        return summed(first, second)
+        return summed(inputs, cotangents)
     # rather somewhat smaller chunks than a last one that is filled up
     chunks = next((more for more in range(chunks, min(2 * chunks, examples) + 1) if examples % more == 0), chunks)
     size = -(-examples // chunks)
     pairs = [
         jnp.pad(array, ((0, chunks * size - examples), (0, 0), (0, 0), (0, 0))).reshape(chunks, size, *array.shape[1:])
-        for array in (first, second)
+        for array in (inputs, cotangents)
     ]
-    zero = _tree.vary(jnp.zeros(shapes[_KERNEL], first.dtype), _tree.varying_axes(first))
+    zero = _tree.vary(jnp.zeros(shapes[_KERNEL], inputs.dtype), _tree.varying_axes(inputs))
     return jax.lax.scan(lambda total, pair: (total + summed(*pair), None), zero, pairs)[0]
+
+
+def _sides(shapes: Shapes, stride: int) -> list[tuple[int, int, int, int]]:
+    """Of each dimension: inputs, window, padding before, and the outputs spread out by the stride."""
+    (_, *sizes, _), (*window, _, _), (_, *outputs, _) = shapes
+    return [
+        (size, width, same_padding(size, width, stride)[0], stride * (out - 1) + 1)
+        for size, width, out in zip(sizes, window, outputs, strict=True)
+    ]
 
 
 _barrier = jax.lax.optimization_barrier

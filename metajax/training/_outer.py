@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from metajax.core import _losses, _tree, _validate
+from metajax.core import _chunks, _losses, _tree, _validate
 from metajax.core._types import Episode, Hypergrad, Learner, MetaState, OuterUpdate, Params
 
 TaskBatching = Literal["auto", "vmap", "scan"] | int
@@ -21,7 +20,6 @@ class _Sums(NamedTuple):
     weight: jax.Array
     grads: Params
     metrics: dict[str, Any]
-    state: Any
 
 
 def outer_update(
@@ -96,7 +94,7 @@ def outer_update(
         many = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (num_tasks, *jnp.shape(leaf))), one)
         return MetaState(params, optimizer.init(trained), many, jnp.zeros([], jnp.int32), key)
 
-    def one_task(trained: Params, frozen: Params, state: Any, episode: Episode, key: jax.Array) -> _Sums:
+    def one_task(trained: Params, frozen: Params, state: Any, episode: Episode, key: jax.Array) -> tuple[_Sums, Any]:
         task_key, adapt_key, before_key = jax.random.split(key, 3)
         (loss, aux), grads, state = hypergrad.value_and_grad(
             learner, trained, state, episode, key=task_key, frozen=frozen
@@ -114,7 +112,7 @@ def outer_update(
         # where, not a product: an all-padding task may be NaN and must still not count
         counts = jnp.any(_losses.kept_examples(episode.query))
         grads, metrics = jax.tree.map(lambda leaf: jnp.where(counts, leaf, jnp.zeros_like(leaf)), (grads, metrics))
-        return _Sums(counts.astype(jnp.float32), grads, metrics, state)
+        return _Sums(counts.astype(jnp.float32), grads, metrics), state
 
     def update(state: MetaState, episodes: Episode) -> tuple[MetaState, dict[str, Any]]:
         num_tasks = _num_tasks(episodes)
@@ -130,9 +128,9 @@ def outer_update(
         step_key = jax.random.fold_in(state.key, state.step)
         keys = jax.vmap(lambda task: jax.random.fold_in(step_key, task))(first + jnp.arange(num_tasks))
         size = _chunk_size(task_batching, num_tasks, episodes)
-        sums = _over_tasks(
+        sums, hypergrad_state = _chunks.sum_in_chunks(
             lambda task_state, episode, key: one_task(local, shared, task_state, episode, key),
-            (state.hypergrad_state, episodes, keys), num_tasks, size, axes,
+            (state.hypergrad_state, episodes, keys), size, axes,
         )  # fmt: skip
         weight, grads, metrics = sums.weight, sums.grads, sums.metrics
         if axis_name is not None:
@@ -143,7 +141,7 @@ def outer_update(
         if "state" in metrics:
             params = _write(params, metrics.pop("state"), weight)
         metrics["grad_norm"] = optax.tree.norm(grads)
-        return MetaState(params, opt_state, sums.state, state.step + 1, state.key), metrics
+        return MetaState(params, opt_state, hypergrad_state, state.step + 1, state.key), metrics
 
     return OuterUpdate(init, update, axis_name)
 
@@ -201,31 +199,3 @@ def _chunk_size(task_batching: TaskBatching, num_tasks: int, episodes: Episode) 
     if num_tasks % size:
         raise ValueError(f"task_batching must divide the number of tasks {num_tasks}, got a chunk size of {size}")
     return size
-
-
-def _over_tasks(
-    one_task: Callable[..., _Sums], arguments: Any, num_tasks: int, size: int, axes: tuple[str, ...]
-) -> _Sums:
-    """Sums `one_task` over tasks, `size` at a time; the states of the estimator come back stacked."""
-    if size == 1:
-        run, chunks = one_task, arguments  # no vmap: a batch axis of one would still make grouped kernels
-    else:
-        chunks = jax.tree.map(lambda leaf: leaf.reshape(num_tasks // size, size, *leaf.shape[1:]), arguments)
-
-        def run(*chunk: Any) -> _Sums:
-            sums = jax.vmap(one_task)(*chunk)
-            return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), sums._replace(state=()))._replace(state=sums.state)
-
-    if num_tasks == size > 1:
-        return run(*arguments)
-
-    def add(total: _Sums, chunk: Any) -> tuple[_Sums, Any]:
-        sums = run(*chunk)
-        return jax.tree.map(jnp.add, total, sums._replace(state=())), sums.state
-
-    shapes = jax.eval_shape(lambda: run(*jax.tree.map(lambda leaf: leaf[0], chunks)))._replace(state=())
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    total, states = jax.lax.scan(add, _tree.vary(zeros, axes), chunks)
-    if size > 1:
-        states = jax.tree.map(lambda leaf: leaf.reshape(num_tasks, *leaf.shape[2:]), states)
-    return total._replace(state=states)

@@ -11,12 +11,10 @@ import metajax
 from metajax import hypergrad
 
 
-@pytest.mark.parametrize("name", [name for name, row in worlds.LEARNERS.items() if row.learner.problem is None])
+@pytest.mark.parametrize("name", worlds.WITHOUT_PROBLEM)
 def test_needs_an_inner_problem(name, x64):
-    row = worlds.LEARNERS[name]
-    fn = hypergrad.value_and_grad(row.learner, hypergrad.displacement())
     with pytest.raises(ValueError, match=r"hypergrad: displacement\(\) needs a learner with an inner problem"):
-        jax.eval_shape(fn, worlds.parameters(row), worlds.episode(row))
+        worlds.trace(name, hypergrad.displacement())
 
 
 def test_outer_sgd_moves_towards_the_mean_of_the_adapted_weights(x64):

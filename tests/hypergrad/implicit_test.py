@@ -292,12 +292,10 @@ def test_memory_does_not_grow_with_the_number_of_inner_steps():
     assert abs(many - few) < 8192  # the inner losses, one number a step
 
 
-@pytest.mark.parametrize("name", [name for name, row in worlds.LEARNERS.items() if row.learner.problem is None])
+@pytest.mark.parametrize("name", worlds.WITHOUT_PROBLEM)
 def test_needs_an_inner_problem(name, x64):
-    row = worlds.LEARNERS[name]
-    fn = hypergrad.value_and_grad(row.learner, hypergrad.implicit())
     with pytest.raises(ValueError, match=r"hypergrad: implicit\(\) needs a learner with an inner problem"):
-        jax.eval_shape(fn, worlds.parameters(row), worlds.episode(row))
+        worlds.trace(name, hypergrad.implicit())
 
 
 ZERO = r"hypergrad: implicit\(\) would be zero, because the inner loss does not depend .* proximal= term"
@@ -305,10 +303,8 @@ ZERO = r"hypergrad: implicit\(\) would be zero, because the inner loss does not 
 
 @pytest.mark.parametrize("name", ["maml", "reptile"])
 def test_a_start_alone_is_refused(name, x64):
-    row = worlds.LEARNERS[name]
-    fn = hypergrad.value_and_grad(row.learner, hypergrad.implicit())
     with pytest.raises(ValueError, match=ZERO):
-        jax.eval_shape(fn, worlds.parameters(row), worlds.episode(row))
+        worlds.trace(name, hypergrad.implicit())
 
 
 INDEPENDENT = {
@@ -382,15 +378,12 @@ def test_padding_and_nan(solver, x64):
     fn = implicit_of(name, solver)
     (loss, _), grads = fn(params, episode)
 
-    def fill(part, rows):
-        return part._replace(inputs=jnp.where(rows[:, None], jnp.nan, part.inputs))
-
-    (same_loss, _), same = fn(params, metajax.Episode(*(fill(part, ~part.mask) for part in episode)))
+    (same_loss, _), same = fn(params, metajax.Episode(*(worlds.with_nan(part, ~part.mask) for part in episode)))
     assert same_loss == loss
     assert worlds.relative_distance(same, grads) == 0
 
     first = jnp.arange(8) == 0
-    (bad_loss, bad_aux), bad = fn(params, episode._replace(support=fill(episode.support, first)))
+    (bad_loss, bad_aux), bad = fn(params, episode._replace(support=worlds.with_nan(episode.support, first)))
     assert np.isnan(bad_loss)
     assert np.isnan(bad_aux["solver_residual"])
     assert all(np.all(np.isnan(leaf)) for leaf in jax.tree.leaves(bad["layer_0"]))

@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import worlds
@@ -57,15 +56,8 @@ def test_rows(name, estimator):
 @pytest.mark.parametrize(("name", "estimator"), PAIRS)
 def test_content_of_padding(name, estimator):
     _, params, episode = worlds.world(name)
-
-    def spoil(part):
-        padding = ~np.asarray(part.mask)
-        inputs, targets = np.array(part.inputs), np.array(part.targets)
-        inputs[padding], targets[padding] = np.nan, 99
-        return part._replace(inputs=jnp.array(inputs), targets=jnp.array(targets))
-
     (loss, _), grads = compiled(name, estimator)(params, episode, key=KEY)
-    spoiled = metajax.Episode(spoil(episode.support), spoil(episode.query))
+    spoiled = worlds.spoil_padding(episode, np.nan, 99)
     (other, _), other_grads = compiled(name, estimator)(params, spoiled, key=KEY)
     np.testing.assert_allclose(other, loss, rtol=1e-12)
     assert worlds.relative_distance(other_grads, grads) < 1e-12
