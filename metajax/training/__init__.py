@@ -5,6 +5,7 @@ from metajax.training._callbacks import Progress, Recorder, Saving, Validation, 
 from metajax.training._checkpoint import Checkpoints
 from metajax.training._data import image_options, open_source
 from metajax.training._device_loop import fit_on_device
+from metajax.training._divergence import LossSpike, Rollback, SkipLimit, Spikes, skip_nonfinite
 from metajax.training._experiment import (
     Experiment,
     build,
@@ -14,14 +15,24 @@ from metajax.training._experiment import (
 )
 from metajax.training._loop import NonFiniteError, fit
 from metajax.training._outer import choose_task_batching, outer_update
+from metajax.training._watch import Heartbeat, Preempted, Preemption, Profile, Throughput
 
 __all__ = [
     "Checkpoints",
     "Experiment",
+    "Heartbeat",
+    "LossSpike",
     "NonFiniteError",
+    "Preempted",
+    "Preemption",
+    "Profile",
     "Progress",
     "Recorder",
+    "Rollback",
     "Saving",
+    "SkipLimit",
+    "Spikes",
+    "Throughput",
     "Validation",
     "augment",
     "build",
@@ -35,4 +46,5 @@ __all__ = [
     "open_source",
     "outer_update",
     "read_metrics",
+    "skip_nonfinite",
 ]

@@ -14,6 +14,7 @@ import numpy as np
 from metajax.core._types import MetaState
 from metajax.training import _loop
 from metajax.training._checkpoint import Checkpoints
+from metajax.training._watch import Throughput
 
 Score = Callable[[Any], dict[str, float]]
 
@@ -66,7 +67,8 @@ class Recorder:
     """Writes metrics as JSON lines and TensorBoard events, every few steps, and validation whenever it comes.
 
     A line holds `step`, `seconds` of training, and the metrics (means over the steps since the line before, except
-    validation). Lines beyond `start` that an interrupted run left behind are removed.
+    validation). Steps that `skip_nonfinite` left out are in no mean; `skipped` is how many they are. Lines beyond
+    `start` that an interrupted run left behind are removed.
 
     Args:
       folder: the run folder; gets `metrics.jsonl` and `tensorboard/`.
@@ -74,6 +76,9 @@ class Recorder:
       start: steps that are already taken.
       seconds: seconds that the steps before `start` took.
       tensorboard: whether to write events; they are left out where TensorFlow is not installed.
+      meta_batch: tasks of one step. Where it is given, lines also hold `step_seconds` and `tasks_per_second` since the
+        line before, by the clock on the wall (so with compilation, validation and checkpoints), and
+        `device_bytes_in_use` and `device_peak_bytes` of the fullest local device where devices tell them.
 
     Attributes:
       tensorboard: whether events are written.
@@ -88,8 +93,10 @@ class Recorder:
     """
 
     def __init__(
-        self, folder: str | pathlib.Path, *, every: int, start: int = 0, seconds: float = 0.0, tensorboard: bool = True
-    ):
+        self, folder: str | pathlib.Path, *, every: int, start: int = 0, seconds: float = 0.0, tensorboard: bool = True,
+        meta_batch: int | None = None,
+    ):  # fmt: skip
+        self._throughput = None if meta_batch is None else Throughput(meta_batch, start=start)
         folder = pathlib.Path(folder)
         kept = [line for line in read_metrics(folder) if line["step"] <= start]
         path = folder / "metrics.jsonl"
@@ -112,12 +119,16 @@ class Recorder:
         self._waiting.append(metrics)
         self._step = step
         if step % self._every == 0 or step == 1:
-            self._write_waiting()
+            self._write_waiting({} if self._throughput is None else self._throughput(state))
 
-    def _write_waiting(self) -> None:
+    def _write_waiting(self, more: dict[str, float] | None = None) -> None:
         lines = [_scalars(waiting) for waiting in self._waiting]
         self._waiting = []
-        self.write(self._step, {name: float(np.mean([line[name] for line in lines])) for name in lines[0]})
+        kept = [line for line in lines if not line.get("skipped")]
+        values = {name: float(np.mean([line[name] for line in kept])) for name in lines[0]} if kept else {}
+        if "skipped" in lines[0]:
+            values["skipped"] = float(len(lines) - len(kept))
+        self.write(self._step, values | (more or {}))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Writes one line."""

@@ -51,7 +51,8 @@ def fit(
       The state after `steps` steps.
 
     Raises:
-      NonFiniteError: the loss of a step is not finite; the error names the step. What callbacks saved stays.
+      NonFiniteError: the loss of a step is not finite and `skip_nonfinite` did not leave it out; the error names the
+        step. What callbacks saved stays.
       ValueError: `steps` is below 1, or episodes end early.
 
     >>> import jax, jax.numpy as jnp, optax, metajax
@@ -103,9 +104,9 @@ def closing(callbacks: Sequence[Callback]) -> Iterator[None]:
 
 
 def require_finite_loss(step: int, metrics: dict[str, Any]) -> None:
-    """Raises a NonFiniteError that names the step where its loss is not finite."""
+    """Raises a NonFiniteError that names the step where its loss is not finite, unless the step was skipped."""
     loss = float(metrics["loss"])
-    if not np.isfinite(loss):
+    if not np.isfinite(loss) and not bool(metrics.get("skipped", False)):
         raise NonFiniteError(f"the loss is {loss} at step {step}: lower the outer or inner rate, or clip the gradient")
 
 

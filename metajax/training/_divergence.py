@@ -1,0 +1,225 @@
+"""What to do about steps that go wrong: losses that are not finite, and losses that jump."""
+
+from __future__ import annotations
+
+import collections
+import math
+import statistics
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from metajax.core import _validate
+from metajax.core._types import Episode, MetaState, OuterUpdate
+from metajax.training import _loop
+
+
+def skip_nonfinite(outer: OuterUpdate) -> OuterUpdate:
+    """Leaves out the steps whose loss or hypergradient is NaN or infinite.
+
+    Such a step changes nothing but `state.step` (which draws the next step's random numbers): meta-parameters,
+    optimizer state and estimator state are those from before. Its metrics stay as they are, with a `skipped` of 1;
+    `fit` and `fit_on_device` go on, and `Recorder` leaves it out of its means and counts it. The state has the same
+    structure as without, so a run may go on with it from a checkpoint that was written without it.
+
+    `optax.apply_if_finite` around the optimizer does less: it looks at the gradient alone, guards neither the
+    estimator's state nor running statistics, and applies what is not finite when its patience is over. Put
+    `SkipLimit` among the callbacks to end such a run.
+
+    Args:
+      outer: any meta step, spread over devices or not. Its metrics `loss` and, where there is one, `grad_norm` tell
+        whether a step is finite (a norm that overflows is not), and no others.
+
+    Returns:
+      An `OuterUpdate` with the same signature and one more metric, `skipped`, 0 or 1.
+
+    Raises:
+      ValueError: `outer` is no `OuterUpdate`.
+
+    >>> import jax, jax.numpy as jnp, metajax
+    >>> def update(state, episodes):
+    ...     loss = jnp.mean(episodes)
+    ...     return state._replace(params=state.params - loss, step=state.step + 1), {"loss": loss}
+    >>> outer = metajax.training.skip_nonfinite(metajax.OuterUpdate(lambda key, episode: None, update))
+    >>> state = metajax.MetaState(jnp.ones(2), (), (), jnp.zeros([], jnp.int32), jax.random.key(0))
+    >>> state, metrics = jax.jit(outer.update)(state, jnp.array([1.0, jnp.inf]))
+    >>> state.params.tolist(), int(state.step), float(metrics["skipped"])
+    ([1.0, 1.0], 1, 1.0)
+    """
+    _validate.instance("outer", outer, OuterUpdate)
+
+    def update(state: MetaState, episodes: Episode) -> tuple[MetaState, dict[str, Any]]:
+        new, metrics = outer.update(state, episodes)
+        # not the parameters: then both the old and the new ones would have to be there in full before the choice
+        finite = jnp.isfinite(metrics["loss"])
+        if "grad_norm" in metrics:
+            finite &= jnp.isfinite(metrics["grad_norm"])
+        kept = {
+            name: jax.tree.map(lambda after, before: jnp.where(finite, after, before), getattr(new, name), old)
+            for name, old in state._asdict().items()
+            if name not in ("step", "key")
+        }
+        return new._replace(**kept), {**metrics, "skipped": 1.0 - finite.astype(jnp.float32)}
+
+    return outer._replace(update=update)
+
+
+class _Late:
+    """A callback that looks at a step when the next one is on its way, so that the device never waits for the host."""
+
+    def __init__(self, at_once: int | None = None):
+        self._at_once = at_once
+        self._waiting: tuple[int, dict[str, Any]] | None = None
+
+    def __call__(self, step: int, state: MetaState, metrics: dict[str, Any]) -> None:
+        """Looks at the step before; at this one too, where that was asked for."""
+        waiting, self._waiting = self._waiting, (step, metrics)
+        if waiting is not None:
+            self._look(*waiting)
+        if self._at_once is not None and step % self._at_once == 0:
+            self._waiting = None
+            self._look(step, metrics)
+
+    def _look(self, step: int, metrics: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Forgets the step that was not looked at: after an error its values may be no more."""
+        self._waiting = None
+
+
+class SkipLimit(_Late):
+    """A callback that ends a run whose steps `skip_nonfinite` leaves out one after the other.
+
+    Args:
+      limit: how many steps in a row are too many.
+
+    Attributes:
+      count: steps that were left out so far, those before a resume not included.
+
+    Raises:
+      ValueError: `limit` is below 1.
+
+    When called, it raises a `NonFiniteError` one step after the last of `limit` skipped ones.
+
+    >>> limit = SkipLimit(2)
+    >>> for step, skipped in enumerate([1.0, 0.0, 1.0, 1.0, 1.0], start=1):
+    ...     limit(step, None, {"loss": float("nan"), "skipped": skipped})
+    Traceback (most recent call last):
+    metajax.training._loop.NonFiniteError: 2 steps in a row up to step 4 had a loss or a hypergradient that is not...
+    """
+
+    def __init__(self, limit: int = 100):
+        super().__init__()
+        self._limit = _validate.positive_int("limit", limit)
+        self._row = self.count = 0
+
+    def _look(self, step: int, metrics: dict[str, Any]) -> None:
+        skipped = bool(metrics.get("skipped", False))
+        self.count += skipped
+        self._row = self._row + 1 if skipped else 0
+        if self._row >= self._limit:
+            raise _loop.NonFiniteError(
+                f"{self._row} steps in a row up to step {step} had a loss or a hypergradient that is not finite: "
+                f"lower the outer or inner rate, or clip the gradient"
+            )
+
+
+class LossSpike(ValueError):
+    """The loss of a step is far above those before.
+
+    Attributes:
+      step: the step.
+      loss: its loss.
+      threshold: what it had to stay below.
+
+    >>> str(LossSpike(7, 3.0, 1.25))
+    'the loss of step 7, 3, is above 1.25, where its spread over the steps before put the limit'
+    """
+
+    def __init__(self, step: int, loss: float, threshold: float):
+        super().__init__(
+            f"the loss of step {step}, {loss:.6g}, is above {threshold:.6g}, "
+            f"where its spread over the steps before put the limit"
+        )
+        self.step, self.loss, self.threshold = step, loss, threshold
+
+
+class Rollback(LossSpike):
+    """Asks for the last checkpoint and other episodes; who answers it goes on, else the run ends.
+
+    With a checkpoint of step `s`, those who answer restore it and open the episodes `(step - s) * meta_batch` further
+    than it says: the run goes on with the batch after the one of the spike.
+
+    >>> Rollback(7, 3.0, 1.25).step
+    7
+    """
+
+
+class Spikes(_Late):
+    """A callback that finds losses far above those of the steps before.
+
+    A loss is a spike where it exceeds the median of the last `window` losses by more than `factor` times their spread:
+    1.4826 times the median absolute deviation from the median (a standard deviation, where they are normally
+    distributed), and at least 1 % of the median's size and 1e-6, so that losses that hardly move give no alarm.
+    Nothing is a spike before half the window is known. Spikes are known losses too: a lasting change of level stops
+    to be one after half a window. A loss that is not finite, and one of a skipped step, is neither.
+
+    The loss of a step is read when the next one is on its way; the last one of a run is not read.
+
+    Args:
+      window: how many losses to compare with.
+      factor: how many spreads above the median are too many. Losses of few tasks are skewed: 10 leaves them alone.
+      action: "count", "stop" (raise `LossSpike`), or "rollback" (raise `Rollback`).
+      record: called with the step and `spike_loss` and `spike_threshold`, such as the method `write` of a `Recorder`.
+      checkpoint_every: steps between checkpoints: the loss of these steps is read at once, so that a callback that
+        saves and stands behind this one does not save a spike.
+
+    Attributes:
+      count: spikes so far.
+
+    Raises:
+      ValueError: an argument is out of range.
+
+    >>> spikes, losses = Spikes(window=4, action="stop"), [1.0, 1.1, 0.9, 1.0, 9.0, 1.0]
+    >>> for step, loss in enumerate(losses, start=1):
+    ...     spikes(step, None, {"loss": loss})
+    Traceback (most recent call last):
+    metajax.training._divergence.LossSpike: the loss of step 5, 9, is above 1.7413, where its spread over the steps ...
+    """
+
+    def __init__(
+        self, window: int = 100, factor: float = 10.0, action: Literal["count", "stop", "rollback"] = "count", *,
+        record: Callable[[int, dict[str, float]], None] | None = None, checkpoint_every: int | None = None,
+    ):  # fmt: skip
+        if checkpoint_every is not None:
+            _validate.positive_int("checkpoint_every", checkpoint_every)
+        super().__init__(checkpoint_every)
+        self._losses: collections.deque[float] = collections.deque(maxlen=_validate.int_at_least("window", window, 2))
+        self._factor = _validate.positive_float("factor", factor)
+        self._action = _validate.one_of("action", action, ("count", "stop", "rollback"))
+        self._record = record
+        self.count = 0
+
+    def _look(self, step: int, metrics: dict[str, Any]) -> None:
+        loss = float(metrics["loss"])
+        if not math.isfinite(loss) or bool(metrics.get("skipped", False)):
+            return
+        threshold = self._threshold()
+        if loss > threshold:
+            self.count += 1
+            if self._record is not None:
+                self._record(step, {"spike_loss": loss, "spike_threshold": threshold})
+            if self._action != "count":
+                raise (LossSpike if self._action == "stop" else Rollback)(step, loss, threshold)
+        self._losses.append(loss)
+
+    def _threshold(self) -> float:
+        window = self._losses.maxlen or 0
+        if 2 * len(self._losses) < window:
+            return math.inf
+        median = statistics.median(self._losses)
+        deviation = statistics.median(abs(loss - median) for loss in self._losses)
+        return median + self._factor * max(1.4826 * deviation, 0.01 * abs(median), 1e-6)
