@@ -165,7 +165,7 @@ class Spikes(_Late):
     1.4826 times the median absolute deviation from the median (a standard deviation, where they are normally
     distributed), and at least 1 % of the median's size and 1e-6, so that losses that hardly move give no alarm.
     Nothing is a spike before half the window is known. Spikes are known losses too: a lasting change of level stops
-    to be one after half a window. A loss that is not finite, and one of a skipped step, is neither.
+    to be one within half a window. A loss that is not finite, and one of a skipped step, is neither.
 
     The loss of a step is read when the next one is on its way; the last one of a run is not read.
 

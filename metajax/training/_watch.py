@@ -127,7 +127,7 @@ class Profile:
     """A callback that traces a few steps for xprof and TensorBoard.
 
     The device is waited for before the trace starts and before it stops: it holds these steps, whole, and no others.
-    With `fit_on_device` it starts and stops at the ends of chunks.
+    With `fit_on_device` it starts and stops where chunks end, at the first ends that are late enough.
 
     Args:
       steps: "STEP:COUNT", `COUNT` steps of which `STEP` is the first. Step 1, in which programs are compiled, is never
