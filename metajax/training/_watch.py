@@ -223,7 +223,8 @@ class Preemption:
         self._installed, self._before = False, None  # type: tuple[bool, Any]
         if self._together:
             # a handler of our own would take the signal from the service
-            if not (jax.distributed.is_initialized() and jax.config.jax_enable_preemption_service):  # type: ignore[attr-defined]
+            service: bool = jax.config.jax_enable_preemption_service  # type: ignore[attr-defined]
+            if not (service and jax.distributed.is_initialized()):
                 raise ValueError(
                     "jax_enable_preemption_service must be on before jax.distributed.initialize where there are "
                     f"several processes, got {jax.process_count()} processes without it"
