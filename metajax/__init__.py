@@ -4,7 +4,7 @@ A learner adapts to a task, an estimator differentiates through that, and `outer
 three are pure functions in NamedTuples, written for one task.
 """
 
-from metajax import data, evaluation, hypergrad, inner, learners, models, parallel, training
+from metajax import adapters, data, evaluation, hypergrad, inner, learners, models, parallel, training
 from metajax.core import (
     Episode,
     Examples,
@@ -31,6 +31,7 @@ __all__ = [
     "MetaState",
     "Model",
     "OuterUpdate",
+    "adapters",
     "bilevel",
     "data",
     "evaluation",

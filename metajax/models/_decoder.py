@@ -11,6 +11,7 @@ from flax import nnx
 from metajax.core import _validate
 from metajax.core._types import Model
 from metajax.models import _wrap
+from metajax.models._linear import Linear
 
 
 class _Block(nnx.Module):
@@ -18,7 +19,7 @@ class _Block(nnx.Module):
 
     def __init__(self, width: int, heads: int, kv_heads: int, hidden: int, theta: float, *, rngs: nnx.Rngs):
         size = width // heads
-        linear = lambda inputs, outputs: nnx.Linear(inputs, outputs, use_bias=False, rngs=rngs)  # noqa: E731
+        linear = lambda inputs, outputs: Linear(inputs, outputs, use_bias=False, rngs=rngs)  # noqa: E731
         self.attention_norm, self.mlp_norm = nnx.RMSNorm(width, rngs=rngs), nnx.RMSNorm(width, rngs=rngs)
         self.query, self.out = linear(width, heads * size), linear(heads * size, width)
         self.key, self.value = linear(width, kv_heads * size), linear(width, kv_heads * size)
@@ -61,19 +62,29 @@ class _Decoder(nnx.Module):
 
         width = block["width"]
         self.embed = nnx.Embed(vocab, width, rngs=rngs)
+        self.embed.dtype = None  # whichever type the table has in a call, and not the one it is made in
         self.blocks = blocks(rngs)  # every leaf with a leading axis of blocks
         self.norm = nnx.RMSNorm(width, rngs=rngs)
-        self.head = nnx.Linear(width, vocab, use_bias=False, rngs=rngs)
+        self.head = Linear(width, vocab, use_bias=False, rngs=rngs)
         self.remat = remat
 
     def __call__(self, inputs: Any) -> jax.Array:
-        tokens, mask = (inputs["tokens"], inputs["mask"]) if isinstance(inputs, dict) else (inputs, None)
+        inputs = inputs if isinstance(inputs, dict) else {"tokens": inputs}
+        tokens, mask, prompt = inputs["tokens"], inputs.get("mask"), inputs.get("prompt")
+        values = self.embed(tokens)
+        if prompt is not None:
+            front = jnp.broadcast_to(prompt.astype(values.dtype), (len(tokens), *prompt.shape))
+            values = jnp.concatenate([front, values], axis=1)
+            if mask is not None:
+                mask = jnp.pad(mask, ((0, 0), (len(prompt), 0)), constant_values=True)
         graph, params = nnx.split(self.blocks)
 
         def block(values: jax.Array, params: Any) -> tuple[jax.Array, None]:
             return nnx.merge(graph, params)(values, mask), None
 
-        values, _ = jax.lax.scan(jax.checkpoint(block) if self.remat else block, self.embed(tokens), params)
+        values, _ = jax.lax.scan(jax.checkpoint(block) if self.remat else block, values, params)
+        if prompt is not None:
+            values = values[:, len(prompt) :]
         return self.head(self.norm(values))
 
 
@@ -105,7 +116,8 @@ def decoder(
 
     Returns:
       A `Model` from tokens, int32 `[n, length]` (or `{"tokens": ..., "mask": bool [n, length]}`, as `data.text` gives
-      them, where False is padding behind the text), to logits `[n, length, vocab]`.
+      them, where False is padding behind the text), to logits `[n, length, vocab]`. A third entry, `"prompt"`
+      `[k, width]`, stands in front of all texts as embeddings do, and gets no logits (see `adapters.prompt`).
 
     Raises:
       ValueError: a size below 1, or heads that do not divide.

@@ -1,0 +1,176 @@
+"""What adapters share: the adapted model, and the ways from plain parameters to adapted ones and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from metajax.core import _tree, _validate
+from metajax.core._types import Model, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Apply:
+    """The `apply` of an adapted model, which remembers what it is made of.
+
+    Attributes:
+      name: what the leaves of the adapter are called.
+      model: what is adapted.
+      add: `(params, key) -> params` with the leaves that are missing.
+      edit: `(params, inputs) -> (params, inputs)`, what the model takes.
+      folds: whether the edited parameters are all that the adapter does.
+    """
+
+    name: str
+    model: Model
+    add: Callable[[Params, jax.Array], Params]
+    edit: Callable[[Params, Any], tuple[Params, Any]]
+    folds: bool = True
+
+    def __call__(self, params: Params, inputs: Any, **needed: Any) -> Any:
+        return self.model.apply(*self.edit(params, inputs), **needed)
+
+
+class Weight:
+    """A kernel and what an adapter puts beside it, as one leaf of the edited parameters: `inputs @ weight`."""
+
+    __array_ufunc__ = None  # NumPy inputs leave the product to the weight
+
+    def merged(self) -> jax.Array:
+        """The one array that does the same."""
+        raise NotImplementedError
+
+    def __getitem__(self, index: Any) -> jax.Array:
+        return self.merged()[index]  # how layers of flax.nnx that know nothing of adapters ask for a kernel
+
+
+def merged(kernel: Any) -> jax.Array:
+    """A kernel as one array."""
+    return kernel.merged() if isinstance(kernel, Weight) else kernel
+
+
+def adapted(apply: Apply) -> Model:
+    """The model of an adapter.
+
+    Raises:
+      ValueError: the model has an adapter of this name already.
+    """
+    taken = [part.name for part in _chain(apply.model)]
+    if apply.name in taken:
+        raise ValueError(f"model must have no adapter called {apply.name!r} yet, got one with {', '.join(taken)}")
+
+    def init(key: jax.Array, inputs: Any) -> Params:
+        model_key, key = jax.random.split(key)
+        return apply.add(apply.model.init(model_key, inputs), key)
+
+    return Model(init, apply, apply.model.needs)
+
+
+def _chain(model: Model) -> list[Apply]:
+    """The adapters of a model, the outermost first."""
+    chain = []
+    while isinstance(model.apply, Apply):
+        chain.append(model.apply)
+        model = model.apply.model
+    return chain
+
+
+def _adapters(model: Model) -> list[Apply]:
+    chain = _chain(_validate.instance("model", model, Model))
+    if not chain:
+        raise ValueError(
+            "model must be what lora, ia3 or prompt returned (without a wrapper such as mixed_precision around it), "
+            f"got {model!r}"
+        )
+    return chain
+
+
+def absent(name: str) -> ValueError:
+    """The error about parameters without the leaves of an adapter."""
+    return ValueError(
+        f"params must hold the leaves of the adapter {name!r}, got none: init of the adapted model makes them, "
+        "attach adds them to parameters of the plain model"
+    )
+
+
+def attach(model: Model, params: Params, *, key: jax.Array) -> Params:
+    """Adds the leaves of a model's adapters to parameters that lack them, such as pretrained ones.
+
+    Args:
+      model: what `lora`, `ia3` or `prompt` returned, or several of them one in the other.
+      params: parameters of the plain model, or of one that has some of the adapters. No leaf is changed or copied.
+      key: PRNG key of the new leaves.
+
+    Returns:
+      Parameters of `model`. Its outputs are those of the plain model, unless it has a prompt.
+
+    Raises:
+      ValueError: a model without adapters, or what `model.init` would refuse.
+
+    >>> import jax, jax.numpy as jnp, metajax
+    >>> base = metajax.models.decoder(100, width=16, depth=2, heads=4)
+    >>> tokens = jnp.arange(10).reshape(2, 5)
+    >>> pretrained = base.init(jax.random.key(0), tokens)
+    >>> model = metajax.adapters.lora(base, rank=4)
+    >>> params = metajax.adapters.attach(model, pretrained, key=jax.random.key(1))
+    >>> bool(jnp.array_equal(model.apply(params, tokens), base.apply(pretrained, tokens)))
+    True
+    """
+    for apply in reversed(_adapters(model)):
+        key, own = jax.random.split(key)
+        params = apply.add(params, own)
+    return params
+
+
+def merge(model: Model, params: Params) -> Params:
+    """Folds low-rank paths and learned scales into plain weights.
+
+    Args:
+      model: what `lora` or `ia3` returned, or both, one in the other.
+      params: its parameters.
+
+    Returns:
+      Parameters of the plain model that give the same outputs, up to rounding; a weight keeps its type.
+
+    Raises:
+      ValueError: a model without adapters, parameters without their leaves, or a prompt among the adapters, which no
+        weight can hold. The leaf of a prompt passes through `merge(lora(plain), params)`.
+
+    >>> import jax, jax.numpy as jnp, metajax
+    >>> base = metajax.models.decoder(100, width=16, depth=2, heads=4)
+    >>> tokens = jnp.arange(10).reshape(2, 5)
+    >>> model = metajax.adapters.lora(base)
+    >>> params = model.init(jax.random.key(0), tokens)
+    >>> plain = metajax.adapters.merge(model, params)
+    >>> bool(jnp.allclose(base.apply(plain, tokens), model.apply(params, tokens), atol=1e-5))
+    True
+    """
+    for apply in _adapters(model):
+        if not apply.folds:
+            raise ValueError(f"model must have no {apply.name}, which no weight can hold; merge the model without it")
+        params, _ = apply.edit(params, None)
+    return jax.tree.map(merged, params, is_leaf=lambda leaf: isinstance(leaf, Weight))
+
+
+def count(params: Params, where: _tree.Where = None) -> int:
+    """Counts the numbers in the leaves that `where` picks.
+
+    Args:
+      params: a tree of arrays, or of their shapes.
+      where: path regex or predicate, as `trainable=` and `adapts=` take it; None counts all.
+
+    Raises:
+      ValueError: `where` picks no leaf.
+
+    >>> import jax, jax.numpy as jnp, metajax
+    >>> model = metajax.adapters.lora(metajax.models.decoder(100, width=16, depth=2, heads=4), rank=4)
+    >>> params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros([1, 5], jnp.int32))
+    >>> metajax.adapters.count(params, "lora"), metajax.adapters.count(params)
+    (512, 11984)
+    """
+    return sum(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(_tree.split(params, where)[0]))

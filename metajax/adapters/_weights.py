@@ -1,0 +1,211 @@
+"""Adapters that stand beside a kernel: low-rank paths and learned scales of outputs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from metajax.adapters._adapter import Apply, Weight, absent, adapted, merged
+from metajax.core import _tree, _validate
+from metajax.core._types import Model, Params
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LowRank(Weight):
+    """`kernel + scale * a @ b`, applied beside the kernel: a sum would be a copy of the kernel for each task."""
+
+    kernel: Any
+    a: jax.Array
+    b: jax.Array
+    scale: float = dataclasses.field(metadata={"static": True})
+
+    def __rmatmul__(self, inputs: Any) -> jax.Array:
+        outputs = inputs @ self.kernel
+        a, b = self.a.astype(outputs.dtype), self.b.astype(outputs.dtype)
+        return outputs + (inputs @ a * self.scale) @ b
+
+    def merged(self) -> jax.Array:
+        kernel = merged(self.kernel)
+        return kernel + (self.scale * self.a @ self.b).astype(kernel.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scaled(Weight):
+    """A kernel whose outputs are multiplied by learned scales."""
+
+    kernel: Any
+    scale: jax.Array
+
+    def __rmatmul__(self, inputs: Any) -> jax.Array:
+        outputs = inputs @ self.kernel
+        return outputs * self.scale.astype(outputs.dtype)
+
+    def merged(self) -> jax.Array:
+        kernel = merged(self.kernel)
+        return kernel * self.scale[..., None, :].astype(kernel.dtype)
+
+
+def lora(
+    model: Model,
+    *,
+    rank: int = 8,
+    alpha: float | None = None,
+    where: _tree.Where = "(query|value)/kernel",
+    name: str = "lora",
+) -> Model:
+    """Low-rank adaptation (Hu et al. 2022): `inputs @ kernel + alpha / rank * inputs @ a @ b`, to learn `a` and `b`.
+
+    The leaves `lora_a` `[..., in, rank]`, normal with variance 1 / in, and `lora_b` `[..., rank, out]`, zero, stand
+    beside `kernel` in the tree, so that the outputs are at first those of `model`. They are float32 where the kernel
+    is narrower: they are small, and take gradient steps. The kernel is never summed with the product, so that tasks
+    under vmap share it.
+
+    Args:
+      model: with layers that compute `inputs @ kernel`: those of `models.decoder`, your function's. A layer of flax.nnx
+        works too, but takes the sum first, which is a copy of its kernel for each task.
+      rank: of the product, at most the smaller side of each kernel.
+      alpha: weight of the product, times `rank`; None is `rank`, so that the weight is 1.
+      where: path regex or predicate, among the leaves called `kernel`; None adapts all of them.
+      name: what the leaves are called, so that a model can have two: `lora(lora(model, name="slow"), name="fast")`.
+
+    Returns:
+      A `Model`. In `lora(ia3(model))` the scales multiply the low-rank path too, and in `ia3(lora(model))` they do not.
+
+    Raises:
+      ValueError: a part of another type, a `rank` or `alpha` of 0 or below, an adapter of this name in `model`, or
+        (where parameters are made) `where` picks nothing or a kernel that is neither `[in, out]` nor, in scanned
+        blocks, `[depth, in, out]`, or `rank` is above a side of a kernel.
+
+    Source: Hu et al. 2022, arXiv:2106.09685.
+
+    >>> import jax, jax.numpy as jnp, optax, metajax
+    >>> model = metajax.adapters.lora(metajax.models.decoder(100, width=16, depth=2, heads=4), rank=4)
+    >>> params = model.init(jax.random.key(0), jnp.zeros([1, 5], jnp.int32))
+    >>> {name: leaf.shape for name, leaf in params["blocks"]["query"].items()}
+    {'kernel': (2, 16, 16), 'lora_a': (2, 16, 4), 'lora_b': (2, 4, 16)}
+    >>> learner = metajax.learners.maml(model, inner=optax.sgd(0.1), num_steps=3, adapts="lora")
+    """
+    _validate.positive_int("rank", rank)
+    scale = 1.0 if alpha is None else _validate.positive_float("alpha", alpha) / rank
+
+    def make(key: jax.Array, path: str, kernel: Any) -> dict[str, jax.Array]:
+        *depth, inputs, outputs = kernel.shape
+        if rank > min(inputs, outputs):
+            raise ValueError(f"rank must be at most {min(inputs, outputs)} for {path} {kernel.shape}, got {rank}")
+        dtype = _learned(kernel)
+        a = jax.random.normal(key, (*depth, inputs, rank), dtype) * inputs**-0.5
+        return {f"{name}_a": a, f"{name}_b": jnp.zeros((*depth, rank, outputs), dtype)}
+
+    build = lambda kernel, leaves: LowRank(kernel, leaves[f"{name}_a"], leaves[f"{name}_b"], scale)  # noqa: E731
+    return _beside_kernels(model, name, (f"{name}_a", f"{name}_b"), where, make, build)
+
+
+def ia3(model: Model, *, where: _tree.Where = "(key|value|up)/kernel") -> Model:
+    """(IA)^3 (Liu et al. 2022): learned scales of keys, values and hidden units.
+
+    The leaf `ia3` `[..., out]`, ones, stands beside `kernel` in the tree and multiplies what the kernel gives. In a
+    SwiGLU, scaling what `up` gives scales the hidden units. Keys are scaled before their rotary positions.
+
+    Args:
+      model: as `lora` takes it.
+      where: path regex or predicate, among the leaves called `kernel`; None adapts all of them.
+
+    Returns:
+      A `Model`; composes with `lora` and `prompt`.
+
+    Raises:
+      ValueError: a part of another type, scales in `model` already, or (where parameters are made) `where` picks
+        nothing or a kernel that is neither `[in, out]` nor, in scanned blocks, `[depth, in, out]`.
+
+    Source: Liu et al. 2022, arXiv:2205.05638.
+
+    >>> import jax, jax.numpy as jnp, metajax
+    >>> model = metajax.adapters.ia3(metajax.models.decoder(100, width=16, depth=2, heads=4))
+    >>> params = model.init(jax.random.key(0), jnp.zeros([1, 5], jnp.int32))
+    >>> params["blocks"]["key"]["ia3"].shape, metajax.adapters.count(params, "ia3")
+    ((2, 16), 192)
+    """
+
+    def make(key: jax.Array, path: str, kernel: Any) -> dict[str, jax.Array]:
+        del key, path
+        return {"ia3": jnp.ones((*kernel.shape[:-2], kernel.shape[-1]), _learned(kernel))}
+
+    return _beside_kernels(model, "ia3", ("ia3",), where, make, lambda kernel, leaves: Scaled(kernel, leaves["ia3"]))
+
+
+def _learned(kernel: Any) -> Any:
+    return jnp.promote_types(kernel.dtype, jnp.float32)
+
+
+def _beside_kernels(
+    model: Model,
+    name: str,
+    names: tuple[str, ...],
+    where: _tree.Where,
+    make: Callable[[jax.Array, str, Any], dict[str, jax.Array]],
+    build: Callable[[Any, dict[str, jax.Array]], Weight],
+) -> Model:
+    """An adapter with leaves `names` beside the kernels that `where` picks.
+
+    Args:
+      model: what is adapted.
+      name: of the adapter.
+      names: of its leaves.
+      where: picks kernels.
+      make: `(key, path, kernel) -> leaves`.
+      build: `(kernel, leaves) -> weight`, what stands for the kernel while the model computes.
+    """
+    _validate.instance("model", model, Model)
+
+    def add(params: Params, key: jax.Array) -> Params:
+        kernels: dict[str, Any] = {}
+        _edit_groups(params, lambda path, group: kernels.update({path: group["kernel"]}) or group)
+        if not kernels:
+            raise ValueError(
+                f"params must have leaves called kernel, got {', '.join(_tree.paths(params)) or 'no leaf'}"
+            )
+        picked = {path: leaf for path, leaf in _tree.split(kernels, where)[0].items() if leaf is not None}
+        for path, kernel in picked.items():
+            if kernel.ndim not in (2, 3) or not jnp.issubdtype(kernel.dtype, jnp.floating):
+                raise ValueError(
+                    "where must pick floating-point kernels [in, out], or [depth, in, out] of scanned blocks, got "
+                    f"{where!r}, which picks {path} {kernel.dtype} {kernel.shape}"
+                )
+        keys = dict(zip(picked, jax.random.split(key, len(picked)), strict=True))
+
+        def with_leaves(path: str, group: dict[str, Any]) -> dict[str, Any]:
+            return {**group, **make(keys[path], path, picked[path]), **group} if path in picked else group
+
+        return _edit_groups(params, with_leaves)
+
+    def edit(params: Params, inputs: Any) -> tuple[Params, Any]:
+        found = []
+
+        def with_weight(path: str, group: dict[str, Any]) -> dict[str, Any]:
+            if names[0] not in group:
+                return group
+            found.append(path)
+            rest = {key: leaf for key, leaf in group.items() if key not in names}
+            return {**rest, "kernel": build(group["kernel"], group)}
+
+        params = _edit_groups(params, with_weight)
+        if not found:
+            raise absent(name)
+        return params, inputs
+
+    return adapted(Apply(name, model, add, edit))
+
+
+def _edit_groups(tree: Any, visit: Callable[[str, dict[str, Any]], dict[str, Any]], path: str = "") -> Any:
+    """Replaces each dict with a leaf called `kernel` by what `visit(path of the kernel, dict)` returns."""
+    if not isinstance(tree, Mapping):
+        return tree
+    edited = {name: _edit_groups(child, visit, f"{path}{name}/") for name, child in tree.items()}
+    has_kernel = "kernel" in edited and not isinstance(edited["kernel"], Mapping)
+    return visit(f"{path}kernel", edited) if has_kernel else edited
