@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import worlds
 
 from metajax import adapters, models
 
@@ -14,7 +15,7 @@ ALL = adapters.lora(adapters.prompt(adapters.ia3(BASE), 3), rank=2)
 
 @pytest.fixture(scope="module")
 def pretrained():
-    return BASE.init(jax.random.key(0), TOKENS)
+    return worlds.jit(BASE.init)(jax.random.key(0), TOKENS)
 
 
 def test_attach_adds_what_init_has_and_touches_nothing(pretrained):
@@ -45,7 +46,9 @@ def test_a_prompt_stays_where_the_weights_are_merged(pretrained):
     model = adapters.lora(with_prompt, rank=2)
     params = jax.tree.map(lambda leaf: leaf + 0.1, adapters.attach(model, pretrained, key=jax.random.key(1)))
     merged = adapters.merge(adapters.lora(BASE, rank=2), params)
-    np.testing.assert_allclose(with_prompt.apply(merged, TOKENS), model.apply(params, TOKENS), atol=1e-5)
+    np.testing.assert_allclose(
+        worlds.jit(with_prompt.apply)(merged, TOKENS), worlds.jit(model.apply)(params, TOKENS), atol=1e-5
+    )
     for whole in (model, with_prompt):
         with pytest.raises(ValueError, match="model must have no prompt, which no weight can hold"):
             adapters.merge(whole, params)
