@@ -15,7 +15,7 @@ ALL = adapters.lora(adapters.prompt(adapters.ia3(BASE), 3), rank=2)
 
 @pytest.fixture(scope="module")
 def pretrained():
-    return worlds.jit(BASE.init)(jax.random.key(0), TOKENS)
+    return BASE.init(jax.random.key(0), TOKENS)
 
 
 def test_attach_adds_what_init_has_and_touches_nothing(pretrained):

@@ -19,7 +19,7 @@ FRONT = jnp.array([7, 11, 2])
 
 @pytest.fixture(scope="module")
 def params():
-    params = worlds.jit(MODEL.init)(jax.random.key(0), TOKENS)
+    params = MODEL.init(jax.random.key(0), TOKENS)
     return {**params, "prompt": params["embed"]["embedding"][FRONT]}
 
 
@@ -39,10 +39,10 @@ def test_a_prompt_of_tokens_is_those_tokens(params, masked):
 
 
 def test_it_starts_as_embeddings_of_tokens(params):
-    drawn = worlds.jit(MODEL.init)(jax.random.key(3), TOKENS)
+    drawn = MODEL.init(jax.random.key(3), TOKENS)
     for row in np.asarray(drawn["prompt"]):
         assert np.any(np.all(row == np.asarray(drawn["embed"]["embedding"]), axis=1))
-    narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), worlds.jit(BASE.init)(jax.random.key(0), TOKENS))
+    narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), BASE.init(jax.random.key(0), TOKENS))
     narrow = adapters.attach(MODEL, narrow, key=jax.random.key(1))
     assert narrow["prompt"].dtype == jnp.float32
     assert jax.eval_shape(MODEL.apply, narrow, TOKENS).dtype == jnp.bfloat16
@@ -75,9 +75,9 @@ def test_it_alone_adapts(params):
 )
 def test_bad_arguments(build, text):
     with pytest.raises(ValueError, match=text):
-        build().init(jax.random.key(0), TOKENS)
+        jax.eval_shape(build().init, jax.random.key(0), TOKENS)
 
 
 def test_parameters_without_it_are_refused():
     with pytest.raises(ValueError, match="params must hold the leaves of the adapter 'prompt', got none"):
-        MODEL.apply(worlds.jit(BASE.init)(jax.random.key(0), TOKENS), TOKENS)
+        MODEL.apply(BASE.init(jax.random.key(0), TOKENS), TOKENS)
