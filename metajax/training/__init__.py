@@ -2,7 +2,7 @@
 
 from metajax.training._augment import augment
 from metajax.training._callbacks import Progress, Recorder, Saving, Validation, read_metrics
-from metajax.training._checkpoint import Checkpoints
+from metajax.training._checkpoint import CheckpointError, Checkpoints, warm_start
 from metajax.training._data import image_options, open_source
 from metajax.training._device_loop import fit_on_device
 from metajax.training._divergence import LossSpike, Rollback, SkipLimit, Spikes, skip_nonfinite
@@ -18,6 +18,7 @@ from metajax.training._outer import choose_task_batching, outer_update
 from metajax.training._watch import Heartbeat, Preempted, Preemption, Profile, Throughput
 
 __all__ = [
+    "CheckpointError",
     "Checkpoints",
     "Experiment",
     "Heartbeat",
@@ -47,4 +48,5 @@ __all__ = [
     "outer_update",
     "read_metrics",
     "skip_nonfinite",
+    "warm_start",
 ]

@@ -217,9 +217,13 @@ class Validation:
             self.best = value
             self._checkpoints.save(step, state, {"best": value}, kind="best")
 
+    def close(self) -> None:
+        """Waits for the checkpoint that is being written."""
+        self._checkpoints.wait()
+
 
 class Saving:
-    """Saves the last checkpoint every few steps and after the last one.
+    """Saves the last checkpoint every few steps and after the last one, while the next steps are taken.
 
     Args:
       checkpoints: where.
@@ -239,5 +243,17 @@ class Saving:
         if step % self.every and step != self._steps:
             return
         _loop.require_finite_loss(step, metrics)
+        self._save(step, state)
+
+    def _save(self, step: int, state: MetaState) -> None:
         _loop.require_finite_params(step, state)
         self._checkpoints.save(step, state, self._extra())
+
+    def save_now(self, step: int, state: MetaState) -> None:
+        """Saves whatever the interval, and returns when the checkpoint is sealed; what `Preemption` needs."""
+        self._save(step, state)
+        self._checkpoints.wait()
+
+    def close(self) -> None:
+        """Waits for the checkpoint that is being written."""
+        self._checkpoints.wait()

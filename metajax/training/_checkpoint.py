@@ -1,24 +1,56 @@
-"""Checkpoints with Orbax: the last one, and the best one by validation."""
+"""Checkpoints: written by Orbax beside the training, and sealed, so that what is not whole is never restored.
+
+A checkpoint is a folder `KIND/STEP` of Orbax's files. It counts from the moment in which its seal, the last thing
+written, names them all; older ones are removed after that. A kill at any moment so leaves the checkpoint before.
+"""
 
 from __future__ import annotations
 
+import concurrent.futures
+import itertools
+import json
 import pathlib
+import shutil
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
+from metajax.core import _tree, _validate
 from metajax.core._types import MetaState, Params
+from metajax.training import _leaves, _seal
+
+_TIMEOUT = 20 * 60 * 1000  # milliseconds that a process waits for the slowest one, as in Orbax
+_barriers = itertools.count()  # a name is good for one barrier
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written, to a full disk for one; those before it are as they were.
+
+    >>> issubclass(CheckpointError, OSError)
+    True
+    """
 
 
 class Checkpoints:
-    """Saves and restores a `MetaState` and a dict of JSON values, atomically.
+    """Saves and restores a `MetaState` with a dict of JSON values.
 
-    Two folders: `last` holds the newest checkpoint, `best` the one with the highest score.
+    There are two kinds, each with a folder: `last` holds the newest checkpoints, `best` the one with the best score.
+    An older one is removed when its successor is whole and sealed, never before. In a job of several processes, all
+    call each method, with states of global arrays and a folder that all of them see.
 
     Args:
       folder: where to keep them; made where it does not exist.
+      keep: how many of kind `last` stay.
+
+    Attributes:
+      damaged: one line for each checkpoint that was passed over: its file, and what is wrong with it.
+
+    Raises:
+      ValueError: `keep` is below 1.
 
     >>> import tempfile, jax, jax.numpy as jnp
     >>> state = MetaState({"w": jnp.ones(2)}, (), (), jnp.zeros([], jnp.int32), jax.random.key(0))
@@ -31,66 +63,226 @@ class Checkpoints:
     ([1.0, 1.0], {'seconds': 2.0})
     """
 
-    def __init__(self, folder: str | pathlib.Path):
-        root = pathlib.Path(folder).absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-        self._managers = {kind: ocp.CheckpointManager(root / kind, options=options) for kind in ("last", "best")}
+    def __init__(self, folder: str | pathlib.Path, *, keep: int = 2):
+        self._root = pathlib.Path(folder).absolute()
+        self._keep = {"last": _validate.positive_int("keep", keep), "best": 1}
+        self.damaged: list[str] = []
+        self._known: _seal.Known = {}  # by process 0
+        # Compression costs more than it saves on random numbers. Who restores says where to, so the file of
+        # shardings, a quarter of the time where arrays are small, is left out.
+        arrays = ocp.type_handlers.ArrayHandler(enable_write_sharding_file=False)
+        registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+        self._writer = ocp.AsyncCheckpointer(
+            ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
+        )
+        self._barrier = ocp.multihost.get_barrier_sync_fn()
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._writing: concurrent.futures.Future[None] | None = None
 
     def save(self, step: int, state: MetaState, extra: dict[str, Any], *, kind: str = "last") -> None:
-        """Saves a checkpoint of step `step`; the one before goes when this one is whole.
+        """Saves a checkpoint; returns when `state`, which may then be donated, is copied to the host.
 
-        A step that is there already is left as it is: a run that was killed between two checkpoints passes it again.
-        """
-        if step in self._managers[kind].all_steps():
-            return
-        arguments = ocp.args.Composite(state=ocp.args.StandardSave(_plain(state)), extra=ocp.args.JsonSave(extra))
-        self._managers[kind].save(step, args=arguments, force=True)
+        The rest goes on in the background; a save that comes before it has ended waits for it. A step that is there
+        and sound is left as it is: a run that was killed between two checkpoints passes it again.
 
-    def latest(self, kind: str = "last") -> int | None:
-        """The step of the newest checkpoint, None where there is none."""
-        return self._managers[kind].latest_step()
-
-    def restore(self, like: MetaState, *, kind: str = "last") -> tuple[MetaState, dict[str, Any]]:
-        """Restores the newest checkpoint into the structure, shapes and dtypes of `like`.
+        Args:
+          step: the step, at least 0.
+          state: its arrays, none of them empty, may be spread over devices and processes.
+          extra: JSON values.
+          kind: "last" or "best".
 
         Raises:
-          ValueError: there is no checkpoint, or it does not have the structure of `like`.
+          CheckpointError: this checkpoint, or the one that was being written, could not be written.
+          ValueError: an argument is not of this form.
         """
-        manager = self._managers[kind]
-        step = manager.latest_step()
-        if step is None:
-            raise ValueError(f"there is no checkpoint in {manager.directory}")
-        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(_plain(like)), extra=ocp.args.JsonRestore())
-        stored = manager.restore(step, args=arguments)
-        key = jax.random.wrap_key_data(stored.state["key"], impl=jax.random.key_impl(like.key))
-        state = like._replace(**{**stored.state, "key": key})
-        placed = jax.tree.map(lambda leaf, place: jax.device_put(leaf, place.sharding), state, like)
-        return placed, stored.extra
+        path = self._folder(kind) / str(_validate.int_at_least("step", step, 0))
+        try:
+            extra = json.loads(json.dumps(extra))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"extra must hold JSON values, got {extra!r}: {error}") from error
+        arrays = _leaves.to_save(state)
+        self.wait()
+        if _from_first(lambda: path.is_dir() and isinstance(_seal.look(path, self._known), dict)):
+            return
+        self._known.pop(path, None)
+        try:
+            if jax.process_index() == 0:
+                for left in path.parent.glob(f"*{_seal.UNFINISHED}*"):  # by a kill
+                    shutil.rmtree(left)
+            self._writer.save(path, args=ocp.args.PyTreeSave(arrays), force=True)
+        except OSError as error:
+            raise _failed(path, error) from error
+        self._writing = self._thread.submit(self._finish, path, {"step": step, "extra": extra}, next(_barriers))
+
+    def _finish(self, path: pathlib.Path, values: dict[str, Any], number: int) -> None:
+        """What follows on Orbax's writing, in the background."""
+        first = jax.process_index() == 0
+        try:
+            self._writer.wait_until_finished()
+            try:
+                if first:
+                    _seal.write(path, values)
+            finally:  # the others learn of the end, good or bad
+                self._barrier(key=f"metajax_sealed_{number}", timeout_ms=_TIMEOUT)
+            if not (path / _seal.NAME).exists():
+                raise OSError("process 0 could not seal it")
+            if first:
+                self._known[path] = values
+                self._remove_old(path)
+        except Exception as error:  # those of Orbax, and of what is below it, are of many types
+            raise _failed(path, error) from error
+
+    def _remove_old(self, path: pathlib.Path) -> None:
+        """Removes the checkpoints before this one that are too many, and those that are known to be damaged."""
+        # later ones stay: a run that a damaged one has set back comes to them again
+        until = [old for old in _seal.checkpoints(path.parent) if int(old.name) <= int(path.name)]
+        sound = [old for old in until if not isinstance(self._known.get(old), str)]
+        for old in until:
+            if old not in sound[: self._keep[path.parent.name]]:
+                self._known.pop(old, None)
+                shutil.rmtree(old)
+
+    def wait(self) -> None:
+        """Waits until what was saved is whole and sealed.
+
+        Raises:
+          CheckpointError: it could not be written.
+        """
+        if self._writing is not None:
+            concurrent.futures.wait([self._writing])  # after an interrupt here, it is still there to be waited for
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def latest(self, kind: str = "last") -> int | None:
+        """The step of the newest sound checkpoint, None where there is none; waits for what is being written.
+
+        Every byte of a checkpoint is looked at the first time.
+
+        Raises:
+          CheckpointError: what was being written could not be written.
+          ValueError: `kind` is neither "last" nor "best".
+        """
+        found = self._newest(self._folder(kind))
+        return None if found is None else found["step"]
+
+    def restore(self, like: MetaState, *, kind: str = "last") -> tuple[MetaState, dict[str, Any]]:
+        """Restores the newest sound checkpoint.
+
+        Args:
+          like: gives structure, shapes, dtypes and shardings. Its leaves are `jax.Array` or `jax.ShapeDtypeStruct`; one
+            without a sharding goes to the first device of the process. Devices, mesh and number of processes may
+            differ from those that saved.
+          kind: "last" or "best".
+
+        Returns:
+          The state, and the `extra` that was saved with it.
+
+        Raises:
+          CheckpointError: what was being written could not be written.
+          ValueError: there is no sound checkpoint, or it does not fit `like`; the error names the leaves.
+        """
+        folder = self._folder(kind)
+        self._known.clear()  # what is restored is looked at now
+        found = self._newest(folder)
+        if found is None:
+            raise ValueError(_nothing(folder, self.damaged))
+        return _leaves.read_state(folder / str(found["step"]), like), found["extra"]
 
     def close(self) -> None:
-        """Waits for what is being written."""
-        for manager in self._managers.values():
-            manager.close()
+        """Waits for what is being written, and ends.
 
+        Raises:
+          CheckpointError: it could not be written.
+        """
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._writer.close()
 
-def _plain(state: MetaState) -> dict[str, Any]:
-    """The state as NumPy arrays, which know nothing of devices: any number of them can restore it."""
-    fields = state._asdict()
-    fields["key"] = jax.random.key_data(state.key)
-    return {name: jax.tree.map(np.asarray, value) for name, value in fields.items() if jax.tree.leaves(value)}
+    def _folder(self, kind: str) -> pathlib.Path:
+        return self._root / _validate.one_of("kind", kind, tuple(self._keep))
+
+    def _newest(self, folder: pathlib.Path) -> dict[str, Any] | None:
+        self.wait()
+        found, damaged = _from_first(lambda: _seal.newest(folder, self._known))
+        self.damaged += [line for line in damaged if line not in self.damaged]
+        return found
 
 
 def restore_params(folder: str | pathlib.Path, *, kind: str = "last") -> tuple[Params, int]:
     """Restores the meta-parameters alone, as NumPy arrays, and the step they are from.
 
     Raises:
-      ValueError: there is no checkpoint of this kind.
+      ValueError: there is no sound checkpoint of this kind.
     """
-    root = pathlib.Path(folder).absolute() / kind
-    steps = [] if not root.is_dir() else ocp.utils.checkpoint_steps(root)
-    if not steps:
-        raise ValueError(f"there is no checkpoint in {root}")
-    with ocp.CheckpointManager(root) as manager:
-        arguments = ocp.args.Composite(state=ocp.args.StandardRestore())
-        stored = manager.restore(max(steps), args=arguments)
-    return jax.tree.map(np.asarray, stored.state["params"]), max(steps)
+    path = _open(folder, kind)
+    return _leaves.read_params(path), int(path.name)
+
+
+def warm_start(folder: str | pathlib.Path, params: Params, *, where: _tree.Where = None, kind: str = "last") -> Params:
+    """Takes meta-parameters from the newest sound checkpoint of another run, such as one of pre-training.
+
+    Args:
+      folder: the folder of its `Checkpoints`.
+      params: meta-parameters, arrays or `jax.ShapeDtypeStruct`.
+      where: a regular expression searched in the path of each leaf, or a predicate of the path: which ones to take.
+        None for all. The checkpoint may hold others too.
+      kind: "last" or "best".
+
+    Returns:
+      `params` with the leaves that `where` picks from the checkpoint, of the shape, dtype and sharding that was given;
+      where a NumPy array was given there is one again. The others are those that were given.
+
+    Raises:
+      ValueError: there is no sound checkpoint, `where` picks no leaf, or a leaf that it picks is not in the checkpoint
+        or has another shape or dtype there; the error names the leaves.
+
+    >>> import tempfile, jax, jax.numpy as jnp
+    >>> state = MetaState({"body": jnp.ones(2), "head": jnp.ones(5)}, (), (), jnp.array(0), jax.random.key(0))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     checkpoints = Checkpoints(folder)
+    ...     checkpoints.save(1, state, {})
+    ...     checkpoints.close()
+    ...     params = warm_start(folder, {"body": jnp.zeros(2), "head": jnp.zeros(3)}, where="body")
+    >>> params["body"].tolist(), params["head"].tolist()
+    ([1.0, 1.0], [0.0, 0.0, 0.0])
+    """
+    picked, rest = _tree.split(params, where)
+    restored = _leaves.read(_open(folder, kind), {"params": picked}, name="params", part=True)
+    return _tree.merge(restored["params"], rest)
+
+
+def _open(folder: str | pathlib.Path, kind: str) -> pathlib.Path:
+    """The folder of the newest sound checkpoint."""
+    place = pathlib.Path(folder).absolute() / _validate.one_of("kind", kind, ("last", "best"))
+    found, damaged = _from_first(lambda: _seal.newest(place, {}))
+    if found is None:
+        raise ValueError(_nothing(place, damaged))
+    return place / str(found["step"])
+
+
+def _nothing(folder: pathlib.Path, damaged: list[str]) -> str:
+    lines = [line for line in damaged if line.startswith(f"{folder.name}/")]
+    return f"there is no checkpoint in {folder}" + (f" that is whole: {'; '.join(lines)}" if lines else "")
+
+
+def _from_first(function: Callable[[], Any]) -> Any:
+    """The JSON value of `function` in process 0, in all of them."""
+    if jax.process_count() == 1:
+        return function()
+    text = json.dumps(function()).encode() if jax.process_index() == 0 else b""
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    padded = np.frombuffer(text.ljust(length), np.uint8)
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
+
+
+def _failed(path: pathlib.Path, error: Exception) -> CheckpointError:
+    """Removes what there is of a checkpoint that could not be written, and says why."""
+    place = next(parent for parent in path.parents if parent.is_dir())
+    free = shutil.disk_usage(place).free
+    if jax.process_index() == 0:
+        for left in (path, *path.parent.glob(f"{path.name}{_seal.UNFINISHED}*")):
+            if not (left / _seal.NAME).exists():
+                shutil.rmtree(left, ignore_errors=True)
+    return CheckpointError(f"cannot write the checkpoint {path} ({free} bytes are free there): {error}")
