@@ -1,70 +1,23 @@
-"""Checkpoints: asynchronous, sealed, elastic; what is damaged, what is full, what is killed."""
+"""Checkpoints: beside the training, in their order, on full disks, of several processes, and after kills."""
 
 import errno
-import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
 import threading
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+import states
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import metajax
 from metajax import training
 from metajax.training import _checkpoint, _seal
-
-
-class _Moments(NamedTuple):
-    mean: object
-    rest: object
-
-
-def _state(seed=0, width=4):
-    """A state with all that a state may hold: bf16, integers, lists, masks, empty states, keys."""
-    params = {
-        "body": {"conv_0": {"kernel": jax.random.normal(jax.random.key(seed), (8, width))}},
-        "head": [jnp.arange(8, dtype=jnp.bfloat16) + seed, jnp.full(8, seed, jnp.float32)],
-    }
-    mask = {"body": True, "head": [False, True]}
-    optimizer = optax.chain(optax.clip(1.0), optax.masked(optax.adam(1e-3), mask))
-    hypergrad = _Moments(jnp.arange(16.0).reshape(8, 2) * seed, {"keys": jax.random.split(jax.random.key(seed), 8)})
-    return metajax.MetaState(
-        params, optimizer.init(params), hypergrad, jnp.array(seed, jnp.int32), jax.random.key(seed + 1)
-    )
-
-
-def _plain(state):
-    return jax.tree.map(
-        lambda leaf: np.asarray(jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf),
-        state,
-    )
-
-
-def _assert_same(ours, theirs):
-    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-    for one, other in zip(jax.tree.leaves(_plain(ours)), jax.tree.leaves(_plain(theirs)), strict=True):
-        assert (one.dtype, one.shape, one.tobytes()) == (other.dtype, other.shape, other.tobytes())
-
-
-def _small(step):
-    return metajax.MetaState(
-        {"w": jnp.arange(6.0) * step}, (), (), jnp.array(step, jnp.int32), jax.random.key(step)
-    )  # fmt: skip
-
-
-@pytest.fixture
-def checkpoints(tmp_path):
-    made = training.Checkpoints(tmp_path)
-    yield made
-    made.close()
 
 
 @pytest.fixture
@@ -79,24 +32,6 @@ def gate(monkeypatch):
     monkeypatch.setattr(_seal, "write", held)
     yield event
     event.set()
-
-
-def test_what_is_restored_is_what_was_saved_bit_for_bit(checkpoints):
-    checkpoints.save(3, _state(3), {"seconds": 1.5, "position": [1, None]})
-    restored, extra = checkpoints.restore(_state(0))
-    _assert_same(restored, _state(3))
-    assert extra == {"seconds": 1.5, "position": [1, None]}
-    assert checkpoints.damaged == []
-    np.testing.assert_array_equal(jax.random.normal(restored.key), jax.random.normal(_state(3).key))
-
-
-def test_a_key_of_another_generator_stays_one(checkpoints):
-    state = _small(1)._replace(key=jax.random.key(5, impl="rbg"))
-    checkpoints.save(1, state, {})
-    like = jax.eval_shape(lambda: state)
-    _assert_same(checkpoints.restore(like)[0], state)
-    with pytest.raises(ValueError, match=r"key is uint32\[4\] in the checkpoint, uint32\[2\] here"):
-        checkpoints.restore(_small(1))
 
 
 @pytest.mark.parametrize("devices", [1, 8])
@@ -117,9 +52,9 @@ def test_a_state_may_be_donated_as_soon_as_save_returns(checkpoints, devices):
 
 
 def test_save_returns_before_the_seal_and_the_next_one_waits_for_it(tmp_path, checkpoints, gate):
-    checkpoints.save(1, _small(1), {})
+    checkpoints.save(1, states.small(1), {})
     assert not (tmp_path / "last" / "1" / "seal.json").exists()
-    second = threading.Thread(target=checkpoints.save, args=(2, _small(2), {}))
+    second = threading.Thread(target=checkpoints.save, args=(2, states.small(2), {}))
     second.start()
     second.join(0.3)
     assert second.is_alive()
@@ -132,8 +67,8 @@ def test_save_returns_before_the_seal_and_the_next_one_waits_for_it(tmp_path, ch
 def test_the_newest_stay_and_the_best_one_until_its_successor_is_sealed(tmp_path, monkeypatch):
     checkpoints = training.Checkpoints(tmp_path, keep=3)
     for step in range(1, 6):
-        checkpoints.save(step, _small(step), {})
-    checkpoints.save(2, _small(2), {}, kind="best")
+        checkpoints.save(step, states.small(step), {})
+    checkpoints.save(2, states.small(2), {}, kind="best")
     checkpoints.wait()
     assert sorted(os.listdir(tmp_path / "last")) == ["3", "4", "5"]
     write = _seal.write
@@ -145,7 +80,7 @@ def test_the_newest_stay_and_the_best_one_until_its_successor_is_sealed(tmp_path
 
     seen = []
     monkeypatch.setattr(_seal, "write", watched)
-    checkpoints.save(4, _small(4), {}, kind="best")
+    checkpoints.save(4, states.small(4), {}, kind="best")
     checkpoints.close()
     assert seen == [["2", "4"]]
     assert os.listdir(tmp_path / "best") == ["4"]
@@ -153,213 +88,38 @@ def test_the_newest_stay_and_the_best_one_until_its_successor_is_sealed(tmp_path
 
 def test_a_sound_step_is_left_and_a_damaged_one_replaced(tmp_path, checkpoints):
     seal = tmp_path / "last" / "1" / "seal.json"
-    checkpoints.save(1, _small(1), {"first": True})
+    checkpoints.save(1, states.small(1), {"first": True})
     checkpoints.wait()
     before = seal.stat().st_mtime_ns
-    checkpoints.save(1, _small(7), {"first": False})
+    checkpoints.save(1, states.small(7), {"first": False})
     assert checkpoints.latest() == 1
     assert seal.stat().st_mtime_ns == before
     seal.unlink()
     again = training.Checkpoints(tmp_path)
-    again.save(1, _small(7), {"first": False})
-    restored, extra = again.restore(_small(0))
+    again.save(1, states.small(7), {"first": False})
+    restored, extra = again.restore(states.small(0))
     again.close()
     assert extra == {"first": False}
-    _assert_same(restored, _small(7))
-
-
-_DATA = "ocdbt.process_0/manifest.ocdbt"  # small arrays are in there
-
-
-def _cut(folder):
-    (folder / _DATA).write_bytes((folder / _DATA).read_bytes()[:10])
-
-
-def _flip(folder):
-    content = bytearray((folder / _DATA).read_bytes())
-    content[len(content) // 2] ^= 1
-    (folder / _DATA).write_bytes(content)
-
-
-def _point_outside(folder):
-    secret, path = folder.parent.parent / "secret", folder / "seal.json"
-    secret.write_text("")
-    body = json.loads(path.read_text())
-    del body["sha256"]
-    body["files"]["../../secret"] = {"bytes": 0, "sha256": _seal._digest(secret)}
-    path.write_text(json.dumps({"sha256": _seal._digest_of(body), **body}))
-
-
-def _link_outside(folder):
-    path = folder / "_METADATA"
-    shutil.move(path, folder.parent.parent / "elsewhere")
-    path.symlink_to(folder.parent.parent / "elsewhere")
-
-
-def _rename(folder):
-    shutil.copytree(folder, folder.parent / "9")
-
-
-def _write_seal(text):
-    return lambda folder: (folder / "seal.json").write_text(text)
-
-
-_DAMAGES = {
-    "last/2 was never finished": lambda folder: (folder / "seal.json").unlink(),
-    "last/2/_METADATA is missing": lambda folder: (folder / "_METADATA").unlink(),
-    f"last/2/{_DATA} is 10 bytes, was ": _cut,
-    f"last/2/{_DATA} has other bytes than were written": _flip,
-    "last/2/seal.json has other bytes than were written": _write_seal('{"sha'),
-    "last/2/seal.json has other bytes than": _write_seal('{"sha256": "", "files": {}}'),
-    "last/2/seal.json has other bytes": _write_seal("[]"),
-    "last/2/seal.json names '../../secret', which is outside of the folder": _point_outside,
-    "last/2/seal.json names '_METADATA', which is outside of the folder": _link_outside,
-    "last/9/seal.json is of step 2": _rename,
-}
-
-
-@pytest.mark.parametrize("told", _DAMAGES)
-def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, told):
-    checkpoints = training.Checkpoints(tmp_path)
-    for step in (1, 2):
-        checkpoints.save(step, _small(step), {"step": step})
-    checkpoints.close()
-    _DAMAGES[told](tmp_path / "last" / "2")
-    checkpoints = training.Checkpoints(tmp_path)
-    sound = 2 if "9" in told else 1
-    assert checkpoints.latest() == sound
-    restored, extra = checkpoints.restore(_small(0))
-    checkpoints.close()
-    _assert_same(restored, _small(sound))
-    assert extra == {"step": sound}
-    (line,) = checkpoints.damaged
-    assert line.startswith(told)
-    params, step = _checkpoint.restore_params(tmp_path)
-    assert (step, params["w"].tolist()) == (sound, (np.arange(6.0) * sound).tolist())
-
-
-def test_damage_after_the_first_look_is_found_by_restore(tmp_path, checkpoints):
-    for step in (1, 2):
-        checkpoints.save(step, _small(step), {})
-    assert checkpoints.latest() == 2
-    _flip(tmp_path / "last" / "2")
-    _assert_same(checkpoints.restore(_small(0))[0], _small(1))
-    assert checkpoints.latest() == 1
-
-
-def test_where_nothing_is_whole_every_damage_is_told(tmp_path, checkpoints):
-    with pytest.raises(ValueError, match=r"there is no checkpoint in .*last$"):
-        checkpoints.restore(_small(0))
-    for step in (1, 2):
-        checkpoints.save(step, _small(step), {})
-        checkpoints.wait()
-        (tmp_path / "last" / str(step) / "_METADATA").unlink()
-    with pytest.raises(ValueError, match=r"that is whole: last/2/_METADATA is missing; last/1/_METADATA is missing"):
-        checkpoints.restore(_small(0))
-    with pytest.raises(ValueError, match="that is whole: last/2/_METADATA is missing"):
-        _checkpoint.restore_params(tmp_path)
-    assert checkpoints.latest() is None
-
-
-def test_damaged_ones_do_not_count_among_those_that_stay(tmp_path, checkpoints):
-    for step in (1, 2):
-        checkpoints.save(step, _small(step), {})
-    checkpoints.wait()
-    _flip(tmp_path / "last" / "2")
-    again = training.Checkpoints(tmp_path)
-    assert again.latest() == 1
-    again.save(3, _small(3), {})
-    again.close()
-    assert sorted(os.listdir(tmp_path / "last")) == ["1", "3"]
-
-
-def test_what_a_kill_left_unfinished_is_named_and_swept(tmp_path, checkpoints):
-    checkpoints.save(1, _small(1), {})
-    checkpoints.wait()
-    left = tmp_path / "last" / "2.orbax-checkpoint-tmp"
-    shutil.copytree(tmp_path / "last" / "1", left)
-    (left / "seal.json").unlink()
-    again = training.Checkpoints(tmp_path)
-    assert again.latest() == 1
-    assert again.damaged == ["last/2.orbax-checkpoint-tmp was never finished"]
-    again.save(3, _small(3), {})
-    again.close()
-    assert sorted(os.listdir(tmp_path / "last")) == ["1", "3"]
-
-
-def _on(mesh_shape, spec, devices):
-    names = ("task", "model")[: len(mesh_shape)]
-    mesh = Mesh(np.array(jax.devices()[:devices]).reshape(mesh_shape), names)
-    return lambda leaf: NamedSharding(mesh, spec if leaf.ndim and leaf.shape[0] == 8 else PartitionSpec())
-
-
-_PLACES = {
-    "four": _on((4,), PartitionSpec("task"), 4),
-    "two": _on((2,), PartitionSpec("task"), 2),
-    "a mesh of two axes": _on((2, 4), PartitionSpec(("model", "task")), 8),
-    "one": lambda leaf: SingleDeviceSharding(jax.devices()[3]),
-}
-
-
-@pytest.mark.parametrize(("before", "after"), [("four", after) for after in _PLACES] + [("one", "four")])
-@pytest.mark.parametrize("abstract", [False, True])
-def test_a_checkpoint_is_restored_on_other_devices(checkpoints, before, after, abstract):
-    put = lambda state, place: jax.tree.map(lambda leaf: jax.device_put(leaf, _PLACES[place](leaf)), state)  # noqa: E731
-    checkpoints.save(5, put(_state(5), before), {})
-    like = put(_state(0), after)
-    if abstract:
-        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), like)
-    restored, _ = checkpoints.restore(like)
-    _assert_same(restored, _state(5))
-    for leaf, given in zip(jax.tree.leaves(restored), jax.tree.leaves(like), strict=True):
-        assert leaf.sharding.is_equivalent_to(given.sharding, leaf.ndim)
-
-
-def test_a_structure_without_places_goes_to_the_first_device(checkpoints):
-    checkpoints.save(5, _state(5), {})
-    restored, _ = checkpoints.restore(jax.eval_shape(lambda: _state(0)))
-    _assert_same(restored, _state(5))
-    assert {device for leaf in jax.tree.leaves(restored) for device in leaf.devices()} == {jax.devices()[0]}
-
-
-def test_another_architecture_is_refused_with_the_leaves(checkpoints):
-    checkpoints.save(1, _state(1), {})
-    with pytest.raises(ValueError, match="like must fit the checkpoint") as raised:
-        checkpoints.restore(_state(1, width=6))
-    assert "params/body/conv_0/kernel is float32[8,4] in the checkpoint, float32[8,6] here" in str(raised.value)
-    other = _state(1)
-    other.params["head"][1] = other.params["head"][1].astype(jnp.bfloat16)
-    with pytest.raises(ValueError, match=r"params/head/1 is float32\[8\] in the checkpoint, bfloat16\[8\] here"):
-        checkpoints.restore(other)
-    other = _state(1)
-    other.params["tail"] = other.params.pop("head")
-    with pytest.raises(ValueError, match="params/tail/0 is not in the checkpoint") as raised:
-        checkpoints.restore(other)
-    assert "params/head/1 is only in the checkpoint" in str(raised.value)
-    with pytest.raises(ValueError, match="hypergrad_state/mean is only in the checkpoint"):
-        checkpoints.restore(_state(1)._replace(hypergrad_state=()))
-    many = _state(1)._replace(params={f"layer_{number}": jnp.ones(2) for number in range(20)})
-    with pytest.raises(ValueError, match=r"and \d+ more$"):
-        checkpoints.restore(many)
+    states.assert_same(restored, states.small(7))
 
 
 def test_bad_arguments_are_refused(tmp_path, checkpoints):
     with pytest.raises(ValueError, match="keep must be an integer of at least 1, got 0"):
         training.Checkpoints(tmp_path, keep=0)
     with pytest.raises(ValueError, match="step must be an integer of at least 0, got -1"):
-        checkpoints.save(-1, _small(1), {})
+        checkpoints.save(-1, states.small(1), {})
     for call in (
-        lambda: checkpoints.save(1, _small(1), {}, kind="../other"),
+        lambda: checkpoints.save(1, states.small(1), {}, kind="../other"),
         lambda: checkpoints.latest("worst"),
-        lambda: checkpoints.restore(_small(1), kind="worst"),
+        lambda: checkpoints.restore(states.small(1), kind="worst"),
         lambda: _checkpoint.restore_params(tmp_path, kind="worst"),
         lambda: training.warm_start(tmp_path, {}, kind="worst"),
     ):
         with pytest.raises(ValueError, match="kind must be one of 'last', 'best', got "):
             call()
     with pytest.raises(ValueError, match=r"extra must hold JSON values, got .'array': "):
-        checkpoints.save(1, _small(1), {"array": np.ones(2)})
-    twice = _small(1)._replace(params={"a/b": jnp.ones(1), "a": {"b": jnp.ones(1)}})
+        checkpoints.save(1, states.small(1), {"array": np.ones(2)})
+    twice = states.small(1)._replace(params={"a/b": jnp.ones(1), "a": {"b": jnp.ones(1)}})
     with pytest.raises(ValueError, match="state must have one leaf for each path, got two for params/a/b"):
         checkpoints.save(1, twice, {})
     assert checkpoints.latest() is None
@@ -367,7 +127,7 @@ def test_bad_arguments_are_refused(tmp_path, checkpoints):
 
 def _fill(tmp_path):
     """States of 1 MB in a file system of 3."""
-    state = lambda step: _small(step)._replace(params={"w": jnp.full(2**18, step, jnp.float32)})  # noqa: E731
+    state = lambda step: states.small(step)._replace(params={"w": jnp.full(2**18, step, jnp.float32)})  # noqa: E731
     checkpoints = training.Checkpoints(tmp_path)
     checkpoints.save(1, state(1), {"step": 1})
     checkpoints.save(2, state(2), {"step": 2})
@@ -377,7 +137,7 @@ def _fill(tmp_path):
         checkpoints.wait()
     assert sorted(os.listdir(tmp_path / "last")) == ["1", "2"]
     restored, extra = checkpoints.restore(state(0))
-    _assert_same(restored, state(2))
+    states.assert_same(restored, state(2))
     assert (extra, checkpoints.damaged) == ({"step": 2}, [])
     subprocess.run(["mount", "-o", "remount,size=8m", tmp_path], check=True)
     checkpoints.save(3, state(3), {})
@@ -401,19 +161,19 @@ def _no_space(*arguments, **keywords):
 
 @pytest.mark.parametrize("how", ["write", "seal", "start"])
 def test_what_cannot_be_written_is_told_once_and_leaves_nothing(tmp_path, checkpoints, monkeypatch, how):
-    checkpoints.save(1, _small(1), {})
+    checkpoints.save(1, states.small(1), {})
     checkpoints.wait()
     place = {"write": (checkpoints._writer.handler, "finalize"), "seal": (_seal.os, "replace")}
     with monkeypatch.context() as patched:
         patched.setattr(*place.get(how, (checkpoints._writer, "save")), _no_space)
         if how != "start":  # in the background: told by the next save
-            checkpoints.save(2, _small(2), {})
+            checkpoints.save(2, states.small(2), {})
         with pytest.raises(training.CheckpointError, match="No space left on device"):
-            checkpoints.save(2, _small(2), {})
+            checkpoints.save(2, states.small(2), {})
     checkpoints.wait()
-    restored, _ = checkpoints.restore(_small(0))
-    _assert_same(restored, _small(1))
-    checkpoints.save(2, _small(2), {})
+    restored, _ = checkpoints.restore(states.small(0))
+    states.assert_same(restored, states.small(1))
+    checkpoints.save(2, states.small(2), {})
     assert checkpoints.latest() == 2
     assert sorted(os.listdir(tmp_path / "last")) == ["1", "2"]
 
@@ -421,46 +181,9 @@ def test_what_cannot_be_written_is_told_once_and_leaves_nothing(tmp_path, checkp
 def test_close_tells_what_was_not_written(tmp_path, monkeypatch):
     checkpoints = training.Checkpoints(tmp_path)
     monkeypatch.setattr(_seal, "write", _no_space)
-    checkpoints.save(1, _small(1), {})
+    checkpoints.save(1, states.small(1), {})
     with pytest.raises(training.CheckpointError, match="last/1"):
         checkpoints.close()
-
-
-def test_meta_parameters_alone_are_numpy_arrays_in_their_containers(tmp_path):
-    checkpoints = training.Checkpoints(tmp_path)
-    checkpoints.save(4, _state(4), {}, kind="best")
-    checkpoints.close()
-    params, step = _checkpoint.restore_params(tmp_path, kind="best")
-    assert step == 4
-    assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(params))
-    _assert_same(params, _state(4).params)
-    with pytest.raises(ValueError, match=r"there is no checkpoint in .*last"):
-        _checkpoint.restore_params(tmp_path)
-
-
-def test_warm_start_takes_what_is_picked(tmp_path):
-    checkpoints = training.Checkpoints(tmp_path)
-    checkpoints.save(1, _state(1), {})
-    checkpoints.close()
-    given = {"body": {"conv_0": {"kernel": jnp.zeros((8, 4))}}, "head": [jnp.zeros(3)], "new": jnp.ones(2)}
-    found = training.warm_start(tmp_path, given, where="^body/")
-    _assert_same(found["body"], _state(1).params["body"])
-    assert found["head"][0] is given["head"][0]
-    assert found["new"] is given["new"]
-    found = training.warm_start(tmp_path, given, where=lambda path: path.endswith("kernel"))
-    _assert_same(found["body"], _state(1).params["body"])
-    _assert_same(training.warm_start(tmp_path, _state(0).params), _state(1).params)
-    split = _PLACES["four"](given["body"]["conv_0"]["kernel"])
-    given["body"]["conv_0"]["kernel"] = jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=split)
-    assert training.warm_start(tmp_path, given, where="body")["body"]["conv_0"]["kernel"].sharding == split
-    given["body"]["conv_0"]["kernel"] = np.zeros((8, 4), np.float32)
-    assert type(training.warm_start(tmp_path, given, where="body")["body"]["conv_0"]["kernel"]) is np.ndarray
-    with pytest.raises(ValueError, match=r"params must fit the checkpoint .*: params/new is not in the checkpoint"):
-        training.warm_start(tmp_path, given)
-    with pytest.raises(ValueError, match=r"params/head/0 is bfloat16\[8\] in the checkpoint, float32\[3\] here"):
-        training.warm_start(tmp_path, given, where="head")
-    with pytest.raises(ValueError, match="where must pick at least one leaf, got 'tail'"):
-        training.warm_start(tmp_path, given, where="tail")
 
 
 def test_a_loop_that_donates_saves_each_step_as_it_was(tmp_path):
@@ -468,7 +191,7 @@ def test_a_loop_that_donates_saves_each_step_as_it_was(tmp_path):
         params = jax.tree.map(lambda leaf: leaf + 1, state.params)
         return state._replace(params=params, step=state.step + 1), {"loss": batch}
 
-    start = _small(0)._replace(params={"w": jnp.zeros(2**18)})
+    start = states.small(0)._replace(params={"w": jnp.zeros(2**18)})
     checkpoints = training.Checkpoints(tmp_path, keep=20)
     saving = training.Saving(checkpoints, every=1, steps=12, extra=dict)
     training.fit(update, start, [jnp.ones([])] * 12, steps=12, callbacks=[saving])
@@ -483,12 +206,12 @@ def test_a_loop_that_donates_saves_each_step_as_it_was(tmp_path):
 
 def test_save_now_seals_before_it_returns_whatever_the_interval(tmp_path, checkpoints):
     saving = training.Saving(checkpoints, every=100, steps=1000, extra=lambda: {"position": 7})
-    saving(3, _small(3), {"loss": 1.0})
+    saving(3, states.small(3), {"loss": 1.0})
     assert not (tmp_path / "last").exists()
-    saving.save_now(3, _small(3))
+    saving.save_now(3, states.small(3))
     assert (tmp_path / "last" / "3" / "seal.json").exists()
-    assert checkpoints.restore(_small(0))[1] == {"position": 7}
-    broken = _small(4)._replace(params={"w": jnp.full(6, jnp.nan)})
+    assert checkpoints.restore(states.small(0))[1] == {"position": 7}
+    broken = states.small(4)._replace(params={"w": jnp.full(6, jnp.nan)})
     with pytest.raises(training.NonFiniteError, match="after step 4"):
         saving.save_now(4, broken)
 
@@ -501,7 +224,7 @@ def test_callbacks_wait_when_they_close(tmp_path, checkpoints, gate, kind):
         recorder = training.Recorder(tmp_path, every=1, tensorboard=False)
         score = lambda params: {"score": 1.0}  # noqa: E731
         callback = training.Validation(score, recorder, every=1, checkpoints=checkpoints, better=("score", 1))
-    callback(1, _small(1), {"loss": 1.0})
+    callback(1, states.small(1), {"loss": 1.0})
     assert not list(tmp_path.glob("*/1/seal.json"))
     threading.Timer(0.2, gate.set).start()
     callback.close()
@@ -572,7 +295,7 @@ def test_two_processes_save_what_one_restores(tmp_path):
     for kind in ("last", "best"):
         restored, _ = checkpoints.restore(like, kind=kind)
         expected = {"split": jnp.arange(8.0) * 3, "whole": jnp.ones(3) * 3}
-        _assert_same(restored, metajax.MetaState(expected, (), (), jnp.array(3, jnp.int32), jax.random.key(3)))
+        states.assert_same(restored, metajax.MetaState(expected, (), (), jnp.array(3, jnp.int32), jax.random.key(3)))
     checkpoints.close()
     assert checkpoints.damaged == []
 
