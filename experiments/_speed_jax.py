@@ -68,11 +68,9 @@ def _meta_step(job: Job) -> tuple[Any, Any]:
         devices = jax.local_devices()[: math.gcd(tasks, jax.local_device_count())]
         if devices[0].platform != "cpu":  # one, as the peers have
             devices = devices[:1]
-        outer = metajax.outer_update(
-            learner, optax.adam(1e-3), hypergrad=estimator, before=False, axis_name="task" if devices[1:] else None
-        )
+        outer = metajax.outer_update(learner, optax.adam(1e-3), hypergrad=estimator, before=False)
         if devices[1:]:
-            outer = metajax.parallel.shard_tasks(outer, devices=devices)
+            outer = metajax.parallel.shard(outer, metajax.parallel.make_mesh(devices=devices))
         call, facts = stepper(outer, outer.init(jax.random.key(0), episode, params=params), episodes)
         return call, {**facts, "flops": tasks * _flops(gradient, params, episode)}
 

@@ -140,14 +140,12 @@ def meta_step(config: Any, experiment: Any, tasks: int) -> Any:
     """The meta step, over all local devices where the tasks divide, on augmented episodes where the config says so."""
     import metajax
 
-    devices = _devices(tasks)
-    spread = len(devices) > 1
     outer = metajax.outer_update(
-        experiment.trained, experiment.optimizer, hypergrad=experiment.hypergrad,
-        axis_name="task" if spread else None, before=config.log.before,
-    )  # fmt: skip
-    if spread:
-        outer = metajax.parallel.shard_tasks(outer, devices=devices)
+        experiment.trained, experiment.optimizer, hypergrad=experiment.hypergrad, before=config.log.before
+    )
+    devices = _devices(tasks)
+    if len(devices) > 1:
+        outer = metajax.parallel.shard(outer, metajax.parallel.make_mesh(devices=devices))
     if experiment.transform is not None:
         outer = metajax.training.augment(outer, experiment.transform)
     return outer
@@ -163,9 +161,6 @@ def _devices(tasks: int) -> list[Any]:
 
 def stream(config: Any, experiment: Any, source: Any, start: int = 0) -> Any:
     """The batches of the pipeline from a position on, each task on the device of the meta step that trains on it."""
-    import jax
-    import numpy as np
-
     import metajax
 
     tasks = size = config.outer.meta_batch
@@ -173,9 +168,10 @@ def stream(config: Any, experiment: Any, source: Any, start: int = 0) -> Any:
         batches, tasks = metajax.data.batches(source, size, config.seed, start=start), 1
     else:
         batches = metajax.data.episodes(source, experiment.train_spec, batch=size, seed=config.seed, start=start)
-    mesh = jax.sharding.Mesh(np.array(_devices(tasks)), ("task",))
-    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("task"))
-    return metajax.data.prefetch_to_device(batches, device=split if mesh.size > 1 else None)
+    mesh = metajax.parallel.make_mesh(devices=_devices(tasks))
+    return metajax.data.prefetch_to_device(
+        batches, device=metajax.parallel.task_sharding(mesh) if mesh.size > 1 else None
+    )
 
 
 def _evaluate(experiment: Any, params: Any, source: Any, config: Any, episodes: int) -> Any:

@@ -25,6 +25,15 @@ def paths(tree: PyTree) -> list[str]:
     return [_path(path) for path, _ in jax.tree.leaves_with_path(tree)]
 
 
+def map_with_path(function: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
+    """A tree of what `function(path, leaf)` gives.
+
+    >>> map_with_path(lambda path, leaf: f"{path}={leaf}", {"head": 2})
+    {'head': 'head=2'}
+    """
+    return jax.tree.map_with_path(lambda path, leaf: function(_path(path), leaf), tree)
+
+
 def _path(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 

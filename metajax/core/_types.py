@@ -158,6 +158,23 @@ class MetaState(NamedTuple):
     key: jax.Array
 
 
+class Sums(NamedTuple):
+    """Weighted sums over tasks: all that has to be reduced over chunks and devices.
+
+    Attributes:
+      weight: how many tasks count.
+      grads: sum of their hypergradients.
+      metrics: sums of what describes them.
+
+    >>> Sums._fields
+    ('weight', 'grads', 'metrics')
+    """
+
+    weight: Any
+    grads: Any
+    metrics: Any
+
+
 class OuterUpdate(NamedTuple):
     """A compiled-friendly meta step, made by `metajax.outer_update`.
 
@@ -165,11 +182,17 @@ class OuterUpdate(NamedTuple):
       init: `(key, episode, params=None) -> MetaState`; one episode (no task axis) gives the shapes.
       update: `(state, episodes) -> (state, metrics)`; every leaf of `episodes` has a leading task axis.
       axis_name: the `pmap` or `shard_map` axis that `update` must run under, None for none.
+      sums: `(state, episodes, axes) -> (sums, hypergrad_state)`, the first half of `update`: the hypergradients and
+        metrics of these tasks, summed, and not yet over the `shard_map` axes along which the tasks are spread.
+      apply: `(state, sums, hypergrad_state) -> (state, metrics)`, the second half: the step of the optimizer. The two
+        are what `metajax.parallel.shard` needs; None where `update` is no longer made of them.
 
     >>> OuterUpdate._fields
-    ('init', 'update', 'axis_name')
+    ('init', 'update', 'axis_name', 'sums', 'apply')
     """
 
     init: Callable[..., MetaState]
     update: Callable[..., tuple[MetaState, dict[str, Any]]]
     axis_name: str | None = None
+    sums: Callable[..., tuple[Any, Any]] | None = None
+    apply: Callable[..., tuple[MetaState, dict[str, Any]]] | None = None

@@ -44,13 +44,19 @@ class DeviceIterator(Iterator[Any]):
             except Exception as error:  # the end of the stream too: it comes after the batches that wait
                 self._waiting.append((None, self.position, error))
             else:
-                placed = jax.device_put(batch, self._device)
+                placed = _put(batch, self._device)
                 self._waiting.append((placed, getattr(self._stream, "position", None), None))
         batch, position, raised = self._waiting.popleft()
         if raised is not None:
             raise raised
         self.position = position
         return batch
+
+
+def _put(batch: Any, device: Any) -> Any:
+    if isinstance(device, jax.sharding.Sharding) and not device.is_fully_addressable:
+        return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(device, leaf), batch)
+    return jax.device_put(batch, device)
 
 
 def prefetch_to_device(stream: Iterable[Any], size: int = 2, device: Any = None) -> DeviceIterator:
@@ -62,8 +68,8 @@ def prefetch_to_device(stream: Iterable[Any], size: int = 2, device: Any = None)
     Args:
       stream: an iterable of pytrees, such as `metajax.data.episodes`.
       size: how many batches are fetched ahead, the one that is handed out next included.
-      device: a device or a sharding; JAX's default device by default. A sharding of the leading axis over the devices
-        of `metajax.parallel.shard_tasks` gives each device its own tasks.
+      device: a device or a sharding; JAX's default device by default. `metajax.parallel.task_sharding(mesh)` gives
+        each device its own tasks; over several processes, each gives the batches of its own devices.
 
     Returns:
       An iterator of batches of `jax.Array`, in order. Its `position` is that of the stream, where the stream has one,

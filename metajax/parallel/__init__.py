@@ -1,5 +1,17 @@
 """Devices: the meta step over more than one."""
 
-from metajax.parallel._spmd import shard_tasks
+from metajax.parallel._collectives import collective_bytes
+from metajax.parallel._mesh import make_mesh
+from metajax.parallel._rules import largest_axis, partition_specs
+from metajax.parallel._spmd import num_groups, pad_tasks, shard, task_sharding
 
-__all__ = ["shard_tasks"]
+__all__ = [
+    "collective_bytes",
+    "largest_axis",
+    "make_mesh",
+    "num_groups",
+    "pad_tasks",
+    "partition_specs",
+    "shard",
+    "task_sharding",
+]

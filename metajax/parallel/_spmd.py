@@ -1,63 +1,187 @@
-"""The same meta step over several devices."""
+"""The meta step on a mesh."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from metajax.core import _validate
-from metajax.core._types import MetaState, OuterUpdate
+from metajax.core._types import MetaState, OuterUpdate, Sums
+from metajax.parallel import _rules
+
+_WHOLE = PartitionSpec()
 
 
-def shard_tasks(outer: OuterUpdate, *, devices: Sequence[jax.Device] | None = None) -> OuterUpdate:
-    """Spreads the tasks of each step over devices with `shard_map`.
+def shard(outer: OuterUpdate, mesh: Mesh, rules: _rules.Rules = ()) -> OuterUpdate:
+    """Spreads the meta step over a mesh: tasks over `task` and `fsdp`, parameters over `fsdp` and `model`.
+
+    Each device (or group of devices along `model`) takes its own tasks with the whole parameters, which it gathers
+    from its
+    `fsdp` neighbours once a step, and nothing is communicated until the sums over tasks are reduced: one all-reduce
+    of the
+    hypergradient, or a reduce-scatter of what is divided. So the traffic does not grow with tasks, inner steps or
+    examples. Optimizer state is divided as its parameters are, and the optimizer runs on the parts. Along `model` the
+    compiler divides the computation, as the rules divide the weights.
 
     Args:
-      outer: made by `metajax.outer_update(..., axis_name=...)`, with any name.
-      devices: which devices; all local ones by default.
+      outer: of `metajax.outer_update`, without an axis name.
+      mesh: of `make_mesh`.
+      rules: which parameter is divided how (see `partition_specs`), () for none. Only one dimension of a parameter
+        can lie on
+        `fsdp`, alone.
 
     Returns:
-      An `OuterUpdate` with the same signature: parameters replicated, episodes split along their task axis.
+      An `OuterUpdate` with the same signature, for `jit`, on arrays that lie on the mesh: `init` makes the state
+      where it
+      belongs (the shapes first, then one compiled program), and episodes are divided along `task_sharding`,
+      or by the compiler. State that goes in comes out with the same shardings, and may be donated.
 
     Raises:
-      ValueError: `outer` has no axis name; or (when called) the number of tasks is not a multiple
-        of the number of devices.
+      ValueError: `outer` is not what `outer_update` made, or has an axis name; rules that `partition_specs`
+        refuses; or (when
+        called) a number of tasks that the devices do not divide, which `pad_tasks` mends.
 
     >>> import jax, jax.numpy as jnp, optax, metajax
     >>> learner = metajax.learners.maml(metajax.models.mlp(outputs=2), inner=optax.sgd(0.1))
-    >>> outer = metajax.outer_update(learner, optax.adam(1e-3), hypergrad=metajax.hypergrad.mixed_mode(),
-    ...                              axis_name="task")
-    >>> outer = metajax.parallel.shard_tasks(outer)
+    >>> outer = metajax.outer_update(learner, optax.adam(1e-3), hypergrad=metajax.hypergrad.mixed_mode())
+    >>> mesh = metajax.parallel.make_mesh(task=-1)
+    >>> outer = metajax.parallel.shard(outer, mesh)
     >>> examples = metajax.Examples(jnp.eye(4), jnp.array([0, 0, 1, 1]), jnp.ones(4, bool))
     >>> episode = metajax.Episode(examples, examples)
-    >>> episodes = jax.tree.map(lambda leaf: jnp.stack([leaf] * jax.local_device_count()), episode)
+    >>> episodes = jax.tree.map(lambda leaf: jnp.stack([leaf] * mesh.size), episode)
     >>> state, metrics = jax.jit(outer.update)(outer.init(jax.random.key(0), episode), episodes)
     >>> int(state.step)
     1
     """
     _validate.instance("outer", outer, OuterUpdate)
-    axis_name = outer.axis_name
-    if axis_name is None:
-        raise ValueError('outer must be made with an axis name, as outer_update(..., axis_name="task"), got None')
-    chosen = jax.local_devices() if devices is None else list(devices)
-    mesh = Mesh(np.array(chosen), (axis_name,))
-    same: Any = PartitionSpec()
-    split: Any = PartitionSpec(axis_name)
-    layout = MetaState(params=same, opt_state=same, hypergrad_state=split, step=same, key=same)
-    sharded = jax.shard_map(outer.update, mesh=mesh, in_specs=(layout, split), out_specs=(layout, same))
+    _validate.instance("mesh", mesh, Mesh)
+    sums, apply = outer.sums, outer.apply
+    if sums is None or apply is None or outer.axis_name is not None:
+        raise ValueError(
+            "outer must come from outer_update, without axis_name; shard it first, then augment it or wrap it otherwise"
+        )
+    axes = tuple(name for name in ("task", "fsdp") if mesh.shape[name] > 1)
+    by_hand = set(axes) if mesh.shape["model"] > 1 else set(mesh.axis_names)
+    count = num_groups(mesh)
+    by_task = PartitionSpec(axes) if axes else _WHOLE
+
+    def specs_of(state: MetaState) -> Any:
+        params = _rules.partition_specs(state.params, mesh, rules)
+        opt_state = _rules.like_params(state.opt_state, state.params, params)
+        kept = jax.tree.map(lambda _: by_task, state.hypergrad_state)
+        return state._replace(params=params, opt_state=opt_state, hypergrad_state=kept, step=_WHOLE, key=_WHOLE)  # type: ignore[arg-type]
 
     def init(*arguments: Any, **keywords: Any) -> MetaState:
-        # placed where update leaves it, so that the second call finds what the first one compiled
-        return jax.device_put(outer.init(*arguments, **keywords), NamedSharding(mesh, same))
+        shapes = jax.eval_shape(lambda: outer.init(*arguments, **keywords))
+        placed = _rules.shardings(mesh, specs_of(shapes))
+        return jax.jit(lambda: outer.init(*arguments, **keywords), out_shardings=placed)()
 
     def update(state: MetaState, episodes: Any) -> tuple[MetaState, dict[str, Any]]:
         num_tasks = jax.tree.leaves(episodes)[0].shape[0]
-        if num_tasks % len(chosen):
-            raise ValueError(f"the number of tasks must be a multiple of {len(chosen)} devices, got {num_tasks}")
-        return sharded(state, episodes)
+        if num_tasks % count:
+            raise ValueError(f"the number of tasks must be a multiple of {count} groups of devices, got {num_tasks}")
+        specs = specs_of(state)
+        dimensions = jax.tree.map(_fsdp_dimension, specs.params, is_leaf=_is_spec)
+        # the axes that the function below deals with itself; `model` stays the compiler's
+        held = jax.tree.map(lambda dimension: _WHOLE if dimension < 0 else _at(dimension), dimensions)
 
-    return OuterUpdate(init, update)  # and no axis name: the axis is bound here
+        def local(params: Any, hypergrad_state: Any, step: Any, key: Any, episodes: Any) -> tuple[Any, Any]:
+            whole = jax.tree.map(_gather, params, dimensions)
+            total, hypergrad_state = sums(MetaState(whole, (), hypergrad_state, step, key), episodes, axes)
+            # None where a parameter is not trained
+            grads = jax.tree.map(
+                lambda grad, dimension: None if grad is None else _reduce(grad, dimension, axes),
+                total.grads, dimensions, is_leaf=lambda leaf: leaf is None,
+            )  # fmt: skip
+            rest = total._replace(grads=())
+            return (jax.lax.psum(rest, axes) if axes else rest)._replace(grads=grads), hypergrad_state
+
+        # a region by hand needs an axis; without one, all is left to the compiler
+        run = jax.shard_map(
+            local, mesh=mesh, axis_names=by_hand, in_specs=(held, by_task, _WHOLE, _WHOLE, by_task),
+            out_specs=(Sums(_WHOLE, held, _WHOLE), by_task),
+        ) if axes else local  # fmt: skip
+        total, hypergrad_state = run(state.params, state.hypergrad_state, state.step, state.key, episodes)
+        new, metrics = apply(state, total, hypergrad_state)
+        # where they came from, so that a state can be donated and nothing is compiled again
+        return jax.lax.with_sharding_constraint(new, _rules.shardings(mesh, specs)), metrics
+
+    return OuterUpdate(init, update)
+
+
+def num_groups(mesh: Mesh) -> int:
+    """How many groups of devices take tasks of their own.
+
+    >>> from metajax.parallel import make_mesh
+    >>> num_groups(make_mesh(devices=jax.devices()[:1]))
+    1
+    """
+    return math.prod(mesh.shape[name] for name in ("task", "fsdp") if name in mesh.shape)
+
+
+def task_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of batches of episodes: their leading axis over `task` and `fsdp`.
+
+    >>> from metajax.parallel import make_mesh
+    >>> tuple(task_sharding(make_mesh(devices=jax.devices()[:1])).spec)
+    (('task', 'fsdp'),)
+    """
+    return NamedSharding(mesh, PartitionSpec(tuple(name for name in ("task", "fsdp") if name in mesh.shape)))
+
+
+def pad_tasks(episodes: Any, multiple: int) -> Any:
+    """Adds tasks that weigh nothing, so that a number of devices divides the tasks.
+
+    Args:
+      episodes: an `Episode` with a leading task axis.
+      multiple: what the number of tasks shall be a multiple of, such as `num_groups(mesh)`.
+
+    Returns:
+      The episodes, with copies of the last one behind them, whose query masks are False.
+
+    Raises:
+      ValueError: `multiple` is below 1.
+
+    >>> import numpy as np, metajax
+    >>> examples = metajax.Examples(np.ones([3, 4, 2]), np.zeros([3, 4], int), np.ones([3, 4], bool))
+    >>> pad_tasks(metajax.Episode(examples, examples), 4).query.mask.any(axis=1).tolist()
+    [True, True, True, False]
+    """
+    _validate.positive_int("multiple", multiple)
+    count = jax.tree.leaves(episodes)[0].shape[0]
+    missing = -count % multiple
+    if not missing:
+        return episodes
+    padded = jax.tree.map(lambda leaf: jnp.concatenate([leaf, jnp.repeat(leaf[-1:], missing, axis=0)]), episodes)
+    return padded._replace(query=padded.query._replace(mask=padded.query.mask.at[count:].set(False)))
+
+
+def _is_spec(leaf: Any) -> bool:
+    return isinstance(leaf, PartitionSpec)
+
+
+def _fsdp_dimension(spec: PartitionSpec) -> int:
+    """Which dimension lies on `fsdp`; -1 for none."""
+    found = [place for place, entry in enumerate(spec) if "fsdp" in _rules.axis_names(entry)]
+    if len(found) > 1 or any(len(_rules.axis_names(spec[place])) > 1 for place in found):
+        raise ValueError(f"rules must put one dimension of a parameter on 'fsdp', alone, got {spec}")
+    return found[0] if found else -1
+
+
+def _at(dimension: int) -> PartitionSpec:
+    return PartitionSpec(*[None] * dimension, "fsdp")
+
+
+def _gather(leaf: jax.Array, dimension: int) -> jax.Array:
+    return leaf if dimension < 0 else jax.lax.all_gather(leaf, "fsdp", axis=dimension, tiled=True)
+
+
+def _reduce(grad: jax.Array, dimension: int, axes: tuple[str, ...]) -> jax.Array:
+    if dimension >= 0:
+        grad = jax.lax.psum_scatter(grad, "fsdp", scatter_dimension=dimension, tiled=True)
+        axes = tuple(name for name in axes if name != "fsdp")
+    return jax.lax.psum(grad, axes) if axes else grad

@@ -22,7 +22,7 @@ def augment(
     """Transforms the images of every episode, on the device, in the same compiled program as the meta step.
 
     Args:
-      outer: any meta step; to spread tasks over devices, augment what `shard_tasks` returns.
+      outer: any meta step; to spread tasks over devices, augment what `metajax.parallel.shard` returns.
       both: one of `metajax.data`'s transforms or a list of them, such as `metajax.data.random_affine(rotation=10)`,
         for support and query; what is shared by a class or an episode is shared by the two.
       support: for the support set alone.
@@ -70,7 +70,7 @@ def augment(
         keys = jax.random.split(key, episodes.query.mask.shape[0])
         return outer.update(state, jax.vmap(changed)(keys, episodes))
 
-    return outer._replace(update=update)
+    return OuterUpdate(outer.init, update, outer.axis_name)
 
 
 def _shape(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from metajax.core import _chunks, _losses, _tree, _validate
-from metajax.core._types import Episode, Hypergrad, Learner, MetaState, OuterUpdate, Params
+from metajax.core._types import Episode, Hypergrad, Learner, MetaState, OuterUpdate, Params, Sums
 
 TaskBatching = Literal["auto", "vmap", "scan"] | int
-
-
-class _Sums(NamedTuple):
-    """Weighted sums over tasks: all that has to be reduced over chunks and devices."""
-
-    weight: jax.Array
-    grads: Params
-    metrics: dict[str, Any]
 
 
 def outer_update(
@@ -53,7 +45,8 @@ def outer_update(
         is no before.
 
     Returns:
-      An `OuterUpdate`. `update` returns metrics, each a scalar mean over tasks: `loss` and, for class labels,
+      An `OuterUpdate`, for `jit`, or for `metajax.parallel.shard` to spread over a mesh.
+      `update` returns metrics, each a scalar mean over tasks: `loss` and, for class labels,
       `accuracy` of the query set after adaptation; `loss_before` and `accuracy_before`; `inner_loss`
       `[num_steps]`; `grad_norm` of the averaged hypergradient.
 
@@ -94,7 +87,7 @@ def outer_update(
         many = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (num_tasks, *jnp.shape(leaf))), one)
         return MetaState(params, optimizer.init(trained), many, jnp.zeros([], jnp.int32), key)
 
-    def one_task(trained: Params, frozen: Params, state: Any, episode: Episode, key: jax.Array) -> tuple[_Sums, Any]:
+    def one_task(trained: Params, frozen: Params, state: Any, episode: Episode, key: jax.Array) -> tuple[Sums, Any]:
         task_key, adapt_key, before_key = jax.random.split(key, 3)
         (loss, aux), grads, state = hypergrad.value_and_grad(
             learner, trained, state, episode, key=task_key, frozen=frozen
@@ -112,9 +105,9 @@ def outer_update(
         # where, not a product: an all-padding task may be NaN and must still not count
         counts = jnp.any(_losses.kept_examples(episode.query))
         grads, metrics = jax.tree.map(lambda leaf: jnp.where(counts, leaf, jnp.zeros_like(leaf)), (grads, metrics))
-        return _Sums(counts.astype(jnp.float32), grads, metrics), state
+        return Sums(counts.astype(jnp.float32), grads, metrics), state
 
-    def update(state: MetaState, episodes: Episode) -> tuple[MetaState, dict[str, Any]]:
+    def sums(state: MetaState, episodes: Episode, axes: tuple[str, ...] = ()) -> tuple[Sums, Any]:
         num_tasks = _num_tasks(episodes)
         kept = {leaf.shape[0] for leaf in jax.tree.leaves(state.hypergrad_state)} - {num_tasks}
         if kept:
@@ -122,20 +115,22 @@ def outer_update(
                 f"episodes must have as many tasks as the estimator keeps states, which init(num_tasks=) says: "
                 f"got {num_tasks} tasks and {kept.pop()} states"
             )
-        trained, frozen = _tree.split(state.params, trainable, name="trainable")
-        local, shared = _tree.vary((trained, frozen), axes)
-        first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * num_tasks
+        local, shared = _tree.vary(_tree.split(state.params, trainable, name="trainable"), axes)
+        first = jax.lax.axis_index(axes) * num_tasks if axes else 0
         step_key = jax.random.fold_in(state.key, state.step)
         keys = jax.vmap(lambda task: jax.random.fold_in(step_key, task))(first + jnp.arange(num_tasks))
         size = _chunk_size(task_batching, num_tasks, episodes)
-        sums, hypergrad_state = _chunks.sum_in_chunks(
+        return _chunks.sum_in_chunks(
             lambda task_state, episode, key: one_task(local, shared, task_state, episode, key),
             (state.hypergrad_state, episodes, keys), size, axes,
         )  # fmt: skip
-        weight, grads, metrics = sums.weight, sums.grads, sums.metrics
-        if axis_name is not None:
-            weight, grads, metrics = jax.lax.psum((weight, grads, metrics), axis_name)
-        grads, metrics = jax.tree.map(lambda leaf: leaf / jnp.maximum(weight, 1).astype(leaf.dtype), (grads, metrics))
+
+    def apply(state: MetaState, total: Sums, hypergrad_state: Any) -> tuple[MetaState, dict[str, Any]]:
+        trained, frozen = _tree.split(state.params, trainable, name="trainable")
+        weight = total.weight
+        grads, metrics = jax.tree.map(
+            lambda leaf: leaf / jnp.maximum(weight, 1).astype(leaf.dtype), (total.grads, total.metrics)
+        )
         updates, opt_state = optimizer.update(grads, state.opt_state, trained, value=metrics["loss"])
         params = _tree.merge(optax.apply_updates(trained, updates), frozen)
         if "state" in metrics:
@@ -143,7 +138,11 @@ def outer_update(
         metrics["grad_norm"] = optax.tree.norm(grads)
         return MetaState(params, opt_state, hypergrad_state, state.step + 1, state.key), metrics
 
-    return OuterUpdate(init, update, axis_name)
+    def update(state: MetaState, episodes: Episode) -> tuple[MetaState, dict[str, Any]]:
+        total, hypergrad_state = sums(state, episodes, axes)
+        return apply(state, jax.lax.psum(total, axes) if axes else total, hypergrad_state)
+
+    return OuterUpdate(init, update, axis_name, sums, apply)
 
 
 def _write(params: Params, new: Any, weight: jax.Array) -> Params:

@@ -252,10 +252,10 @@ def test_carried_through_outer_update(devices, stream, x64):
     def run(batching, devices):
         outer = metajax.outer_update(
             quadratic(4), optax.sgd(0.1), hypergrad=persistent(4, 2, chunk=2, stream=stream), before=False,
-            task_batching=batching, axis_name=None if devices == 1 else "task",
+            task_batching=batching,
         )  # fmt: skip
         if devices > 1:
-            outer = metajax.parallel.shard_tasks(outer, devices=jax.devices()[:devices])
+            outer = metajax.parallel.shard(outer, metajax.parallel.make_mesh(devices=jax.devices()[:devices]))
         state = outer.init(jax.random.key(0), task(), num_tasks=2)
         update, types = worlds.jit(outer.update), jax.tree.map(jnp.shape, state)
         for batch in batches:

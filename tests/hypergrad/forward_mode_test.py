@@ -119,10 +119,9 @@ def test_the_trained_part_through_outer_update(devices, x64):
     def run(estimator, devices):
         outer = metajax.outer_update(
             tuned("adam"), optax.sgd(0.1), hypergrad=estimator, trainable="rate|decay", before=False,
-            axis_name=None if devices == 1 else "task",
         )  # fmt: skip
         if devices > 1:
-            outer = metajax.parallel.shard_tasks(outer, devices=jax.devices()[:devices])
+            outer = metajax.parallel.shard(outer, metajax.parallel.make_mesh(devices=jax.devices()[:devices]))
         state = outer.init(jax.random.key(0), task(), params=META)
         return worlds.jit(outer.update)(state, worlds.stack([task(1), task(2)]))[0].params
 

@@ -363,8 +363,8 @@ def test_tasks_under_vmap_and_scan_agree(x64):
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_what_a_solver_carries_keeps_its_type_under_shard_map(solver):
     row = worlds.LEARNERS["anil"]
-    outer = metajax.outer_update(row.learner, optax.sgd(0.1), hypergrad=SOLVERS[solver], axis_name="task")
-    outer = metajax.parallel.shard_tasks(outer, devices=jax.devices()[:2])
+    outer = metajax.outer_update(row.learner, optax.sgd(0.1), hypergrad=SOLVERS[solver])
+    outer = metajax.parallel.shard(outer, metajax.parallel.make_mesh(devices=jax.devices()[:2]))
     episode = worlds.episode(row, dtype=np.float32)
     state = outer.init(jax.random.key(0), episode, params=worlds.parameters(row, dtype=np.float32))
     after, _ = jax.eval_shape(outer.update, state, worlds.stack([episode] * 2))

@@ -284,10 +284,9 @@ def test_carried_state_over_devices(x64):
     def run(devices):
         outer = metajax.outer_update(
             quadratic(4), optax.sgd(0.5), hypergrad=hypergrad.persistent_truncation(2), before=False,
-            axis_name=None if devices == 1 else "task",
         )  # fmt: skip
         if devices > 1:
-            outer = metajax.parallel.shard_tasks(outer, devices=jax.devices()[:devices])
+            outer = metajax.parallel.shard(outer, metajax.parallel.make_mesh(devices=jax.devices()[:devices]))
         state = outer.init(jax.random.key(0), task(99), params=as_float64(META), num_tasks=2)
         update = worlds.jit(outer.update)
         for batch in batches:

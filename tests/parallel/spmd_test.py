@@ -1,60 +1,141 @@
-"""`shard_tasks` on simulated devices; agreement over many steps stands in tests/training/outer_test.py."""
+"""The meta step on meshes of simulated devices: agreement over 20 steps, and what it communicates."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import worlds
+from jax.sharding import PartitionSpec as P
 
 import metajax
+from metajax import parallel
+
+_TENSOR = [("layer_0/kernel", P("fsdp", "model")), ("layer_0/bias", P("model"))]
 
 
-def _outer(axis_name):
-    learner = metajax.learners.maml(metajax.models.mlp(outputs=2, hidden=(3,)), inner=optax.sgd(0.1))
-    return metajax.outer_update(
-        learner, optax.adam(1e-2), hypergrad=metajax.hypergrad.mixed_mode(), axis_name=axis_name
-    )
+def _outer(num_steps=2, **options):
+    learner = metajax.learners.maml(metajax.models.mlp(outputs=2, hidden=(8,)), optax.sgd(0.1), num_steps)
+    optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(1e-2))
+    return metajax.outer_update(learner, optimizer, hypergrad=metajax.hypergrad.mixed_mode(), **options)
 
 
-def _episodes(tasks):
+def _episodes(tasks, size=4, dtype=np.float64):
     rng = np.random.default_rng(0)
-    examples = lambda: metajax.Examples(  # noqa: E731
-        rng.normal(size=(tasks, 4, 3)), np.tile([0, 0, 1, 1], (tasks, 1)), np.ones((tasks, 4), bool),
-        np.ones((tasks, 2), bool),
-    )  # fmt: skip
-    return metajax.Episode(examples(), examples())
+
+    def examples(size):
+        return metajax.Examples(
+            rng.normal(size=(tasks, size, 4)).astype(dtype), np.tile(np.arange(size) % 2, (tasks, 1)),
+            np.ones((tasks, size), bool),
+        )  # fmt: skip
+
+    return metajax.Episode(examples(4), examples(size))
 
 
-def test_several_devices_give_what_one_gives_and_compile_once():
+def _one(episodes):
+    return jax.tree.map(lambda leaf: leaf[0], episodes)
+
+
+def _run(outer, episodes, steps=20):
+    params = jax.tree.map(lambda leaf: leaf.astype(np.float64), _outer().init(jax.random.key(0), _one(episodes)).params)
+    state, update = outer.init(jax.random.key(0), _one(episodes), params=params), worlds.jit(outer.update)
+    for _ in range(steps):
+        state, metrics = update(state, episodes)
+    return state, metrics
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rules"),
+    [
+        ((2, 1, 1), ()),
+        ((8, 1, 1), ()),
+        ((2, 4, 1), parallel.largest_axis(4, at_least=8)),
+        ((1, 8, 1), parallel.largest_axis(8, at_least=8)),
+        ((1, 1, 4), _TENSOR),
+        ((2, 2, 2), _TENSOR),
+    ],
+)
+def test_every_mesh_gives_what_one_device_gives(sizes, rules, x64):
     episodes = _episodes(8)
-    one = jax.tree.map(lambda leaf: leaf[0], episodes)
-    single, several = _outer(None), metajax.parallel.shard_tasks(_outer("task"), devices=jax.devices()[:4])
-    expected, state = single.init(jax.random.key(0), one), several.init(jax.random.key(0), one)
+    expected, known = _run(_outer(), episodes)
+    mesh = parallel.make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
+    state, metrics = _run(parallel.shard(_outer(), mesh, rules), episodes)
+    assert worlds.relative_distance(state.params, expected.params) < 1e-9
+    for name in known:
+        np.testing.assert_allclose(metrics[name], known[name], rtol=1e-8, err_msg=name)
+
+
+def test_parameters_and_moments_lie_where_the_rules_say_and_stay_there():
+    episodes, mesh = _episodes(8, dtype=np.float32), parallel.make_mesh(2, 2, 2)
+    outer = parallel.shard(_outer(), mesh, _TENSOR)
+    state = outer.init(jax.random.key(0), _one(episodes))
     traced = []
 
     def counted(state, episodes):
         traced.append(1)
-        return several.update(state, episodes)
+        return outer.update(state, episodes)
 
-    update = jax.jit(counted)
-    for _ in range(3):
-        expected, known = single.update(expected, episodes)
-        state, metrics = update(state, episodes)
+    update = jax.jit(counted, donate_argnums=0)
+    for _ in range(2):
+        kernels = [state.params["layer_0"]["kernel"], state.opt_state[1][0].mu["layer_0"]["kernel"]]
+        assert [kernel.sharding.spec for kernel in kernels] == [P("fsdp", "model")] * 2
+        assert {shard.data.shape for shard in kernels[0].addressable_shards} == {(2, 4)}
+        state, _ = update(state, episodes)
     assert len(traced) == 1
-    for name in known:
-        np.testing.assert_allclose(metrics[name], known[name], rtol=1e-5)
-    for ours, theirs in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected.params), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-def test_tasks_that_do_not_divide_are_refused():
-    outer = metajax.parallel.shard_tasks(_outer("task"), devices=jax.devices()[:4])
+def _bytes(sizes, rules=(), *, num_steps=2, each=1, size=4):
+    mesh = parallel.make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
+    episodes = _episodes(each * parallel.num_groups(mesh), size, np.float32)
+    outer = parallel.shard(_outer(num_steps), mesh, rules)
+    state = outer.init(jax.random.key(0), _one(episodes))
+    placed = jax.device_put(episodes, parallel.task_sharding(mesh))
+    return parallel.collective_bytes(jax.jit(outer.update).lower(state, placed).compile().as_text())
+
+
+def test_a_data_parallel_step_reduces_the_hypergradient_and_nothing_that_grows():
+    params = 4 * (4 * 8 + 8 + 8 * 2 + 2)
+    found = _bytes((8, 1, 1))
+    assert set(found) == {"all-reduce"}
+    assert params <= found["all-reduce"] <= params + 64  # and the metrics, a few scalars
+    assert _bytes((2, 1, 1)) == _bytes((8, 1, 1), each=3) == _bytes((8, 1, 1), size=12) == found
+    longer = _bytes((8, 1, 1), num_steps=5)["all-reduce"]
+    assert longer - found["all-reduce"] == 4 * 3  # a metric for each inner step
+
+
+def test_what_is_divided_is_gathered_once_and_scattered_once():
+    found = _bytes((1, 8, 1), [("layer_0/kernel", P(None, "fsdp"))])
+    assert found["all-gather"] == 4 * 4 * 8
+    assert "all-to-all" not in found
+    assert found == _bytes((1, 8, 1), [("layer_0/kernel", P(None, "fsdp"))], each=2, size=8)
+
+
+def test_padded_tasks_weigh_nothing(x64):
     episodes = _episodes(6)
-    state = outer.init(jax.random.key(0), jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), episodes))
-    with pytest.raises(ValueError, match="multiple of 4 devices, got 6"):
-        outer.update(state, episodes)
+    mesh = parallel.make_mesh(4, devices=jax.devices()[:4])
+    outer = parallel.shard(_outer(), mesh)
+    with pytest.raises(ValueError, match="a multiple of 4 groups of devices, got 6"):
+        _run(outer, episodes, 1)
+    expected, known = _run(_outer(), episodes, 3)
+    state, metrics = _run(outer, parallel.pad_tasks(episodes, parallel.num_groups(mesh)), 3)
+    assert worlds.relative_distance(state.params, expected.params) < 1e-9
+    np.testing.assert_allclose(metrics["loss"], known["loss"], rtol=1e-9)
 
 
-def test_a_meta_step_without_an_axis_is_refused():
-    with pytest.raises(ValueError, match=r"outer must be made with an axis name, .* got None"):
-        metajax.parallel.shard_tasks(_outer(None))
+def test_only_a_bare_meta_step_can_be_sharded():
+    mesh = parallel.make_mesh(devices=jax.devices()[:1])
+    for outer in (_outer(axis_name="task"), metajax.training.augment(_outer())):
+        with pytest.raises(ValueError, match="outer must come from outer_update, without axis_name"):
+            parallel.shard(outer, mesh)
+
+
+def test_a_frozen_base_is_divided_and_gets_no_gradient():
+    episodes, mesh = _episodes(4, dtype=np.float32), parallel.make_mesh(1, 4, devices=jax.devices()[:4])
+    outer = parallel.shard(_outer(trainable="layer_1|head"), mesh, [("layer_0/kernel", P("fsdp"))])
+    state = outer.init(jax.random.key(0), _one(episodes))
+    before = np.asarray(state.params["layer_0"]["kernel"])
+    compiled = jax.jit(outer.update).lower(state, jax.device_put(episodes, parallel.task_sharding(mesh))).compile()
+    found = parallel.collective_bytes(compiled.as_text())
+    assert found["all-gather"] == 4 * 4 * 8
+    assert found["all-reduce"] <= 4 * (8 * 2 + 2) + 64
+    after = worlds.jit(outer.update)(state, episodes)[0]
+    np.testing.assert_array_equal(after.params["layer_0"]["kernel"], before)

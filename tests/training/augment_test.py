@@ -53,10 +53,8 @@ def test_over_devices_as_on_one():
     transform = data.random_affine(rotation=10, shift=0.1)
     found = []
     for spread in (False, True):
-        outer = metajax.outer_update(
-            learner, optax.sgd(0.1), hypergrad=metajax.hypergrad.unrolled(), axis_name="task" if spread else None
-        )
-        outer = metajax.parallel.shard_tasks(outer) if spread else outer
+        outer = metajax.outer_update(learner, optax.sgd(0.1), hypergrad=metajax.hypergrad.unrolled())
+        outer = metajax.parallel.shard(outer, metajax.parallel.make_mesh()) if spread else outer
         outer = training.augment(outer, transform)
         state = outer.init(jax.random.key(0), data.episode(source, spec, seed=0, index=0))
         episodes = data.episode_batch(source, spec, seed=0, start=0, count=8)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import metajax
 from metajax import data, training
@@ -246,9 +247,10 @@ def _over_devices(count):
         value = jax.lax.psum(value, "task") if count > 1 else value
         return state._replace(params=state.params - 0.01 * slope, step=state.step + 1), {"loss": value}
 
-    outer = metajax.OuterUpdate(lambda: _start()._replace(params=jnp.zeros(17 * 13)), update, "task")
     if count > 1:
-        outer = metajax.parallel.shard_tasks(outer, devices=jax.devices()[:count])
+        mesh, whole, split = jax.make_mesh((count,), ("task",), devices=jax.devices()[:count]), P(), P("task")
+        update = jax.shard_map(update, mesh=mesh, in_specs=(whole, split), out_specs=(whole, whole))
+    outer = metajax.OuterUpdate(lambda: _start()._replace(params=jnp.zeros(17 * 13)), update)
     return training.augment(outer, data.random_flip())
 
 

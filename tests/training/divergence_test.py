@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import metajax
 from metajax import data, training
@@ -53,6 +54,13 @@ _SETTINGS = {
 }
 
 
+def _over_devices(outer, count=2):
+    mesh, whole, split = jax.make_mesh((count,), ("task",), devices=jax.devices()[:count]), P(), P("task")
+    layout = metajax.MetaState(params=whole, opt_state=whole, hypergrad_state=split, step=whole, key=whole)
+    update = jax.shard_map(outer.update, mesh=mesh, in_specs=(layout, split), out_specs=(layout, whole))
+    return metajax.OuterUpdate(outer.init, update)
+
+
 @pytest.mark.parametrize("setting", _SETTINGS)
 def test_a_step_that_is_not_finite_changes_the_step_alone_and_every_other_step_is_what_it_was(setting):
     bare, spread = _outer(**_SETTINGS[setting]), "axis_name" in _SETTINGS[setting]
@@ -60,7 +68,7 @@ def test_a_step_that_is_not_finite_changes_the_step_alone_and_every_other_step_i
     # both ways round: the guard inside of shard_map and outside of it
     outer = training.skip_nonfinite(bare)
     if spread:
-        bare, outer = (metajax.parallel.shard_tasks(one, devices=jax.devices()[:2]) for one in (bare, outer))
+        bare, outer = (_over_devices(one) for one in (bare, outer))
     update, unguarded = jax.jit(outer.update), jax.jit(bare.update)
     good, broken = _episodes(dtype=dtype), _episodes(1, broken=True, dtype=dtype)
     state = expected = outer.init(jax.random.key(0), _one(good), num_tasks=_TASKS)

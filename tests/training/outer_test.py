@@ -223,8 +223,7 @@ def test_task_keys_are_those_of_the_global_task():
     for batching in ("vmap", "scan"):
         outer = metajax.outer_update(learner, optax.sgd(0.1), hypergrad=hypergrad.unrolled(), task_batching=batching)
         results.append(worlds.jit(outer.update)(outer.init(jax.random.key(0), _task(episodes)), episodes)[0].params)
-    outer = metajax.outer_update(learner, optax.sgd(0.1), hypergrad=hypergrad.unrolled(), axis_name="task")
-    spread = metajax.parallel.shard_tasks(outer, devices=jax.devices()[:4])
+    spread = metajax.parallel.shard(outer, metajax.parallel.make_mesh(devices=jax.devices()[:4]))
     start = spread.init(jax.random.key(0), _task(episodes))
     results.append(worlds.jit(spread.update)(start, episodes)[0].params)
     np.testing.assert_allclose(results[0], results[1], atol=1e-6)
