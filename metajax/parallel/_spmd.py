@@ -13,7 +13,7 @@ from metajax.core import _validate
 from metajax.core._types import MetaState, OuterUpdate, Sums
 from metajax.parallel import _rules
 
-_WHOLE = PartitionSpec()
+_WHOLE: Any = PartitionSpec()
 
 
 def shard(outer: OuterUpdate, mesh: Mesh, rules: _rules.Rules = ()) -> OuterUpdate:
@@ -73,7 +73,7 @@ def shard(outer: OuterUpdate, mesh: Mesh, rules: _rules.Rules = ()) -> OuterUpda
         params = _rules.partition_specs(state.params, mesh, rules)
         opt_state = _rules.like_params(state.opt_state, state.params, params)
         kept = jax.tree.map(lambda _: by_task, state.hypergrad_state)
-        return state._replace(params=params, opt_state=opt_state, hypergrad_state=kept, step=_WHOLE, key=_WHOLE)  # type: ignore[arg-type]
+        return state._replace(params=params, opt_state=opt_state, hypergrad_state=kept, step=_WHOLE, key=_WHOLE)
 
     def init(*arguments: Any, **keywords: Any) -> MetaState:
         shapes = jax.eval_shape(lambda: outer.init(*arguments, **keywords))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import metajax
@@ -247,10 +248,11 @@ def _over_devices(count):
         value = jax.lax.psum(value, "task") if count > 1 else value
         return state._replace(params=state.params - 0.01 * slope, step=state.step + 1), {"loss": value}
 
+    mesh = metajax.parallel.make_mesh(devices=jax.devices()[:count])
     if count > 1:
-        mesh, whole, split = jax.make_mesh((count,), ("task",), devices=jax.devices()[:count]), P(), P("task")
-        update = jax.shard_map(update, mesh=mesh, in_specs=(whole, split), out_specs=(whole, whole))
-    outer = metajax.OuterUpdate(lambda: _start()._replace(params=jnp.zeros(17 * 13)), update)
+        update = jax.shard_map(update, mesh=mesh, in_specs=(P(), P("task")), out_specs=(P(), P()))
+    start = jax.device_put(_start()._replace(params=jnp.zeros(17 * 13)), NamedSharding(mesh, P()))
+    outer = metajax.OuterUpdate(lambda: start, update)
     return training.augment(outer, data.random_flip())
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import metajax
@@ -55,10 +56,14 @@ _SETTINGS = {
 
 
 def _over_devices(outer, count=2):
-    mesh, whole, split = jax.make_mesh((count,), ("task",), devices=jax.devices()[:count]), P(), P("task")
+    mesh, whole, split = metajax.parallel.make_mesh(devices=jax.devices()[:count]), P(), P("task")
     layout = metajax.MetaState(params=whole, opt_state=whole, hypergrad_state=split, step=whole, key=whole)
     update = jax.shard_map(outer.update, mesh=mesh, in_specs=(layout, split), out_specs=(layout, whole))
-    return metajax.OuterUpdate(outer.init, update)
+
+    def init(*arguments, **keywords):
+        return jax.device_put(outer.init(*arguments, **keywords), NamedSharding(mesh, whole))
+
+    return metajax.OuterUpdate(init, update)
 
 
 @pytest.mark.parametrize("setting", _SETTINGS)
