@@ -22,6 +22,7 @@ from experiments import _launch, _runs
 _CONFIG = _launch.define_config(pathlib.Path(__file__).parent / "configs" / "prototypical_glyphs.py")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; a fresh one under runs/ by default.")
 _RESUME = flags.DEFINE_bool("resume", False, "Continue the run in workdir, or start it where there is none.")
+_PROFILE = flags.DEFINE_string("profile", None, "STEP:COUNT, the steps to trace for TensorBoard.")
 
 
 def main() -> int:
@@ -29,10 +30,10 @@ def main() -> int:
     if _RESUME.value and not _WORKDIR.value:
         raise ValueError("workdir must name the run that --resume continues, got none")
     _launch.prepare()
-    return run(_CONFIG.value, pathlib.Path(_WORKDIR.value or _fresh()), resume=_RESUME.value)
+    return run(_CONFIG.value, pathlib.Path(_WORKDIR.value or _fresh()), resume=_RESUME.value, profile=_PROFILE.value)
 
 
-def run(config: ConfigDict, workdir: pathlib.Path, *, resume: bool = False) -> int:
+def run(config: ConfigDict, workdir: pathlib.Path, *, resume: bool = False, profile: str | None = None) -> int:
     """Trains, evaluates and reports.
 
     Raises:
@@ -43,6 +44,9 @@ def run(config: ConfigDict, workdir: pathlib.Path, *, resume: bool = False) -> i
 
     import metajax
 
+    watchers: list[Any] = [metajax.training.Heartbeat(workdir / "heartbeat.json")]
+    if profile is not None:
+        watchers.append(metajax.training.Profile(profile, workdir / "tensorboard"))
     train = metajax.training.open_source(config, "train")
     validation, test = (metajax.training.open_source(config, split) for split in ("val", "test"))
     experiment = metajax.training.build(config, num_classes=getattr(train, "num_classes", None))
@@ -86,7 +90,9 @@ def run(config: ConfigDict, workdir: pathlib.Path, *, resume: bool = False) -> i
         found = _evaluate(experiment, jax.tree.map(np.asarray, params), validation, config, config.validation.episodes)
         return {f"validation_{experiment.metric}": found.mean}
 
-    recorder = metajax.training.Recorder(workdir, every=config.log.every, start=start, seconds=extra["seconds"])
+    recorder = metajax.training.Recorder(
+        workdir, every=config.log.every, start=start, seconds=extra["seconds"], meta_batch=config.outer.meta_batch
+    )
     validating = metajax.training.Validation(
         score, recorder, every=config.validation.every, checkpoints=checkpoints,
         better=(f"validation_{experiment.metric}", 1 if experiment.metric == "accuracy" else -1), best=extra["best"],
@@ -101,7 +107,8 @@ def run(config: ConfigDict, workdir: pathlib.Path, *, resume: bool = False) -> i
         },
     )  # fmt: skip
     progress = metajax.training.Progress(config.outer.steps, meta_batch=config.outer.meta_batch, start=start)
-    callbacks: list[Any] = [progress, recorder, validating, saving]
+    preemption = metajax.training.Preemption(saving.save_now)  # last: what else sees the step has seen it then
+    callbacks: list[Any] = [progress, recorder, validating, saving, *watchers, preemption]
     if not recorder.tensorboard:
         print("TensorFlow is not installed: metrics.jsonl is written, TensorBoard events are not")
     if start < config.outer.steps:

@@ -102,6 +102,26 @@ def test_a_killed_run_resumes_to_the_same_parameters(whole_run, killed_run, laun
     assert steps == sorted(set(steps))
 
 
+def test_a_preempted_run_saves_ends_with_its_own_status_and_resumes_to_the_same_parameters(
+    whole_run, launch, pictures, tmp_path
+):
+    process, told = _stopped(tmp_path / "run", pictures, signal.SIGTERM)
+    assert process.returncode == 75
+    assert "preempted; step" in told
+    assert "--resume" in told
+    assert _latest(tmp_path / "run") >= 15  # no multiple of checkpoint.every
+    done = launch("train", *_flags(pictures, tmp_path / "run", "--resume"))
+    assert done.returncode == 0, done.stderr
+    assert _results(tmp_path / "run")["params_sha256"] == _results(whole_run[0])["params_sha256"]
+
+
+def test_a_profile_that_is_none_is_refused_before_anything_is_written(launch, pictures, tmp_path):
+    done = launch("train", *_flags(pictures, tmp_path / "run", "--profile=5"))
+    assert done.returncode == 2
+    assert "profile must be STEP:COUNT" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def _latest(workdir):
     return metajax.training.Checkpoints(workdir / "checkpoints").latest()
 
