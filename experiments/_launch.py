@@ -16,9 +16,6 @@ from ml_collections import config_flags
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
-_PREEMPTED = 75  # EX_TEMPFAIL: start the same command again
-
-
 def prepare(*, host_devices: int | None = None) -> None:
     """Sets what has to be set before JAX starts. It never touches what the environment already says.
 
@@ -63,7 +60,7 @@ def _keep_large_blocks() -> None:
 
 
 def run(main: Callable[[], Any]) -> None:
-    """Runs `main()` under absl. A ValueError becomes one line on standard error and status 2, a preemption 75."""
+    """Runs `main()` under absl. A ValueError becomes one line on standard error and exit status 2."""
 
     def guarded(arguments: list[str]) -> int:
         if len(arguments) > 1:
@@ -73,11 +70,6 @@ def run(main: Callable[[], Any]) -> None:
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-        except Exception as error:
-            if type(error).__name__ != "Preempted":  # by name: metajax is imported by launchers that need it only
-                raise
-            print(f"{error}; the same command with --resume and this --workdir continues", file=sys.stderr)
-            return _PREEMPTED
         except KeyboardInterrupt:
             print("\ninterrupted; the same command with --resume and this --workdir continues", file=sys.stderr)
             sys.stdout.flush()

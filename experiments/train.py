@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import datetime
 import math
+import os
 import pathlib
+import sys
 from typing import Any
 
 from absl import flags
@@ -30,7 +32,14 @@ def main() -> int:
     if _RESUME.value and not _WORKDIR.value:
         raise ValueError("workdir must name the run that --resume continues, got none")
     _launch.prepare()
-    return run(_CONFIG.value, pathlib.Path(_WORKDIR.value or _fresh()), resume=_RESUME.value, profile=_PROFILE.value)
+    from metajax.training import Preempted
+
+    workdir = pathlib.Path(_WORKDIR.value or _fresh())
+    try:
+        return run(_CONFIG.value, workdir, resume=_RESUME.value, profile=_PROFILE.value)
+    except Preempted as end:
+        print(f"{end}; the same command with --resume and --workdir={workdir} continues", file=sys.stderr)
+        return os.EX_TEMPFAIL
 
 
 def run(config: ConfigDict, workdir: pathlib.Path, *, resume: bool = False, profile: str | None = None) -> int:
@@ -150,20 +159,22 @@ def meta_step(config: Any, experiment: Any, tasks: int) -> Any:
     outer = metajax.outer_update(
         experiment.trained, experiment.optimizer, hypergrad=experiment.hypergrad, before=config.log.before
     )
-    devices = _devices(tasks)
-    if len(devices) > 1:
-        outer = metajax.parallel.shard(outer, metajax.parallel.make_mesh(devices=devices))
+    mesh = _mesh(tasks)
+    if mesh.size > 1:
+        outer = metajax.parallel.shard(outer, mesh)
     if experiment.transform is not None:
         outer = metajax.training.augment(outer, experiment.transform)
     return outer
 
 
-def _devices(tasks: int) -> list[Any]:
+def _mesh(tasks: int) -> Any:
     """The most local devices over which the tasks divide."""
     import jax
 
+    import metajax
+
     count = max(count for count in range(1, jax.local_device_count() + 1) if tasks % count == 0)
-    return jax.local_devices()[:count]
+    return metajax.parallel.make_mesh(devices=jax.local_devices()[:count])
 
 
 def stream(config: Any, experiment: Any, source: Any, start: int = 0) -> Any:
@@ -175,7 +186,7 @@ def stream(config: Any, experiment: Any, source: Any, start: int = 0) -> Any:
         batches, tasks = metajax.data.batches(source, size, config.seed, start=start), 1
     else:
         batches = metajax.data.episodes(source, experiment.train_spec, batch=size, seed=config.seed, start=start)
-    mesh = metajax.parallel.make_mesh(devices=_devices(tasks))
+    mesh = _mesh(tasks)
     return metajax.data.prefetch_to_device(
         batches, device=metajax.parallel.task_sharding(mesh) if mesh.size > 1 else None
     )

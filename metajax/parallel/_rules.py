@@ -126,7 +126,7 @@ def like_params(tree: Any, params: Any, specs: Any) -> Any:
     >>> like_params({"mu": {"w": w}}, {"w": w}, {"w": PartitionSpec("fsdp")})["mu"]["w"] == PartitionSpec("fsdp")
     True
     """
-    leaves = zip(_tree.paths(params), jax.tree.leaves(params), jax.tree.leaves(specs, is_leaf=_is_spec), strict=True)
+    leaves = zip(_tree.paths(params), jax.tree.leaves(params), jax.tree.leaves(specs), strict=True)
     known = {path: (leaf.shape, spec) for path, leaf, spec in leaves}
 
     def spec(path: str, leaf: Any) -> PartitionSpec:
@@ -142,8 +142,4 @@ def like_params(tree: Any, params: Any, specs: Any) -> Any:
 
 def shardings(mesh: Mesh, specs: Any) -> Any:
     """Specs on a mesh."""
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec)
-
-
-def _is_spec(leaf: Any) -> bool:
-    return isinstance(leaf, PartitionSpec)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)

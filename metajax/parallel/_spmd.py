@@ -64,8 +64,8 @@ def shard(outer: OuterUpdate, mesh: Mesh, rules: _rules.Rules = ()) -> OuterUpda
         raise ValueError(
             "outer must come from outer_update, without axis_name; shard it first, then augment it or wrap it otherwise"
         )
-    axes = tuple(name for name in ("task", "fsdp") if mesh.shape[name] > 1)
-    by_hand = set(axes) if mesh.shape["model"] > 1 else set(mesh.axis_names)
+    axes = tuple(name for name in _task_axes(mesh) if mesh.shape[name] > 1)
+    by_hand = set(axes) if mesh.shape.get("model", 1) > 1 else set(mesh.axis_names)
     count = num_groups(mesh)
     by_task = PartitionSpec(axes) if axes else _WHOLE
 
@@ -75,17 +75,22 @@ def shard(outer: OuterUpdate, mesh: Mesh, rules: _rules.Rules = ()) -> OuterUpda
         kept = jax.tree.map(lambda _: by_task, state.hypergrad_state)
         return state._replace(params=params, opt_state=opt_state, hypergrad_state=kept, step=_WHOLE, key=_WHOLE)
 
-    def init(*arguments: Any, **keywords: Any) -> MetaState:
-        shapes = jax.eval_shape(lambda: outer.init(*arguments, **keywords))
-        placed = _rules.shardings(mesh, specs_of(shapes))
-        return jax.jit(lambda: outer.init(*arguments, **keywords), out_shardings=placed)()
+    def init(key: jax.Array, episode: Any, params: Any = None, num_tasks: int = 1) -> MetaState:
+        def make(key: jax.Array, episode: Any, params: Any) -> MetaState:
+            return outer.init(key, episode, params, num_tasks)
+
+        placed = _rules.shardings(mesh, specs_of(jax.eval_shape(make, key, episode, params)))
+        key, episode = jax.device_put((key, episode), NamedSharding(mesh, _WHOLE))
+        # arguments, not constants of the program, and divided before they come together with others
+        params = None if params is None else jax.device_put(params, placed.params)
+        return jax.jit(make, out_shardings=placed)(key, episode, params)
 
     def update(state: MetaState, episodes: Any) -> tuple[MetaState, dict[str, Any]]:
         num_tasks = jax.tree.leaves(episodes)[0].shape[0]
         if num_tasks % count:
             raise ValueError(f"the number of tasks must be a multiple of {count} groups of devices, got {num_tasks}")
         specs = specs_of(state)
-        dimensions = jax.tree.map(_fsdp_dimension, specs.params, is_leaf=_is_spec)
+        dimensions = jax.tree.map(_fsdp_dimension, specs.params)
         # the axes that the function below deals with itself; `model` stays the compiler's
         held = jax.tree.map(lambda dimension: _WHOLE if dimension < 0 else _at(dimension), dimensions)
 
@@ -97,8 +102,7 @@ def shard(outer: OuterUpdate, mesh: Mesh, rules: _rules.Rules = ()) -> OuterUpda
                 lambda grad, dimension: None if grad is None else _reduce(grad, dimension, axes),
                 total.grads, dimensions, is_leaf=lambda leaf: leaf is None,
             )  # fmt: skip
-            rest = total._replace(grads=())
-            return (jax.lax.psum(rest, axes) if axes else rest)._replace(grads=grads), hypergrad_state
+            return jax.lax.psum(total._replace(grads=()), axes)._replace(grads=grads), hypergrad_state
 
         # a region by hand needs an axis; without one, all is left to the compiler
         run = jax.shard_map(
@@ -120,7 +124,7 @@ def num_groups(mesh: Mesh) -> int:
     >>> num_groups(make_mesh(devices=jax.devices()[:1]))
     1
     """
-    return math.prod(mesh.shape[name] for name in ("task", "fsdp") if name in mesh.shape)
+    return math.prod(mesh.shape[name] for name in _task_axes(mesh))
 
 
 def task_sharding(mesh: Mesh) -> NamedSharding:
@@ -130,7 +134,7 @@ def task_sharding(mesh: Mesh) -> NamedSharding:
     >>> tuple(task_sharding(make_mesh(devices=jax.devices()[:1])).spec)
     (('task', 'fsdp'),)
     """
-    return NamedSharding(mesh, PartitionSpec(tuple(name for name in ("task", "fsdp") if name in mesh.shape)))
+    return NamedSharding(mesh, PartitionSpec(_task_axes(mesh)))
 
 
 def pad_tasks(episodes: Any, multiple: int) -> Any:
@@ -160,8 +164,9 @@ def pad_tasks(episodes: Any, multiple: int) -> Any:
     return padded._replace(query=padded.query._replace(mask=padded.query.mask.at[count:].set(False)))
 
 
-def _is_spec(leaf: Any) -> bool:
-    return isinstance(leaf, PartitionSpec)
+def _task_axes(mesh: Mesh) -> tuple[str, ...]:
+    """The axes along which devices take different tasks."""
+    return tuple(name for name in ("task", "fsdp") if name in mesh.shape)
 
 
 def _fsdp_dimension(spec: PartitionSpec) -> int:
@@ -184,4 +189,4 @@ def _reduce(grad: jax.Array, dimension: int, axes: tuple[str, ...]) -> jax.Array
     if dimension >= 0:
         grad = jax.lax.psum_scatter(grad, "fsdp", scatter_dimension=dimension, tiled=True)
         axes = tuple(name for name in axes if name != "fsdp")
-    return jax.lax.psum(grad, axes) if axes else grad
+    return jax.lax.psum(grad, axes)

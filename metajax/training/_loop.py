@@ -94,13 +94,12 @@ def update_of(outer: OuterUpdate | Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def closing(callbacks: Sequence[Callback]) -> Iterator[None]:
-    """Closes the callbacks that can be closed in the end, also after an error."""
-    try:
-        yield
-    finally:
-        for callback in callbacks:
+    """Closes the callbacks that can be closed in the end, in order, also after an error and where one fails to."""
+    with contextlib.ExitStack() as stack:
+        for callback in reversed(callbacks):
             if hasattr(callback, "close"):
-                callback.close()
+                stack.callback(callback.close)
+        yield
 
 
 def require_finite_loss(step: int, metrics: dict[str, Any]) -> None:

@@ -116,7 +116,7 @@ def outer_update(
                 f"got {num_tasks} tasks and {kept.pop()} states"
             )
         local, shared = _tree.vary(_tree.split(state.params, trainable, name="trainable"), axes)
-        first = jax.lax.axis_index(axes) * num_tasks if axes else 0
+        first = jax.lax.axis_index(axes) * num_tasks  # 0 without axes
         step_key = jax.random.fold_in(state.key, state.step)
         keys = jax.vmap(lambda task: jax.random.fold_in(step_key, task))(first + jnp.arange(num_tasks))
         size = _chunk_size(task_batching, num_tasks, episodes)
@@ -140,7 +140,7 @@ def outer_update(
 
     def update(state: MetaState, episodes: Episode) -> tuple[MetaState, dict[str, Any]]:
         total, hypergrad_state = sums(state, episodes, axes)
-        return apply(state, jax.lax.psum(total, axes) if axes else total, hypergrad_state)
+        return apply(state, jax.lax.psum(total, axes), hypergrad_state)
 
     return OuterUpdate(init, update, axis_name, sums, apply)
 

@@ -83,6 +83,15 @@ def test_parameters_and_moments_lie_where_the_rules_say_and_stay_there():
     assert len(traced) == 1
 
 
+def test_given_parameters_are_an_argument_and_may_lie_on_one_device():
+    episodes, mesh = _episodes(4, dtype=np.float32), parallel.make_mesh(1, 4, devices=jax.devices()[:4])
+    outer = parallel.shard(_outer(), mesh, [("layer_0/kernel", P("fsdp"))])
+    given = jax.device_put(_outer().init(jax.random.key(1), _one(episodes)).params, jax.devices()[5])
+    state = outer.init(jax.random.key(0), _one(episodes), params=given)
+    assert state.params["layer_0"]["kernel"].sharding.spec == P("fsdp")
+    jax.tree.map(np.testing.assert_array_equal, state.params, given)
+
+
 def _bytes(sizes, rules=(), *, num_steps=2, each=1, size=4):
     mesh = parallel.make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
     episodes = _episodes(each * parallel.num_groups(mesh), size, np.float32)

@@ -10,6 +10,7 @@ import pytest
 
 import metajax
 from metajax import training
+from metajax.training import _loop
 
 
 def _setup(rate=0.1):
@@ -80,6 +81,23 @@ def test_fit_refuses_too_few_episodes_and_bad_steps():
         training.fit(outer, state, [batch], steps=0)
     with pytest.raises(ValueError, match="episodes must last for 3 steps, got 1"):
         training.fit(outer, state, [batch], steps=3)
+
+
+def test_a_callback_that_fails_to_close_leaves_none_open():
+    closed = []
+
+    class Closing:
+        def __init__(self, name, fails=False):
+            self.name, self.fails = name, fails
+
+        def close(self):
+            closed.append(self.name)
+            if self.fails:
+                raise OSError("full")
+
+    with pytest.raises(OSError, match="full"), _loop.closing([Closing("a"), Closing("b", fails=True), Closing("c")]):
+        pass
+    assert closed == ["a", "b", "c"]
 
 
 def test_a_loss_that_is_not_finite_names_its_step_and_closes_callbacks():
