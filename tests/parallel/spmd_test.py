@@ -1,5 +1,7 @@
 """The meta step on meshes of simulated devices: agreement over 20 steps, and what it communicates."""
 
+import functools
+
 import jax
 import numpy as np
 import optax
@@ -43,6 +45,11 @@ def _run(outer, episodes, steps=20):
     return state, metrics
 
 
+@functools.cache
+def _on_one_device():
+    return _run(_outer(), _episodes(8))
+
+
 @pytest.mark.parametrize(
     ("sizes", "rules"),
     [
@@ -56,7 +63,7 @@ def _run(outer, episodes, steps=20):
 )
 def test_every_mesh_gives_what_one_device_gives(sizes, rules, x64):
     episodes = _episodes(8)
-    expected, known = _run(_outer(), episodes)
+    expected, known = _on_one_device()
     mesh = parallel.make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
     state, metrics = _run(parallel.shard(_outer(), mesh, rules), episodes)
     assert worlds.relative_distance(state.params, expected.params) < 1e-9
@@ -74,7 +81,7 @@ def test_parameters_and_moments_lie_where_the_rules_say_and_stay_there():
         traced.append(1)
         return outer.update(state, episodes)
 
-    update = jax.jit(counted, donate_argnums=0)
+    update = worlds.jit(counted, donate_argnums=0)
     for _ in range(2):
         kernels = [state.params["layer_0"]["kernel"], state.opt_state[1][0].mu["layer_0"]["kernel"]]
         assert [kernel.sharding.spec for kernel in kernels] == [P("fsdp", "model")] * 2
@@ -98,7 +105,7 @@ def _bytes(sizes, rules=(), *, num_steps=2, each=1, size=4):
     outer = parallel.shard(_outer(num_steps), mesh, rules)
     state = outer.init(jax.random.key(0), _one(episodes))
     placed = jax.device_put(episodes, parallel.task_sharding(mesh))
-    return parallel.collective_bytes(jax.jit(outer.update).lower(state, placed).compile().as_text())
+    return parallel.collective_bytes(worlds.jit(outer.update).lower(state, placed).compile().as_text())
 
 
 def test_a_data_parallel_step_reduces_the_hypergradient_and_nothing_that_grows():
@@ -142,7 +149,7 @@ def test_a_frozen_base_is_divided_and_gets_no_gradient():
     outer = parallel.shard(_outer(trainable="layer_1|head"), mesh, [("layer_0/kernel", P("fsdp"))])
     state = outer.init(jax.random.key(0), _one(episodes))
     before = np.asarray(state.params["layer_0"]["kernel"])
-    compiled = jax.jit(outer.update).lower(state, jax.device_put(episodes, parallel.task_sharding(mesh))).compile()
+    compiled = worlds.jit(outer.update).lower(state, jax.device_put(episodes, parallel.task_sharding(mesh))).compile()
     found = parallel.collective_bytes(compiled.as_text())
     assert found["all-gather"] == 4 * 4 * 8
     assert found["all-reduce"] <= 4 * (8 * 2 + 2) + 64
