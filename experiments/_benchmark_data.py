@@ -170,18 +170,15 @@ def _training() -> dict[str, dict[str, float]]:
     import jax
 
     import metajax
-    from experiments import train
+    from experiments import _job
     from experiments.configs import prototypical_glyphs
 
     config = prototypical_glyphs.get_config()
-    experiment = metajax.training.build(config)
-    source = metajax.training.open_source(config, "train")
-    stream = train.stream(config, experiment, source)
+    job = _job.open_job(config)
+    stream, outer = job.stream(0), job.outer
     batch = next(stream)
-    outer = train.meta_step(config, experiment, config.outer.meta_batch)
-    data, sample = metajax.data.device_sampler(source, experiment.train_spec)
-    example = jax.tree.map(lambda leaf: leaf[0], batch)
-    fresh = jax.jit(lambda key: outer.init(key, example))
+    data, sample = metajax.data.device_sampler(job.train, job.experiment.train_spec)
+    fresh = jax.jit(lambda key: outer.init(key, job.example))
     fit = metajax.training.fit
     variants: dict[str, Callable[[Any], Any]] = {
         "constant batch": lambda state: fit(outer, state, itertools.repeat(batch), steps=_STEPS),

@@ -5,13 +5,20 @@ from __future__ import annotations
 import ctypes
 import os
 import pathlib
+import re
 import sys
+import time
+import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from absl import app, logging
 from ml_collections import config_flags
 
+LOST_PEER = 70  # exit status where another process of the job died or hangs (EX_SOFTWARE)
+_TOGETHER: list[int] = []  # the number of processes, once this one has joined a job
+# how XLA tells of a collective that has failed, in errors of several types
+_OF_XLA = re.compile(r"(ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|UNAVAILABLE|UNKNOWN): ")
 # numbers of mallopt in glibc
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
@@ -36,6 +43,42 @@ def prepare(*, host_devices: int | None = None) -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def join(coordinator: str | None, process_id: int | None, num_processes: int | None, *, timeout: int) -> None:
+    """Makes this process one of a job; before anything else of JAX.
+
+    Args:
+      coordinator: HOST:PORT, where process 0 listens. None, as the other two: JAX finds the processes where they run on
+        TPUs, under Slurm or MPI, or in GKE.
+      process_id: which process this is.
+      num_processes: how many there are.
+      timeout: seconds of silence after which a process counts as dead, which ends the others.
+
+    Raises:
+      ValueError: an argument is out of range, or nothing tells of the other processes.
+    """
+    given = {"coordinator": coordinator, "process_id": process_id, "num_processes": num_processes}
+    missing = [name for name, value in given.items() if value is None]
+    if 0 < len(missing) < 3:
+        raise ValueError(f"coordinator, process_id and num_processes must be given together, got no {missing[0]}")
+    if coordinator is not None and not re.fullmatch(r"\S+:[0-9]{1,5}", coordinator):
+        raise ValueError(f"coordinator must be HOST:PORT, got {coordinator!r}")
+    if num_processes is not None and (num_processes < 1 or not 0 <= (process_id or 0) < num_processes):
+        raise ValueError(f"process_id must be from 0 to num_processes - 1, got {process_id} of {num_processes}")
+    if timeout < 1:
+        raise ValueError(f"peer_timeout must be at least 1 second, got {timeout}")
+    import jax
+
+    try:
+        jax.distributed.initialize(
+            coordinator, num_processes, process_id, heartbeat_timeout_seconds=timeout,
+            cluster_detection_method="deactivate" if coordinator else None,
+        )  # fmt: skip
+    except (RuntimeError, ValueError) as error:
+        told = " ".join(str(error).split())
+        raise ValueError(f"distributed found no job to join: {told}") from error
+    _TOGETHER.append(jax.process_count())
 
 
 def _cores() -> int:
@@ -67,7 +110,11 @@ def run(main: Callable[[], Any]) -> None:
             raise app.UsageError(f"unknown argument {arguments[1]!r}: every option is a --flag")
         try:
             return main() or 0
-        except ValueError as error:
+        except Exception as error:
+            if _TOGETHER:
+                _leave_job(error)
+            if not isinstance(error, ValueError):
+                raise
             print(f"error: {error}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
@@ -79,6 +126,26 @@ def run(main: Callable[[], Any]) -> None:
 
     logging.set_verbosity(logging.WARNING)
     app.run(guarded, flags_parser=_parse)
+
+
+def _leave_job(error: Exception) -> NoReturn:
+    """Ends this process at once: an orderly end would wait for processes that wait for this one."""
+    import jax
+
+    if _OF_XLA.search(str(error)):
+        print(f"error: another process of the job died or hangs; the job ends here: {error}", file=sys.stderr)
+        status = LOST_PEER
+    elif isinstance(error, ValueError):
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    else:
+        traceback.print_exception(error)
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if jax.process_index() == 0:
+        time.sleep(2)  # the others leave first: JAX aborts those that find process 0 gone
+    os._exit(status)
 
 
 def _parse(arguments: list[str]) -> list[str]:

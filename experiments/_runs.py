@@ -1,4 +1,7 @@
-"""A run folder: what is written when, and who may write into it."""
+"""A run folder: what is written when, and who may write into it.
+
+In a job of several processes, process 0 holds the folder and writes what describes the run; all see the same folder.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+_ELSEWHERE = ("mesh",)  # sections of a config in which a run may go on otherwise than it began
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint", "tensorflow-cpu", "tensorflow")
 
 
@@ -25,7 +29,7 @@ class Run:
     Attributes:
       folder: where it is.
       finished: whether results.json, which is written last, is there.
-      lock: an open file; the folder is this process's as long as it lives.
+      lock: an open file of process 0; the folder is the job's as long as it lives.
     """
 
     folder: pathlib.Path
@@ -37,10 +41,34 @@ class Run:
         """Starts a run in an empty folder, or with `resume` finds the one that is there.
 
         Raises:
-          ValueError: the folder holds something and `resume` is not set, holds a run of another config, or another
-            process writes into it.
+          ValueError: the folder holds something and `resume` is not set, holds a run of another config, cannot be
+            written, or another job writes into it; the processes of this job differ in config or code, or do not see
+            one folder.
         """
+        from metajax import parallel
+
         resolved = json.loads(json.dumps(config))  # tuples become lists, as they are in the file
+        _require_same(resolved)
+        opened: list[Run] = []
+
+        def first() -> bool:
+            try:
+                opened.append(cls._open(folder, resolved, resume=resume))
+            except OSError as error:
+                raise _unwritable(folder, error) from error
+            return opened[0].finished
+
+        finished = parallel.from_first(first)
+        token = parallel.exchange(os.urandom(8).hex())[0]
+        parallel.from_first(lambda: (folder / ".token").write_text(token, encoding="utf-8"))
+        try:
+            parallel.agree(lambda: _require_shared(folder, token))
+        finally:
+            parallel.from_first(lambda: (folder / ".token").unlink())
+        return opened[0] if opened else cls(folder, finished, None)
+
+    @classmethod
+    def _open(cls, folder: pathlib.Path, resolved: dict[str, Any], *, resume: bool) -> Run:
         path = folder / "config.json"
         if not path.exists():
             if folder.exists() and (not folder.is_dir() or {*folder.iterdir()} - {folder / ".lock"}):
@@ -53,7 +81,7 @@ class Run:
             return cls(folder, False, lock)
         if not resume:
             raise ValueError(f"workdir {str(folder)!r} holds a run: continue it with --resume, or name another folder")
-        changed = _differences(json.loads(path.read_text(encoding="utf-8")), resolved)
+        changed = _differences(_filled(json.loads(path.read_text(encoding="utf-8"))), _filled(resolved))
         if changed:
             raise ValueError(f"config differs from that of the run in {str(folder)!r}: {'; '.join(changed)}")
         lock = _lock(folder)
@@ -119,6 +147,60 @@ def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
     os.replace(temporary, path)
 
 
+def _require_same(config: dict[str, Any]) -> None:
+    """Refuses processes that differ from process 0 in their config or their code."""
+    from metajax import parallel
+
+    told = parallel.exchange({"config": config, "code": code_sha256(), **_versions()})
+    for process, other in enumerate(told):
+        different = _differences(told[0], other, "")
+        if different:
+            raise ValueError(
+                f"all processes must have the same config and code, got process {process} that differs from process 0: "
+                + "; ".join(line.removeprefix(".") for line in different)
+            )
+
+
+def _require_shared(folder: pathlib.Path, token: str) -> None:
+    """Refuses a folder that is not the one that process 0 sees, or that this process cannot write into."""
+    path = folder / ".token"
+    if not path.is_file() or path.read_text(encoding="utf-8") != token:
+        raise ValueError(f"workdir must be one folder that all hosts share, got {str(folder)!r}, here another one")
+    mine = folder / f".{token}-{os.getpid()}"
+    try:
+        mine.touch()
+        mine.unlink()
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: pathlib.Path, error: OSError) -> ValueError:
+    return ValueError(f"workdir must be a folder that can be written, got {str(folder)!r}: {error.strerror}")
+
+
+def code_sha256() -> str:
+    """A hash of the Python files of the package and of the launchers."""
+    import metajax
+
+    digest = hashlib.sha256()
+    for root in (pathlib.Path(metajax.__file__).parent, pathlib.Path(__file__).parent):
+        for path in sorted(root.rglob("*.py")):
+            digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _filled(config: dict[str, Any]) -> dict[str, Any]:
+    """What counts of a config: a run of old goes on with the defaults of fields that it does not have."""
+    from experiments.configs import _base
+
+    base = json.loads(json.dumps(_base.base().to_dict()))
+    return {
+        name: {**base.get(name, {}), **value} if isinstance(value, dict) else value
+        for name, value in (base | config).items()
+        if name not in _ELSEWHERE
+    }
+
+
 def _differences(old: Any, new: Any, path: str = "config") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         names = sorted(set(old) | set(new))
@@ -126,21 +208,26 @@ def _differences(old: Any, new: Any, path: str = "config") -> list[str]:
     return [] if old == new else [f"{path} was {old!r}, is {new!r}"]
 
 
-def _environment(config: dict[str, Any]) -> dict[str, Any]:
-    import jax
-
+def _versions() -> dict[str, str]:
     versions = {}
     for name in _PACKAGES:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    return versions
+
+
+def _environment(config: dict[str, Any]) -> dict[str, Any]:
+    import jax
+
     return {
         "seed": config["seed"],
         "git_commit": _git_commit(),
         "python": platform.python_version(),
-        "versions": versions,
-        "devices": [str(device.device_kind) for device in jax.local_devices()],
+        "versions": _versions(),
+        "processes": jax.process_count(),
+        "devices": [str(device.device_kind) for device in jax.devices()],
     }
 
 

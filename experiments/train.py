@@ -4,6 +4,7 @@
     python -m experiments.train --config=experiments/configs/maml_omniglot.py \
         --config.data.path=PATH --config.inner.steps=5 --workdir=RUN     # another config, with changes
     python -m experiments.train --config=... --workdir=RUN --resume      # goes on where it stopped
+    python -m experiments.train --config=... --workdir=RUN --resume --distributed    # on each host of a cluster
 """
 
 from __future__ import annotations
@@ -14,17 +15,23 @@ import math
 import os
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from experiments import _launch, _runs
+from experiments import _job, _launch, _runs
 
 _CONFIG = _launch.define_config(pathlib.Path(__file__).parent / "configs" / "prototypical_glyphs.py")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; a fresh one under runs/ by default.")
 _RESUME = flags.DEFINE_bool("resume", False, "Continue the run in workdir, or start it where there is none.")
 _PROFILE = flags.DEFINE_string("profile", None, "STEP:COUNT, the steps to trace for TensorBoard.")
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes, found by TPU, Slurm, GKE or MPI.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where nothing finds the processes.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which process this is, from 0.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+_PEER_TIMEOUT = flags.DEFINE_integer("peer_timeout", 60, "Seconds of silence after which a process counts as dead.")
 
 
 def main() -> int:
@@ -32,12 +39,15 @@ def main() -> int:
     if _RESUME.value and not _WORKDIR.value:
         raise ValueError("workdir must name the run that --resume continues, got none")
     _launch.prepare()
-    from metajax.training import Preempted
+    explicit = (_COORDINATOR.value, _PROCESS_ID.value, _NUM_PROCESSES.value)
+    if _DISTRIBUTED.value or explicit != (None, None, None):
+        _launch.join(*explicit, timeout=_PEER_TIMEOUT.value)
+    from metajax import parallel, training
 
-    workdir = pathlib.Path(_WORKDIR.value or _fresh())
+    workdir = pathlib.Path(_WORKDIR.value or parallel.from_first(_fresh))
     try:
         return run(_CONFIG.value, workdir, resume=_RESUME.value, profile=_PROFILE.value)
-    except Preempted as end:
+    except training.Preempted as end:
         print(f"{end}; the same command with --resume and --workdir={workdir} continues", file=sys.stderr)
         return os.EX_TEMPFAIL
 
@@ -49,156 +59,192 @@ def run(config: ConfigDict, workdir: pathlib.Path, *, resume: bool = False, prof
       ValueError: the config or the folder is refused; nothing is written then.
     """
     import jax
-    import numpy as np
 
-    import metajax
+    from metajax import parallel
 
-    watchers: list[Any] = [metajax.training.Heartbeat(workdir / "heartbeat.json")]
-    if profile is not None:
-        watchers.append(metajax.training.Profile(profile, workdir / "tensorboard"))
-    train = metajax.training.open_source(config, "train")
-    validation, test = (metajax.training.open_source(config, split) for split in ("val", "test"))
-    experiment = metajax.training.build(config, num_classes=getattr(train, "num_classes", None))
-    validation.check(experiment.spec)
-    test.check(experiment.spec)
-    on_device = config.data.sampler == "device"
-    if on_device:
-        data, sample = metajax.data.device_sampler(train, experiment.train_spec)
-        batch = metajax.data.episode_batch(
-            train, experiment.train_spec, seed=config.seed, start=0, count=config.outer.meta_batch
-        )
-    else:
-        try:
-            episodes = stream(config, experiment, train)
-        except ImportError as error:
-            raise ValueError(f"data.sampler must be 'device' here, got 'pipeline': {error}") from error
-        with contextlib.closing(episodes):
-            batch = jax.tree.map(np.asarray, next(episodes))
-    outer = meta_step(config, experiment, jax.tree.leaves(batch)[0].shape[0])
-    example = jax.tree.map(lambda leaf: leaf[0], batch)
-    # traced before anything is written, so that what does not fit together is refused here
-    jax.eval_shape(lambda key: outer.update(outer.init(key, example), batch), jax.random.key(config.seed))
+    opened: list[_job.Job] = []
+
+    def prepare() -> None:
+        job = _job.open_job(config)
+        for watcher in _watchers(job, workdir, profile):  # refuses what is out of range
+            watcher.close()
+        opened.append(job)
+
+    parallel.agree(prepare)
+    (job,) = opened
     folder = _runs.Run.open(workdir, config.to_dict(), resume=resume)
     if folder.finished:
-        print(f"{workdir} is finished; nothing to do")
+        _say(f"{workdir} is finished; nothing to do")
         return 0
-    print(f"training {config.learner.name} on {train.name} into {workdir}")
-
-    state = outer.init(jax.random.key(config.seed), example)
-    checkpoints = metajax.training.Checkpoints(workdir / "checkpoints")
-    extra: dict[str, Any] = {"seconds": 0.0, "best": None}
-    if checkpoints.latest() is not None:
-        state, extra = checkpoints.restore(state)
-        print(f"resuming at step {int(state.step)}")
-    start = int(state.step)
-    # older checkpoints have no position
-    position = extra.get("position", start if config.learner.name == "finetune" else start * config.outer.meta_batch)
-
-    def score(params: Any) -> dict[str, float]:
-        # NumPy, as after training: one compilation for both, on one device
-        found = _evaluate(experiment, jax.tree.map(np.asarray, params), validation, config, config.validation.episodes)
-        return {f"validation_{experiment.metric}": found.mean}
-
-    recorder = metajax.training.Recorder(
-        workdir, every=config.log.every, start=start, seconds=extra["seconds"], meta_batch=config.outer.meta_batch
-    )
-    validating = metajax.training.Validation(
-        score, recorder, every=config.validation.every, checkpoints=checkpoints,
-        better=(f"validation_{experiment.metric}", 1 if experiment.metric == "accuracy" else -1), best=extra["best"],
-        steps=config.outer.steps,
-    )  # fmt: skip
-    saving = metajax.training.Saving(
-        checkpoints, every=config.checkpoint.every, steps=config.outer.steps,
-        extra=lambda: {
-            "seconds": recorder.seconds, "best": validating.best,
-            # of the step that is saved: its batch was handed out, the next one was not
-            **({} if on_device else {"position": episodes.position}),
-        },
-    )  # fmt: skip
-    progress = metajax.training.Progress(config.outer.steps, meta_batch=config.outer.meta_batch, start=start)
-    preemption = metajax.training.Preemption(saving.save_now)  # last: what else sees the step has seen it then
-    callbacks: list[Any] = [progress, recorder, validating, saving, *watchers, preemption]
-    if not recorder.tensorboard:
-        print("TensorFlow is not installed: metrics.jsonl is written, TensorBoard events are not")
-    if start < config.outer.steps:
-        if on_device:
-            state = metajax.training.fit_on_device(
-                outer, state, data, sample, batch=config.outer.meta_batch, steps=config.outer.steps, seed=config.seed,
-                chunk=math.gcd(config.log.every, config.validation.every, config.checkpoint.every),
-                callbacks=callbacks,
-            )  # fmt: skip
-        else:
-            with contextlib.closing(stream(config, experiment, train, position)) as episodes:
-                state = metajax.training.fit(outer, state, episodes, steps=config.outer.steps, callbacks=callbacks)
-        extra = {"seconds": recorder.seconds}
-    checkpoints.close()
-
-    params = jax.tree.map(np.asarray, state.params)
-    found = _evaluate(experiment, params, test, config, config.evaluation.episodes)
-    shown = metajax.data.episode(test, experiment.spec, seed=config.evaluation.seed, index=0)
-    metajax.evaluation.report(
-        workdir / "report.png", history=metajax.training.read_metrics(workdir), evaluation=found, episode=shown,
-        outputs=metajax.evaluation.predict_query(experiment.learner, params, shown, num_steps=experiment.eval_steps),
-        title=f"{config.learner.name} on {config.data.name}",
-    )  # fmt: skip
-    folder.finish(config, found, params, seconds=extra["seconds"])
-    print(f"report: {workdir / 'report.png'}")
-    print(found)
+    spread = f" on {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    _say(f"training {config.learner.name} on {job.train.name} into {workdir}{spread}")
+    params, seconds = _train(job, workdir, profile)
+    parallel.from_first(lambda: _report(job, folder, params, seconds))
     return 0
 
 
-def _fresh() -> pathlib.Path:
-    stem = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-    return pathlib.Path("runs") / f"{stem}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
+def _train(job: _job.Job, workdir: pathlib.Path, profile: str | None) -> tuple[Any, float]:
+    """Trains from the last checkpoint on, with rollbacks where the config allows them.
+
+    Returns:
+      The meta-parameters as NumPy arrays, and the seconds that training took.
+    """
+
+    from metajax import parallel, training
+
+    checkpoints = training.Checkpoints(workdir / "checkpoints")
+
+    def begin() -> tuple[Any, dict[str, Any]]:
+        state, extra = job.init(), {"seconds": 0.0, "best": None}
+        if checkpoints.latest() is not None:
+            state, extra = checkpoints.restore(state)
+        return state, {"position": int(state.step) * job.stride, "rollbacks": 0, **extra}
+
+    state, extra = begin()
+    if int(state.step):
+        _say(f"resuming at step {int(state.step)}")
+    while int(state.step) < job.config.outer.steps:
+        try:
+            state, extra["seconds"] = _fit(job, workdir, checkpoints, state, extra, profile)
+        except training.Rollback as spike:
+            count = extra["rollbacks"] + 1
+            if count > job.config.watch.rollbacks:
+                raise
+            state, extra = begin()
+            step = int(state.step)
+            _say(f"{spike}: back to step {step}, with other episodes (rollback {count})")
+            extra |= {"rollbacks": count, "position": extra["position"] + (spike.step - step) * job.stride}
+            profile = None  # traced already, or never
+    checkpoints.close()
+    return parallel.to_host(state.params), extra["seconds"]
 
 
-def meta_step(config: Any, experiment: Any, tasks: int) -> Any:
-    """The meta step, over all local devices where the tasks divide, on augmented episodes where the config says so."""
-    import metajax
-
-    outer = metajax.outer_update(
-        experiment.trained, experiment.optimizer, hypergrad=experiment.hypergrad, before=config.log.before
-    )
-    mesh = _mesh(tasks)
-    if mesh.size > 1:
-        outer = metajax.parallel.shard(outer, mesh)
-    if experiment.transform is not None:
-        outer = metajax.training.augment(outer, experiment.transform)
-    return outer
-
-
-def _mesh(tasks: int) -> Any:
-    """The most local devices over which the tasks divide."""
+def _fit(
+    job: _job.Job, workdir: pathlib.Path, checkpoints: Any, state: Any, extra: dict[str, Any], profile: str | None
+) -> tuple[Any, float]:
+    """Trains until the last step; gives the state and the seconds of training, those before this start included."""
     import jax
 
-    import metajax
+    from metajax import parallel, training
 
-    count = max(count for count in range(1, jax.local_device_count() + 1) if tasks % count == 0)
-    return metajax.parallel.make_mesh(devices=jax.local_devices()[:count])
+    config, steps, metric = job.config, job.config.outer.steps, job.experiment.metric
+    start, first = int(state.step), jax.process_index() == 0
+    episodes: Any = None if job.sampler else job.stream(extra["position"])
 
+    def score(params: Any) -> dict[str, float]:
+        # NumPy, as after training: one compilation for both, on one device
+        whole = parallel.to_host(params)
+        return parallel.from_first(
+            lambda: {f"validation_{metric}": _evaluate(job, whole, job.validation, config.validation.episodes).mean}
+        )
 
-def stream(config: Any, experiment: Any, source: Any, start: int = 0) -> Any:
-    """The batches of the pipeline from a position on, each task on the device of the meta step that trains on it."""
-    import metajax
-
-    tasks = size = config.outer.meta_batch
-    if config.learner.name == "finetune":
-        batches, tasks = metajax.data.batches(source, size, config.seed, start=start), 1
-    else:
-        batches = metajax.data.episodes(source, experiment.train_spec, batch=size, seed=config.seed, start=start)
-    mesh = _mesh(tasks)
-    return metajax.data.prefetch_to_device(
-        batches, device=metajax.parallel.task_sharding(mesh) if mesh.size > 1 else None
-    )
-
-
-def _evaluate(experiment: Any, params: Any, source: Any, config: Any, episodes: int) -> Any:
-    import metajax
-
-    return metajax.evaluation.evaluate(
-        experiment.learner, params, source, experiment.spec, episodes=episodes, seed=config.evaluation.seed,
-        num_steps=experiment.eval_steps, normalisation=metajax.training.normalisation(config),
+    recorder = training.Recorder(
+        workdir if first else None, every=config.log.every, start=start, seconds=extra["seconds"],
+        meta_batch=config.outer.meta_batch,
     )  # fmt: skip
+    if first and not recorder.tensorboard:
+        print("TensorFlow is not installed: metrics.jsonl is written, TensorBoard events are not")
+    validating = training.Validation(
+        score, recorder, every=config.validation.every, checkpoints=checkpoints, steps=steps, best=extra["best"],
+        better=(f"validation_{metric}", 1 if metric == "accuracy" else -1),
+    )  # fmt: skip
+
+    def kept() -> dict[str, Any]:
+        values = {"seconds": recorder.seconds, "best": validating.best, "rollbacks": extra["rollbacks"]}
+        # of the step that is saved: its batch was handed out, the next one was not
+        return values if episodes is None else {**values, "position": episodes.position}
+
+    saving = training.Saving(checkpoints, every=config.checkpoint.every, steps=steps, extra=kept)
+    callbacks: list[Any] = [
+        *([training.Progress(steps, meta_batch=config.outer.meta_batch, start=start)] if first else []),
+        recorder, *_watchers(job, workdir, profile, recorder.write), validating, saving,
+        training.Preemption(saving.save_now),  # last: what else sees the step has seen it then
+    ]  # fmt: skip
+    if job.sampler is not None:
+        data, sample = job.sampler
+        state = training.fit_on_device(
+            job.outer, state, data, sample, batch=config.outer.meta_batch, steps=steps,
+            seed=(config.seed + (extra["rollbacks"] << 32)) % 2**64,
+            chunk=math.gcd(config.log.every, config.validation.every, config.checkpoint.every), callbacks=callbacks,
+        )  # fmt: skip
+    else:
+        with contextlib.closing(episodes):
+            state = training.fit(job.outer, state, episodes, steps=steps, callbacks=callbacks)
+    return state, recorder.seconds
+
+
+def _watchers(
+    job: _job.Job, workdir: pathlib.Path, profile: str | None, record: Callable[..., None] | None = None
+) -> list[Any]:
+    """What looks at each step before it is saved, in every process.
+
+    Raises:
+      ValueError: a field of `config.watch`, or `profile`, is out of range.
+    """
+    import jax
+
+    from metajax import training
+    from metajax.core import _validate
+
+    watch, index = job.config.watch, jax.process_index()
+    name = f"heartbeat-{index}.json" if index else "heartbeat.json"
+    watchers: list[Any] = [training.Heartbeat(workdir / name, every=watch.heartbeat)]
+    if _validate.one_of("watch.spike", watch.spike, ("off", "count", "stop", "rollback")) != "off":
+        watchers.append(
+            training.Spikes(
+                watch.window, watch.factor, watch.spike, record=record, checkpoint_every=job.config.checkpoint.every
+            )
+        )
+    if watch.nonfinite == "skip":
+        watchers.append(training.SkipLimit(watch.skip_limit))
+    _validate.int_at_least("watch.rollbacks", watch.rollbacks, 0)
+    stall = _validate.non_negative_float("watch.stall", watch.stall)
+    if stall or jax.process_count() > 1:
+        watchers.append(training.Stall(stall or 1800.0, status=_launch.LOST_PEER))
+    if profile is not None:
+        watchers.append(training.Profile(profile, workdir / "tensorboard"))
+    return watchers
+
+
+def _report(job: _job.Job, folder: _runs.Run, params: Any, seconds: float) -> None:
+    """Evaluates the run, and writes its picture and its results."""
+    from metajax import data, evaluation, training
+
+    config, experiment = job.config, job.experiment
+    found = _evaluate(job, params, job.test, config.evaluation.episodes)
+    shown = data.episode(job.test, experiment.spec, seed=config.evaluation.seed, index=0)
+    picture = folder.folder / "report.png"
+    evaluation.report(
+        picture, history=training.read_metrics(folder.folder), evaluation=found, episode=shown,
+        outputs=evaluation.predict_query(experiment.learner, params, shown, num_steps=experiment.eval_steps),
+        title=f"{config.learner.name} on {config.data.name}",
+    )  # fmt: skip
+    folder.finish(config, found, params, seconds=seconds)
+    print(f"report: {picture}")
+    print(found)
+
+
+def _evaluate(job: _job.Job, params: Any, source: Any, episodes: int) -> Any:
+    from metajax import evaluation, training
+
+    return evaluation.evaluate(
+        job.experiment.learner, params, source, job.experiment.spec, episodes=episodes,
+        seed=job.config.evaluation.seed, num_steps=job.experiment.eval_steps,
+        normalisation=training.normalisation(job.config),
+    )  # fmt: skip
+
+
+def _say(text: str) -> None:
+    """Prints a line, once for all processes."""
+    import jax
+
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+def _fresh() -> str:
+    stem = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    return str(pathlib.Path("runs") / f"{stem}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}")
 
 
 if __name__ == "__main__":

@@ -70,6 +70,26 @@ def base() -> ConfigDict:
                 "clip": 10.0,  # global norm of the hypergradient; 0 does not clip
                 "steps": 1000,
                 "meta_batch": 4,  # tasks in a step; for finetune, examples
+                "task_batching": "auto",  # how a device runs its tasks: auto, vmap, scan, or tasks at a time, as "4"
+            },
+            # devices: that take different tasks, that divide parameters as well, that divide the work of a task.
+            # One may be -1: what is left. A run may go on with other ones.
+            "mesh": {
+                "task": -1,
+                "fsdp": 1,
+                "model": 1,
+                "rules": (),  # pairs such as ("dense/kernel", (None, "fsdp")); (): large parameters over fsdp
+            },
+            "watch": {
+                "nonfinite": "stop",  # a step whose loss or hypergradient is not finite: stop, or skip
+                "skip_limit": 100,  # skipped steps in a row that end the run
+                "spike": "off",  # a loss far above those before: off, count, stop, rollback (to the last checkpoint)
+                "window": 100,  # losses before it that it is compared with
+                "factor": 10.0,  # spreads above their median
+                "rollbacks": 3,  # spikes after which a run is given up
+                "heartbeat": 10.0,  # seconds between writings of heartbeat.json
+                # seconds without a step after which a process ends; 0: 1800 in a job of several processes, else never
+                "stall": 0.0,
             },
             "log": {"every": 20, "before": False},  # before: also measure the query before adaptation
             "validation": {"every": 500, "episodes": 100},

@@ -2,16 +2,22 @@
 
 from metajax.parallel._collectives import collective_bytes
 from metajax.parallel._mesh import make_mesh
+from metajax.parallel._processes import agree, exchange, from_first, process_block, to_host
 from metajax.parallel._rules import largest_axis, partition_specs
 from metajax.parallel._spmd import num_groups, pad_tasks, shard, task_sharding
 
 __all__ = [
+    "agree",
     "collective_bytes",
+    "exchange",
+    "from_first",
     "largest_axis",
     "make_mesh",
     "num_groups",
     "pad_tasks",
     "partition_specs",
+    "process_block",
     "shard",
     "task_sharding",
+    "to_host",
 ]

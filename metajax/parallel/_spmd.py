@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from metajax.core import _validate
@@ -80,9 +81,10 @@ def shard(outer: OuterUpdate, mesh: Mesh, rules: _rules.Rules = ()) -> OuterUpda
             return outer.init(key, episode, params, num_tasks)
 
         placed = _rules.shardings(mesh, specs_of(jax.eval_shape(make, key, episode, params)))
-        key, episode = jax.device_put((key, episode), NamedSharding(mesh, _WHOLE))
+        everywhere = NamedSharding(mesh, _WHOLE)
+        key, episode = jax.tree.map(lambda leaf: _bring(leaf, everywhere), (key, episode))
         # arguments, not constants of the program, and divided before they come together with others
-        params = None if params is None else jax.device_put(params, placed.params)
+        params = None if params is None else jax.tree.map(_bring, params, placed.params)
         return jax.jit(make, out_shardings=placed)(key, episode, params)
 
     def update(state: MetaState, episodes: Any) -> tuple[MetaState, dict[str, Any]]:
@@ -162,6 +164,17 @@ def pad_tasks(episodes: Any, multiple: int) -> Any:
         return episodes
     padded = jax.tree.map(lambda leaf: jnp.concatenate([leaf, jnp.repeat(leaf[-1:], missing, axis=0)]), episodes)
     return padded._replace(query=padded.query._replace(mask=padded.query.mask.at[count:].set(False)))
+
+
+def _bring(leaf: Any, sharding: NamedSharding) -> Any:
+    """`jax.device_put`, which over several processes takes neither keys nor what one process has put on a device."""
+    if isinstance(leaf, jax.core.Tracer):
+        return leaf
+    if sharding.is_fully_addressable or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
+        return jax.device_put(leaf, sharding)
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_bring(jax.random.key_data(leaf), sharding), impl=jax.random.key_impl(leaf))
+    return jax.device_put(np.asarray(leaf), sharding)
 
 
 def _task_axes(mesh: Mesh) -> tuple[str, ...]:

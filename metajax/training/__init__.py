@@ -15,7 +15,7 @@ from metajax.training._experiment import (
 )
 from metajax.training._loop import NonFiniteError, fit
 from metajax.training._outer import choose_task_batching, outer_update
-from metajax.training._watch import Heartbeat, Preempted, Preemption, Profile, Throughput
+from metajax.training._watch import Heartbeat, Preempted, Preemption, Profile, Stall, Throughput
 
 __all__ = [
     "CheckpointError",
@@ -33,6 +33,7 @@ __all__ = [
     "Saving",
     "SkipLimit",
     "Spikes",
+    "Stall",
     "Throughput",
     "Validation",
     "augment",

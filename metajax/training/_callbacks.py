@@ -71,7 +71,8 @@ class Recorder:
     `start` that an interrupted run left behind are removed.
 
     Args:
-      folder: the run folder; gets `metrics.jsonl` and `tensorboard/`.
+      folder: the run folder; gets `metrics.jsonl` and `tensorboard/`. None writes nothing and measures `seconds` alone,
+        as all processes of a job do but one.
       every: steps between lines.
       start: steps that are already taken.
       seconds: seconds that the steps before `start` took.
@@ -93,10 +94,15 @@ class Recorder:
     """
 
     def __init__(
-        self, folder: str | pathlib.Path, *, every: int, start: int = 0, seconds: float = 0.0, tensorboard: bool = True,
-        meta_batch: int | None = None,
+        self, folder: str | pathlib.Path | None, *, every: int, start: int = 0, seconds: float = 0.0,
+        tensorboard: bool = True, meta_batch: int | None = None,
     ):  # fmt: skip
         self._throughput = None if meta_batch is None else Throughput(meta_batch, start=start)
+        self._begin = time.monotonic() - seconds
+        self._every, self._waiting = every, []  # type: tuple[int, list[dict[str, Any]]]
+        self._file, self._events, self.tensorboard = None, None, False  # type: Any, Any, bool
+        if folder is None:
+            return
         folder = pathlib.Path(folder)
         kept = [line for line in read_metrics(folder) if line["step"] <= start]
         path = folder / "metrics.jsonl"
@@ -106,8 +112,6 @@ class Recorder:
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 closed in close
         self._events = _event_writer(folder / "tensorboard") if tensorboard else None
         self.tensorboard = self._events is not None
-        self._every, self._waiting = every, []  # type: tuple[int, list[dict[str, Any]]]
-        self._begin = time.monotonic() - seconds
 
     @property
     def seconds(self) -> float:
@@ -116,6 +120,8 @@ class Recorder:
 
     def __call__(self, step: int, state: MetaState, metrics: dict[str, Any]) -> None:
         """Keeps the metrics of a step; writes their mean when a line is due."""
+        if self._file is None:
+            return
         self._waiting.append(metrics)
         self._step = step
         if step % self._every == 0 or step == 1:
@@ -132,6 +138,8 @@ class Recorder:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Writes one line."""
+        if self._file is None:
+            return
         line = {"step": step, "seconds": round(self.seconds, 3), **values}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
@@ -142,7 +150,8 @@ class Recorder:
         """Writes the mean of the steps since the last line, and closes the file."""
         if self._waiting:
             self._write_waiting()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def _event_writer(folder: pathlib.Path) -> Callable[[int, dict[str, float]], None] | None:

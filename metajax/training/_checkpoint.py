@@ -11,16 +11,14 @@ import itertools
 import json
 import pathlib
 import shutil
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from metajax.core import _tree, _validate
 from metajax.core._types import MetaState, Params
+from metajax.parallel import from_first
 from metajax.training import _leaves, _seal
 
 _TIMEOUT = 20 * 60 * 1000  # milliseconds that a process waits for the slowest one, as in Orbax
@@ -83,7 +81,8 @@ class Checkpoints:
         """Saves a checkpoint; returns when `state`, which may then be donated, is copied to the host.
 
         The rest goes on in the background; a save that comes before it has ended waits for it. A step that is there
-        and sound is left as it is: a run that was killed between two checkpoints passes it again.
+        and sound, with the same `extra`, is left as it is: a run that was killed between two checkpoints passes it
+        again.
 
         Args:
           step: the step, at least 0.
@@ -102,7 +101,7 @@ class Checkpoints:
             raise ValueError(f"extra must hold JSON values, got {extra!r}: {error}") from error
         arrays = _leaves.to_save(state)
         self.wait()
-        if _from_first(lambda: path.is_dir() and isinstance(_seal.look(path, self._known), dict)):
+        if from_first(lambda: self._has(path, extra)):
             return
         self._known.pop(path, None)
         try:
@@ -113,6 +112,10 @@ class Checkpoints:
         except OSError as error:
             raise _failed(path, error) from error
         self._writing = self._thread.submit(self._finish, path, {"step": step, "extra": extra}, next(_barriers))
+
+    def _has(self, path: pathlib.Path, extra: dict[str, Any]) -> bool:
+        found = _seal.look(path, self._known) if path.is_dir() else None
+        return isinstance(found, dict) and found["extra"] == extra
 
     def _finish(self, path: pathlib.Path, values: dict[str, Any], number: int) -> None:
         """What follows on Orbax's writing, in the background."""
@@ -205,7 +208,7 @@ class Checkpoints:
 
     def _newest(self, folder: pathlib.Path) -> dict[str, Any] | None:
         self.wait()
-        found, damaged = _from_first(lambda: _seal.newest(folder, self._known))
+        found, damaged = from_first(lambda: _seal.newest(folder, self._known))
         self.damaged += [line for line in damaged if line not in self.damaged]
         return found
 
@@ -256,7 +259,7 @@ def warm_start(folder: str | pathlib.Path, params: Params, *, where: _tree.Where
 def _open(folder: str | pathlib.Path, kind: str) -> pathlib.Path:
     """The folder of the newest sound checkpoint."""
     place = pathlib.Path(folder).absolute() / _validate.one_of("kind", kind, ("last", "best"))
-    found, damaged = _from_first(lambda: _seal.newest(place, {}))
+    found, damaged = from_first(lambda: _seal.newest(place, {}))
     if found is None:
         raise ValueError(_nothing(place, damaged))
     return place / str(found["step"])
@@ -265,16 +268,6 @@ def _open(folder: str | pathlib.Path, kind: str) -> pathlib.Path:
 def _nothing(folder: pathlib.Path, damaged: list[str]) -> str:
     lines = [line for line in damaged if line.startswith(f"{folder.name}/")]
     return f"there is no checkpoint in {folder}" + (f" that is whole: {'; '.join(lines)}" if lines else "")
-
-
-def _from_first(function: Callable[[], Any]) -> Any:
-    """The JSON value of `function` in process 0, in all of them."""
-    if jax.process_count() == 1:
-        return function()
-    text = json.dumps(function()).encode() if jax.process_index() == 0 else b""
-    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
-    padded = np.frombuffer(text.ljust(length), np.uint8)
-    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
 
 
 def _failed(path: pathlib.Path, error: Exception) -> CheckpointError:

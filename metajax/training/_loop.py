@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from metajax.core import _validate
@@ -111,6 +112,11 @@ def require_finite_loss(step: int, metrics: dict[str, Any]) -> None:
 
 def require_finite_params(step: int, state: MetaState) -> None:
     """Raises a NonFiniteError that names the step where a meta-parameter is not finite."""
-    for leaf in jax.tree.leaves(state.params):
-        if not np.all(np.isfinite(np.asarray(leaf, np.float32))):
-            raise NonFiniteError(f"a meta-parameter is not finite after step {step}")
+    # where they lie: parameters that are spread over processes cannot be brought to one
+    if not bool(_all_finite(state.params)):
+        raise NonFiniteError(f"a meta-parameter is not finite after step {step}")
+
+
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))

@@ -8,6 +8,7 @@ import pathlib
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -77,6 +78,56 @@ class Heartbeat:
     def close(self) -> None:
         """Writes the last step."""
         self._write()
+
+
+class Stall:
+    """A callback that ends the process when no step comes for too long, as where another process hangs.
+
+    A process that dies ends the job of itself: JAX tells the others. One that is alive and does not go on (a file
+    system that hangs, an endless loop) leaves them in a collective that has no end; this object's thread then writes
+    a line to standard error and ends the process, whatever its main thread waits for.
+
+    Args:
+      seconds: longer than the longest pause between steps: compilation, validation, the copy of a checkpoint.
+      status: exit status of the process.
+
+    Raises:
+      ValueError: `seconds` is not above 0.
+
+    >>> with Stall(3600.0) as stall:
+    ...     stall(1, None, {})
+    """
+
+    def __init__(self, seconds: float, *, status: int = 70):
+        self._seconds, self._status = _validate.positive_float("seconds", seconds), status
+        self._step: int | None = None
+        self._last, self._closed = time.monotonic(), threading.Event()
+        threading.Thread(target=self._watch, name="stall", daemon=True).start()
+
+    def __call__(self, step: int, state: MetaState, metrics: dict[str, Any]) -> None:
+        """Notes that there was a step."""
+        self._step, self._last = step, time.monotonic()
+
+    def _watch(self) -> None:
+        while True:
+            left = self._last + self._seconds - time.monotonic()
+            if left <= 0:
+                break
+            if self._closed.wait(left):
+                return
+        after = "before the first step" if self._step is None else f"after step {self._step}"
+        print(f"error: nothing came {after} for {self._seconds:g} s; this process ends", file=sys.stderr, flush=True)
+        os._exit(self._status)
+
+    def close(self) -> None:
+        """Watches no more."""
+        self._closed.set()
+
+    def __enter__(self) -> Stall:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 class Throughput:

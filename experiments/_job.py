@@ -1,0 +1,124 @@
+"""What a config becomes before anything is written: sources, the meta step on its mesh, and a stream of episodes."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from experiments import _placement
+
+
+class Job(NamedTuple):
+    """The parts of one training run.
+
+    Attributes:
+      config: the config.
+      experiment: what `metajax.training.build` makes of it.
+      train: the source of the training episodes.
+      validation: the source of the validation episodes.
+      test: the source of the evaluation episodes.
+      mesh: the devices.
+      tasks: tasks in a step.
+      outer: the meta step.
+      example: one episode, of the shapes in training.
+      sampler: `(data, sample)` of `metajax.data.device_sampler` where the device draws episodes, else None.
+    """
+
+    config: Any
+    experiment: Any
+    train: Any
+    validation: Any
+    test: Any
+    mesh: Any
+    tasks: int
+    outer: Any
+    example: Any
+    sampler: tuple[Any, Any] | None
+
+    @property
+    def stride(self) -> int:
+        """How far a step moves the position in the stream."""
+        return 1 if self.config.learner.name == "finetune" else self.config.outer.meta_batch
+
+    def init(self) -> Any:
+        """The state before the first step."""
+        import jax
+
+        return self.outer.init(jax.random.key(self.config.seed), self.example)
+
+    def stream(self, start: int) -> Any:
+        """The batches of the pipeline from a position on, each task on the device that trains on it."""
+        from metajax import data, parallel
+
+        place = parallel.task_sharding(self.mesh) if self.mesh.size > 1 else None
+        return data.prefetch_to_device(_batches(self, self.tasks, start), device=place)
+
+
+def open_job(config: Any) -> Job:
+    """Opens sources and builds the meta step, and traces it: what does not fit together is refused here.
+
+    Raises:
+      ValueError: a field of the config is out of range, or parts do not fit together.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from metajax import data, training
+
+    train, validation, test = (training.open_source(config, split) for split in ("train", "val", "test"))
+    experiment = training.build(config, num_classes=getattr(train, "num_classes", None))
+    validation.check(experiment.spec)
+    test.check(experiment.spec)
+    # fine-tuning trains on one batch of examples, which no devices divide
+    tasks = 1 if config.learner.name == "finetune" else config.outer.meta_batch
+    mesh = _placement.make_mesh(config, tasks)
+    job = Job(config, experiment, train, validation, test, mesh, tasks, None, None, None)
+    if config.data.sampler == "device":
+        job = job._replace(sampler=data.device_sampler(train, experiment.train_spec))
+        one = data.episode_batch(train, experiment.train_spec, seed=config.seed, start=0, count=1)
+    else:
+        try:
+            stream = _batches(job, 1, 0, alone=True)
+        except ImportError as error:
+            raise ValueError(f"data.sampler must be 'device' here, got 'pipeline': {error}") from error
+        one = next(stream)
+        stream.close()
+    job = job._replace(outer=meta_step(config, experiment, mesh), example=jax.tree.map(lambda leaf: leaf[0], one))
+    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((tasks, *leaf.shape[1:]), jnp.asarray(leaf).dtype), one)
+    jax.eval_shape(
+        lambda key, batch: job.outer.update(job.outer.init(key, job.example), batch), jax.random.key(0), batch
+    )
+    return job
+
+
+def meta_step(config: Any, experiment: Any, mesh: Any) -> Any:
+    """The meta step over a mesh, on augmented episodes and without what is not finite, where the config says so."""
+    import metajax
+    from metajax.core import _validate
+
+    batching = config.outer.task_batching
+    outer = metajax.outer_update(
+        experiment.trained, experiment.optimizer, hypergrad=experiment.hypergrad, before=config.log.before,
+        task_batching=int(batching) if batching.isdecimal() else batching,
+    )  # fmt: skip
+    rules = _placement.rules(config, mesh)
+    if mesh.size > 1:
+        outer = metajax.parallel.shard(outer, mesh, rules)
+    if _validate.one_of("watch.nonfinite", config.watch.nonfinite, ("stop", "skip")) == "skip":
+        outer = metajax.training.skip_nonfinite(outer)
+    if experiment.transform is not None:
+        outer = metajax.training.augment(outer, experiment.transform)
+    return outer
+
+
+def _batches(job: Job, tasks: int, start: int, *, alone: bool = False) -> Any:
+    """What this process brings of a stream of batches; all of it where it is `alone`."""
+    from metajax import data, parallel
+
+    config = job.config
+    if config.learner.name == "finetune":
+        return data.batches(job.train, config.outer.meta_batch, config.seed, start=start)
+    index, count = (0, 1) if alone else parallel.process_block(job.mesh, tasks)
+    return data.episodes(
+        job.train, job.experiment.train_spec, batch=tasks // count, seed=config.seed, start=start,
+        process_index=index, process_count=count,
+    )  # fmt: skip

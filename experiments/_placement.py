@@ -1,0 +1,63 @@
+"""From the fields `mesh` of a config to devices: who takes which tasks, and where parameters lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def make_mesh(config: Any, tasks: int, *, devices: Sequence[Any] | None = None) -> Any:
+    """The mesh that `config.mesh` describes.
+
+    Where a single process leaves all three sizes as they are, it takes as many of its devices as divide the tasks: a
+    config that trains on eight devices also trains on three. Else the mesh has all devices of all processes.
+
+    Args:
+      config: with the fields `mesh.task`, `mesh.fsdp` and `mesh.model`.
+      tasks: tasks in a step.
+      devices: those of all processes by default.
+
+    Raises:
+      ValueError: the sizes do not make up the devices, or the devices do not divide the tasks.
+    """
+    import jax
+
+    from metajax import parallel
+
+    sizes = {name: config.mesh[name] for name in ("task", "fsdp", "model")}
+    found = jax.devices() if devices is None else list(devices)
+    if sizes == {"task": -1, "fsdp": 1, "model": 1} and jax.process_count() == 1:
+        found = found[: max(count for count in range(1, len(found) + 1) if tasks % count == 0)]
+    mesh = parallel.make_mesh(**sizes, devices=found)
+    groups = parallel.num_groups(mesh)
+    if tasks % groups:
+        name = "the tasks in a step of finetune" if config.learner.name == "finetune" else "outer.meta_batch"
+        raise ValueError(f"{name} must be a multiple of mesh.task * mesh.fsdp, {groups} here, got {tasks}")
+    return mesh
+
+
+def rules(config: Any, mesh: Any) -> Any:
+    """Which parameters `config.mesh.rules` divides how.
+
+    Without rules, each large parameter is divided over `fsdp` along its longest dimension.
+
+    Raises:
+      ValueError: a rule is no pair of an expression and a spec, or none divides anything over `model`.
+    """
+    from jax.sharding import PartitionSpec
+
+    from metajax import parallel
+
+    given = config.mesh.rules
+    for rule in given:
+        if len(rule) != 2 or not isinstance(rule[0], str) or not isinstance(rule[1], list | tuple):
+            raise ValueError(f"mesh.rules must be pairs such as ('kernel', (None, 'fsdp')), got {rule!r}")
+    if mesh.shape["model"] > 1 and not any("model" in str(spec) for _, spec in given):
+        raise ValueError(f"mesh.rules must divide something over 'model', which has {mesh.shape['model']} devices")
+    if not given:
+        return parallel.largest_axis(mesh.shape["fsdp"])
+    return [(pattern, PartitionSpec(*map(_entry, spec))) for pattern, spec in given]
+
+
+def _entry(entry: Any) -> Any:
+    return tuple(entry) if isinstance(entry, list) else entry
