@@ -98,7 +98,7 @@ def meta_step(config: Any, experiment: Any, mesh: Any) -> Any:
     batching = config.outer.task_batching
     outer = metajax.outer_update(
         experiment.trained, experiment.optimizer, hypergrad=experiment.hypergrad, before=config.log.before,
-        task_batching=int(batching) if batching.isdecimal() else batching,
+        trainable=experiment.trainable, task_batching=int(batching) if batching.isdecimal() else batching,
     )  # fmt: skip
     rules = _placement.rules(config, mesh)
     if mesh.size > 1:

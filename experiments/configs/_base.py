@@ -9,8 +9,8 @@ def base() -> ConfigDict:
         {
             "seed": 0,
             "data": {
-                # glyphs, omniglot, image_folder, tfds, sinusoids; cifar_fs, fc100, mini_imagenet, tiered_imagenet, cub,
-                # meta_dataset
+                # glyphs, omniglot, image_folder, tfds, sinusoids, cycles; cifar_fs, fc100, mini_imagenet,
+                # tiered_imagenet, cub, meta_dataset
                 "name": "glyphs",
                 "path": "",  # folder of the images; of tfds, where sets are prepared ("": as TFDS does)
                 "set": "",  # tfds: name of the set, such as cifar100
@@ -22,18 +22,25 @@ def base() -> ConfigDict:
                 "protocol": "vinyals",  # omniglot: vinyals or lake
                 "rotations": True,  # omniglot: rotated training classes are new classes
                 "mirrored": False,  # omniglot: mirror images of training classes are new classes
+                "vocab": 256,  # cycles: number of tokens
+                "length": 64,  # cycles: tokens of a text
                 "sampler": "pipeline",  # who draws training episodes: tf.data on the host, or the device
             },
             # random affine map of each training image: degrees, fractions; all 0 changes nothing
             "augment": {"rotation": 0.0, "scale": 0.0, "shear": 0.0, "shift": 0.0},
             "model": {
-                "name": "conv4",  # conv4 or mlp
+                "name": "conv4",  # conv4, mlp, or decoder (for cycles)
                 "width": 64,
                 "depth": 4,
+                "heads": 8,  # decoder
+                "dtype": "float32",  # decoder: of its parameters, float32 or bfloat16
                 "pool": False,  # halve by max pooling instead of stride
                 "normalisation": "batch",  # batch (transductive), support, layer, group, none
                 "hidden": (40, 40),  # mlp
             },
+            # decoder: lora or ia3 beside the kernels that a path regex picks ("": those of its paper). What an adapter
+            # adds adapts inside of a task with learner.adapts, and alone is trained with outer.trainable, "lora" both.
+            "adapter": {"name": "", "rank": 8, "where": ""},
             "learner": {
                 "name": "prototypical",  # maml, reptile, prototypical, finetune
                 "distance": "euclidean",  # prototypical: euclidean or cosine
@@ -70,6 +77,7 @@ def base() -> ConfigDict:
                 "clip": 10.0,  # global norm of the hypergradient; 0 does not clip
                 "steps": 1000,
                 "meta_batch": 4,  # tasks in a step; for finetune, examples
+                "trainable": "",  # path regex of what is meta-trained; "" all
                 "task_batching": "auto",  # how a device runs its tasks: auto, vmap, scan, or tasks at a time, as "4"
             },
             # devices: that take different tasks, that divide parameters as well, that divide the work of a task.

@@ -2,6 +2,7 @@
 
 from metajax.data._arrays import arrays
 from metajax.data._cache import cache_folder
+from metajax.data._cycles import cycles
 from metajax.data._device_sampler import DeviceData, device_sampler
 from metajax.data._episodes import episode, episode_batch
 from metajax.data._glyphs import glyphs
@@ -58,6 +59,7 @@ __all__ = [
     "class_lists",
     "colour_jitter",
     "cub",
+    "cycles",
     "describe",
     "device_sampler",
     "episode",

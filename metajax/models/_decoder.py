@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from metajax.core import _validate
-from metajax.core._types import Model
+from metajax.core._types import Model, Params
 from metajax.models import _wrap
 from metajax.models._linear import Linear
 
@@ -85,7 +85,8 @@ class _Decoder(nnx.Module):
         values, _ = jax.lax.scan(jax.checkpoint(block) if self.remat else block, values, params)
         if prompt is not None:
             values = values[:, len(prompt) :]
-        return self.head(self.norm(values))
+        logits = self.head(self.norm(values))
+        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))  # for the sums of a softmax
 
 
 def decoder(
@@ -98,6 +99,7 @@ def decoder(
     hidden: int | None = None,
     theta: float = 1e4,
     remat: bool = True,
+    dtype: Any = jnp.float32,
 ) -> Model:
     """A decoder with RMSNorm, rotary positions, grouped-query attention and SwiGLU, as in Llama.
 
@@ -113,6 +115,8 @@ def decoder(
       hidden: of SwiGLU; None is 8/3 of the width, rounded up to a multiple of 32.
       theta: base of the rotary frequencies.
       remat: whether blocks are recomputed in the backward pass.
+      dtype: of the parameters, and of the computation; logits are float32 at least. bfloat16 halves a frozen base; what
+        takes gradient steps should be float32 (`models.mixed_precision`, or adapters, whose leaves are).
 
     Returns:
       A `Model` from tokens, int32 `[n, length]` (or `{"tokens": ..., "mask": bool [n, length]}`, as `data.text` gives
@@ -120,7 +124,7 @@ def decoder(
       `[k, width]`, stands in front of all texts as embeddings do, and gets no logits (see `adapters.prompt`).
 
     Raises:
-      ValueError: a size below 1, or heads that do not divide.
+      ValueError: a size below 1, heads that do not divide, or a `dtype` that is no floating-point type.
 
     Source: Touvron et al. 2023, arXiv:2302.13971; Ainslie et al. 2023 (grouped queries), arXiv:2305.13245.
 
@@ -140,4 +144,13 @@ def decoder(
     _validate.positive_float("theta", theta)
     hidden = hidden or -(-8 * width // 96) * 32
     block = {"width": width, "heads": heads, "kv_heads": kv_heads or heads, "hidden": hidden, "theta": theta}
-    return _wrap.from_nnx(lambda rngs: _Decoder(vocab, depth, remat, rngs, **block))
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype must be a floating-point type, got {dtype!r}")
+    model = _wrap.from_nnx(lambda rngs: _Decoder(vocab, depth, remat, rngs, **block))
+    if dtype == jnp.float32:
+        return model
+
+    def init(key: jax.Array, inputs: Any) -> Params:
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), model.init(key, inputs))
+
+    return Model(init, model.apply, model.needs)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from metajax.core import _tree
 
@@ -138,8 +138,3 @@ def like_params(tree: Any, params: Any, specs: Any) -> Any:
         return PartitionSpec()
 
     return _tree.map_with_path(spec, tree)
-
-
-def shardings(mesh: Mesh, specs: Any) -> Any:
-    """Specs on a mesh."""
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)

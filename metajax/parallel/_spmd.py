@@ -70,17 +70,11 @@ def shard(outer: OuterUpdate, mesh: Mesh, rules: _rules.Rules = ()) -> OuterUpda
     count = num_groups(mesh)
     by_task = PartitionSpec(axes) if axes else _WHOLE
 
-    def specs_of(state: MetaState) -> Any:
-        params = _rules.partition_specs(state.params, mesh, rules)
-        opt_state = _rules.like_params(state.opt_state, state.params, params)
-        kept = jax.tree.map(lambda _: by_task, state.hypergrad_state)
-        return state._replace(params=params, opt_state=opt_state, hypergrad_state=kept, step=_WHOLE, key=_WHOLE)
-
     def init(key: jax.Array, episode: Any, params: Any = None, num_tasks: int = 1) -> MetaState:
         def make(key: jax.Array, episode: Any, params: Any) -> MetaState:
             return outer.init(key, episode, params, num_tasks)
 
-        placed = _rules.shardings(mesh, specs_of(jax.eval_shape(make, key, episode, params)))
+        placed = state_shardings(jax.eval_shape(make, key, episode, params), mesh, rules)
         everywhere = NamedSharding(mesh, _WHOLE)
         key, episode = jax.tree.map(lambda leaf: _bring(leaf, everywhere), (key, episode))
         # arguments, not constants of the program, and divided before they come together with others
@@ -91,8 +85,8 @@ def shard(outer: OuterUpdate, mesh: Mesh, rules: _rules.Rules = ()) -> OuterUpda
         num_tasks = jax.tree.leaves(episodes)[0].shape[0]
         if num_tasks % count:
             raise ValueError(f"the number of tasks must be a multiple of {count} groups of devices, got {num_tasks}")
-        specs = specs_of(state)
-        dimensions = jax.tree.map(_fsdp_dimension, specs.params)
+        placed = state_shardings(state, mesh, rules)
+        dimensions = jax.tree.map(lambda place: _fsdp_dimension(place.spec), placed.params)
         # the axes that the function below deals with itself; `model` stays the compiler's
         held = jax.tree.map(lambda dimension: _WHOLE if dimension < 0 else _at(dimension), dimensions)
 
@@ -114,9 +108,38 @@ def shard(outer: OuterUpdate, mesh: Mesh, rules: _rules.Rules = ()) -> OuterUpda
         total, hypergrad_state = run(state.params, state.hypergrad_state, state.step, state.key, episodes)
         new, metrics = apply(state, total, hypergrad_state)
         # where they came from, so that a state can be donated and nothing is compiled again
-        return jax.lax.with_sharding_constraint(new, _rules.shardings(mesh, specs)), metrics
+        return jax.lax.with_sharding_constraint(new, placed), metrics
 
     return OuterUpdate(init, update)
+
+
+def state_shardings(state: MetaState, mesh: Mesh, rules: _rules.Rules = ()) -> Any:
+    """Where `shard` lays each leaf of a state.
+
+    Args:
+      state: arrays or `jax.ShapeDtypeStruct`.
+      mesh: of `make_mesh`.
+      rules: as for `shard`.
+
+    Returns:
+      A tree of `NamedSharding`: parameters by the rules, the optimizer's moments as their parameters, the estimator's
+      states as their tasks.
+
+    Raises:
+      ValueError: rules that `partition_specs` refuses.
+
+    >>> import metajax
+    >>> mesh = metajax.parallel.make_mesh()
+    >>> state = metajax.MetaState({"w": jnp.ones(2)}, (), (), jnp.zeros([], jnp.int32), jax.random.key(0))
+    >>> state_shardings(state, mesh).params["w"].spec == PartitionSpec()
+    True
+    """
+    params = _rules.partition_specs(state.params, mesh, rules)
+    opt_state = _rules.like_params(state.opt_state, state.params, params)
+    axes = tuple(name for name in _task_axes(mesh) if mesh.shape[name] > 1)
+    kept = jax.tree.map(lambda _: PartitionSpec(axes) if axes else _WHOLE, state.hypergrad_state)
+    specs = state._replace(params=params, opt_state=opt_state, hypergrad_state=kept, step=_WHOLE, key=_WHOLE)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
 def num_groups(mesh: Mesh) -> int:
@@ -195,7 +218,13 @@ def _at(dimension: int) -> PartitionSpec:
 
 
 def _gather(leaf: jax.Array, dimension: int) -> jax.Array:
-    return leaf if dimension < 0 else jax.lax.all_gather(leaf, "fsdp", axis=dimension, tiled=True)
+    if dimension < 0:
+        return leaf
+    narrow = leaf.dtype == jnp.bfloat16
+    # as integers: where no unit computes in bfloat16, the compiler would send twice the bytes
+    parts = jax.lax.bitcast_convert_type(leaf, jnp.uint16) if narrow else leaf
+    whole = jax.lax.all_gather(parts, "fsdp", axis=dimension, tiled=True)
+    return jax.lax.bitcast_convert_type(whole, leaf.dtype) if narrow else whole
 
 
 def _reduce(grad: jax.Array, dimension: int, axes: tuple[str, ...]) -> jax.Array:

@@ -12,8 +12,8 @@ Config = Mapping[str, Any]
 _Open = Callable[[str, str, dict[str, Any]], data.Source]  # (path, split, fields)
 
 # fields that configs of old do not have
-_LATER = {"set": "", "splits": "", "cache_mib": 0}
-_MADE, _CHARACTERS = ("glyphs", "sinusoids"), ("glyphs", "omniglot")
+_LATER = {"set": "", "splits": "", "cache_mib": 0, "vocab": 256, "length": 64}
+_MADE, _CHARACTERS = ("glyphs", "sinusoids", "cycles"), ("glyphs", "omniglot")
 _CHARACTER = 28  # pixels, where data.size is 0
 _PUBLISHED = ("cifar_fs", "fc100", "mini_imagenet", "tiered_imagenet", "cub", "meta_dataset")
 
@@ -102,5 +102,6 @@ _SOURCES: dict[str, _Open] = {
     "image_folder": _folder,
     "tfds": _tfds,
     **{name: _published(name) for name in _PUBLISHED},
+    "cycles": lambda path, split, fields: data.cycles(split=split, vocab=fields["vocab"], length=fields["length"]),
     "sinusoids": lambda path, split, fields: data.sinusoids(split=split),
 }

@@ -7,9 +7,10 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import optax
 
-from metajax import data, hypergrad, learners, models
+from metajax import adapters, data, hypergrad, learners, models
 from metajax.core import _validate
 from metajax.core._losses import squared_error
 from metajax.core._types import Hypergrad, Learner, Loss, Model, Params
@@ -34,6 +35,7 @@ class Experiment(NamedTuple):
       train_spec: size of an episode in training.
       eval_steps: inner steps in evaluation, None where as many as in training.
       metric: "accuracy" or "mse".
+      trainable: path regex of the meta-parameters that are trained, None for all.
       transform: what `augment` does to the training images, None for nothing.
 
     >>> Experiment._fields[0]
@@ -48,6 +50,7 @@ class Experiment(NamedTuple):
     train_spec: data.EpisodeSpec
     eval_steps: int | None
     metric: str
+    trainable: str | None
     transform: data.Transform | None
 
 
@@ -86,7 +89,7 @@ def build(config: Config, *, num_classes: int | None = None) -> Experiment:
     return Experiment(
         learner, trained, getattr(hypergrad, config["hypergrad"]["name"])(), _outer_optimizer(config["outer"]),
         spec, train_spec, eval_steps, "mse" if regression else "accuracy",
-        _transform(config),
+        config["outer"].get("trainable", "") or None, _transform(config),
     )  # fmt: skip
 
 
@@ -108,24 +111,32 @@ def _learners(
     learner, inner = config["learner"], config["inner"]
     name = _validate.one_of("learner.name", learner["name"], LEARNERS)
     losses: dict[str, Any] = {} if loss is None else {"loss": loss}
-    outputs = 1 if regression else spec.max_ways
+    outputs = {"sinusoids": 1, "cycles": config["data"].get("vocab")}.get(config["data"]["name"], spec.max_ways)
+    language = config["data"]["name"] == "cycles"
+    if language != (config["model"]["name"] == "decoder"):
+        raise ValueError(
+            f"model.name must be 'decoder' for cycles and for nothing else, got {config['model']['name']!r} for "
+            f"{config['data']['name']!r}"
+        )
     steps = _validate.positive_int("inner.steps", inner["steps"])
     rule = _inner_rule(inner)
     if name == "maml":
         built = learners.maml(
-            _model(config["model"], outputs), rule, steps,
+            _model(config, outputs), rule, steps,
             adapts=learner["adapts"] or None, proximal=learner["proximal"], **losses,
         )  # fmt: skip
         return built, built
     if name == "reptile":
         built = learners.reptile(
-            _model(config["model"], outputs), rule, steps,
+            _model(config, outputs), rule, steps,
             batch_size=learner["batch_size"] or None, adapts=learner["adapts"] or None, **losses,
         )  # fmt: skip
         return built, built
-    if regression:
-        raise ValueError(f"learner.name must be 'maml' or 'reptile' for regression, got {name!r}")
-    features = _model(config["model"], None)
+    if regression or language:
+        raise ValueError(
+            f"learner.name must be 'maml' or 'reptile' for {config['data']['name']}, which has no classes, got {name!r}"
+        )
+    features = _model(config, None)
     if name == "prototypical":
         built = learners.prototypical(features, distance=learner["distance"])
         return built, built
@@ -134,15 +145,42 @@ def _learners(
 
 
 def _model(config: Config, outputs: int | None) -> Model:
-    name = _validate.one_of("model.name", config["name"], ("conv4", "mlp"))
-    if not config["hidden"]:
-        raise ValueError(f"model.hidden must hold at least one width, got {config['hidden']!r}")
+    fields = config["model"]
+    name = _validate.one_of("model.name", fields["name"], ("conv4", "mlp", "decoder"))
+    if not fields["hidden"]:
+        raise ValueError(f"model.hidden must hold at least one width, got {fields['hidden']!r}")
+    adapter = config.get("adapter", {"name": ""})  # runs of old do not have it
+    if adapter["name"] and name != "decoder":
+        raise ValueError(
+            f"adapter.name must be empty for {name}, whose layers take no adapter, got {adapter['name']!r}"
+        )
+    if name == "decoder":
+        dtype = _validate.one_of("model.dtype", fields["dtype"], ("float32", "bfloat16"))
+        return _adapted(
+            models.decoder(
+                outputs or 1,
+                width=fields["width"],
+                depth=fields["depth"],
+                heads=fields["heads"],
+                dtype=jnp.dtype(dtype),
+            ),
+            adapter,
+        )
     if name == "mlp":
-        return models.mlp(outputs or config["hidden"][-1], hidden=tuple(config["hidden"]))
+        return models.mlp(outputs or fields["hidden"][-1], hidden=tuple(fields["hidden"]))
     return models.conv4(
-        outputs, width=config["width"], depth=config["depth"], pool=config["pool"],
-        normalisation=config["normalisation"],
+        outputs, width=fields["width"], depth=fields["depth"], pool=fields["pool"],
+        normalisation=fields["normalisation"],
     )  # fmt: skip
+
+
+def _adapted(model: Model, config: Config) -> Model:
+    if not config["name"]:
+        return model
+    where = {"where": config["where"]} if config["where"] else {}
+    if _validate.one_of("adapter.name", config["name"], ("lora", "ia3")) == "ia3":
+        return adapters.ia3(model, **where)
+    return adapters.lora(model, rank=config["rank"], **where)
 
 
 def _transform(config: Config) -> data.Transform | None:
@@ -150,8 +188,8 @@ def _transform(config: Config) -> data.Transform | None:
     bounds: dict[str, Any] = {name: _validate.non_negative_float(f"augment.{name}", fields[name]) for name in fields}
     if not any(bounds.values()):
         return None
-    if config["data"]["name"] == "sinusoids":
-        raise ValueError(f"augment must be all 0 for sinusoids, which are no images, got {bounds}")
+    if config["data"]["name"] in ("sinusoids", "cycles"):
+        raise ValueError(f"augment must be all 0 for {config['data']['name']}, which are no images, got {bounds}")
     return data.random_affine(**bounds)
 
 

@@ -1,0 +1,88 @@
+"""Few-shot language modelling on texts that repeat a secret word."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from metajax.core import _validate
+from metajax.core._types import Episode, Examples, PyTree
+from metajax.data import _choices
+from metajax.data._sources import SPLITS, Drawn, Source, Take
+from metajax.data._spec import EpisodeSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cycles:
+    """Draws tokens, not rows: it has no examples."""
+
+    name: str
+    split: str
+    vocab: int
+    length: int
+    period: int
+    examples: PyTree = ()
+    length_buckets: tuple[int, ...] = ()
+
+    def check(self, spec: EpisodeSpec) -> None:
+        if spec.ways != 1:
+            raise ValueError(f"ways must be 1 for {self.name} (texts have no classes), got {spec.ways}")
+        if not isinstance(spec.shots, int):
+            raise ValueError(f"shots must be a number for {self.name}, got {spec.shots}")
+        if spec.hierarchical:
+            raise ValueError(f"hierarchical must be False for {self.name}, which has no nodes, got True")
+
+    def bits(self, spec: EpisodeSpec) -> int:
+        return self.period + spec.capacity.support + spec.capacity.query
+
+    def tables(self, spec: EpisodeSpec) -> PyTree:
+        return ()
+
+    def draw(self, spec: EpisodeSpec, tables: PyTree, bits: Any) -> Drawn:
+        xp = bits.__array_namespace__()
+        word = _choices.below(bits[..., : self.period], self.vocab).astype(np.int32)
+        begins = _choices.below(bits[..., self.period :], self.period).astype(np.int32)
+        places = (begins[..., None] + xp.arange(self.length + 1, dtype=np.int32)) % self.period
+        tokens = xp.take_along_axis(word[..., None, :], places, axis=-1)
+
+        def part(texts: Any) -> Examples:
+            return Examples(texts[..., :-1], texts[..., 1:], xp.ones(texts.shape[:-1], bool))
+
+        support = spec.capacity.support
+        return Drawn(Episode(part(tokens[..., :support, :]), part(tokens[..., support:, :])))
+
+    def longest(self, drawn: Drawn) -> np.ndarray:
+        return np.zeros(len(drawn.episode.query.mask), int)
+
+    def finish(self, drawn: Drawn, examples: PyTree, take: Take) -> Episode:
+        return drawn.episode
+
+
+def cycles(*, split: str = "train", vocab: int = 256, length: int = 64, period: int = 16) -> Source:
+    """Texts for a language model: a task is a word of `period` random tokens, a text repeats it from a random place on.
+
+    Who knows the word knows each next token; it is told by the support texts, and by the beginning of each text. There
+    is nothing to download, and texts may have any length: made to try and to plan the training of large decoders.
+
+    Inputs are tokens, int32 `[n, length]`, and targets the tokens that follow them, int32 `[n, length]`; class_mask is
+    None, and `ways` is 1. All splits have the same distribution; their streams of episodes differ.
+
+    Args:
+      split: "train", "val" or "test".
+      vocab: number of tokens.
+      length: tokens of a text.
+      period: tokens of the word.
+
+    Raises:
+      ValueError: another split, or a size below 1.
+
+    >>> from metajax.data._episodes import episode
+    >>> drawn = episode(cycles(length=6, period=2), EpisodeSpec(ways=1, shots=3, queries=2), seed=0, index=0)
+    >>> drawn.support.inputs.shape, bool((drawn.query.inputs[:, 2:] == drawn.query.inputs[:, :-2]).all())
+    ((3, 6), True)
+    """
+    for name, size in (("vocab", vocab), ("length", length), ("period", period)):
+        _validate.positive_int(name, size)
+    return _Cycles("cycles", _validate.one_of("split", split, SPLITS), vocab, length, period)
