@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from experiments import _placement
@@ -53,8 +54,12 @@ class Job(NamedTuple):
         return data.prefetch_to_device(_batches(self, self.tasks, start), device=place)
 
 
-def open_job(config: Any) -> Job:
+def open_job(config: Any, devices: Sequence[Any] | None = None) -> Job:
     """Opens sources and builds the meta step, and traces it: what does not fit together is refused here.
+
+    Args:
+      config: a config.
+      devices: those of all processes by default.
 
     Raises:
       ValueError: a field of the config is out of range, or parts do not fit together.
@@ -70,7 +75,7 @@ def open_job(config: Any) -> Job:
     test.check(experiment.spec)
     # fine-tuning trains on one batch of examples, which no devices divide
     tasks = 1 if config.learner.name == "finetune" else config.outer.meta_batch
-    mesh = _placement.make_mesh(config, tasks)
+    mesh = _placement.make_mesh(config, tasks, devices=devices)
     job = Job(config, experiment, train, validation, test, mesh, tasks, None, None, None)
     if config.data.sampler == "device":
         job = job._replace(sampler=data.device_sampler(train, experiment.train_spec))

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from absl import app, logging
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 LOST_PEER = 70  # exit status where another process of the job died or hangs (EX_SOFTWARE)
@@ -75,9 +75,11 @@ def join(coordinator: str | None, process_id: int | None, num_processes: int | N
             coordinator, num_processes, process_id, heartbeat_timeout_seconds=timeout,
             cluster_detection_method="deactivate" if coordinator else None,
         )  # fmt: skip
-    except (RuntimeError, ValueError) as error:
-        told = " ".join(str(error).split())
-        raise ValueError(f"distributed found no job to join: {told}") from error
+    except ValueError as error:
+        raise ValueError(f"distributed found no job to join: {' '.join(str(error).split())}") from error
+    except RuntimeError as error:  # another start may find the others
+        print(f"error: process 0 cannot be reached: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(LOST_PEER)
     _TOGETHER.append(jax.process_count())
 
 
@@ -156,7 +158,10 @@ def _parse(arguments: list[str]) -> list[str]:
             print(f"error: --config must name a config file, got {value!r}", file=sys.stderr)
             sys.exit(2)
     try:
-        return app.parse_flags_with_usage(arguments)
+        return flags.FLAGS(arguments)
+    except flags.Error as error:
+        print(f"error: {error}; --help lists the flags", file=sys.stderr)
+        sys.exit(2)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         _refuse(error, arguments)
 

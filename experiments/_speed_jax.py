@@ -130,9 +130,9 @@ def _difference(after: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]
 
 
 def _flops(function: Callable[..., Any], *arguments: Any) -> float:
-    from metajax.hypergrad import _flops
+    from metajax.core import _cost
 
-    return _flops.count(function, *arguments)
+    return _cost.flops(function, *arguments)
 
 
 def _program(function: Any, *arguments: Any) -> tuple[Callable[[], None], dict[str, Any]]:

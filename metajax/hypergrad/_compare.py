@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metajax.core import _validate
+from metajax.core import _cost, _validate
 from metajax.core._types import Episode, Hypergrad, Learner, Params
-from metajax.hypergrad import _flops
 from metajax.hypergrad._displacement import displacement
 from metajax.hypergrad._explicit import first_order, mixed_mode, unrolled
 from metajax.hypergrad._finite_difference import finite_difference, sama
@@ -157,7 +156,7 @@ def compare(
                 cosine=float(found @ exact) / (norms[0] * norms[1]) if all(norms) else math.nan,
                 error=float(jnp.linalg.norm(found - exact)) / norms[1] if norms[1] else math.nan,
                 temporary_bytes=sizes.temp_size_in_bytes,
-                flops=_flops.count(function, *arguments),
+                flops=_cost.flops(function, *arguments),
                 seconds=seconds,
             )
         )
@@ -236,7 +235,7 @@ def plan(
         function = value_and_grad(learner, estimator)
         sizes: Any = jax.jit(function).lower(params, episode).compile().memory_analysis()
         whole = sizes.temp_size_in_bytes + sizes.argument_size_in_bytes + sizes.output_size_in_bytes
-        found.append((_flops.count(function, params, episode), name, float(whole), estimator))
+        found.append((_cost.flops(function, params, episode), name, float(whole), estimator))
     found.sort(key=lambda entry: entry[0])  # stable: what comes first in the table of names wins a draw
     rows = tuple((name, size, flops) for flops, name, size, _ in found)
     for _, name, size, estimator in found:

@@ -1,0 +1,218 @@
+"""Plans a run on devices that are not here: compiles its meta step for them, and tells what it takes.
+
+    python -m experiments.plan --config=experiments/configs/maml_lora_decoder.py:large --topology=v5p-512
+    python -m experiments.plan --config=... --topology=h200-8 --config.mesh.fsdp=8 --config.mesh.task=1
+    python -m experiments.plan --config=... --topology=cpu-2 --measure    # and runs it, on the devices that are here
+
+The program is compiled for as many simulated CPU devices as the topology has. What it holds and sends is read from it;
+operations are counted in it; the time is a roofline over the peaks of the device. Two things differ on other devices:
+the CPU computes bfloat16 in float32, and so keeps a wide copy of what is narrow, and it fuses less.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from absl import flags
+
+from experiments import _job, _launch, _placement, _topologies
+
+_CONFIG = _launch.define_config(pathlib.Path(__file__).parent / "configs" / "prototypical_glyphs.py")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "Devices: v5p-256 (cores), v5e-16, v6e-8, h200-8, cpu-8.", required=True
+)
+_MEASURE = flags.DEFINE_bool("measure", False, "Also take steps, on the devices of this machine.")
+_OUTPUT = flags.DEFINE_string("output", None, "File for the numbers, as JSON.")
+
+_WEAK = (8, 64, 512, 4096)  # devices of the table of weak scaling
+_STEPS = 7  # that are measured
+
+
+class Plan(NamedTuple):
+    """What one step takes, on each device.
+
+    Attributes:
+      devices: how many there are.
+      mesh: the sizes of its axes.
+      parameters: bytes of the meta-parameters that a device keeps.
+      optimizer: bytes of the optimizer's state.
+      estimator: bytes of the estimator's state.
+      episodes: bytes of its part of a batch.
+      gathered: bytes of parameters that other devices keep and that it has whole during a step.
+      activations: bytes of all else that it has during a step: activations, inner states, gradients.
+      collectives: bytes that each kind of collective gives it.
+      flops: operations.
+      traffic: bytes between memory and units.
+      compile_seconds: of the program, on this machine.
+    """
+
+    devices: int
+    mesh: dict[str, int]
+    parameters: int
+    optimizer: int
+    estimator: int
+    episodes: int
+    gathered: int
+    activations: int
+    collectives: dict[str, int]
+    flops: float
+    traffic: float
+    compile_seconds: float
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        held = self.parameters + self.optimizer + self.estimator + self.episodes
+        return held + self.gathered + self.activations
+
+
+def main() -> int:
+    """Does what the flags say."""
+    kind, count = _topologies.parse(_TOPOLOGY.value)
+    if not _MEASURE.value:
+        os.environ["JAX_PLATFORMS"] = "cpu"  # simulated, whatever is here
+    _launch.prepare(host_devices=count)
+    import jax
+
+    if len(jax.devices()) < count:
+        raise ValueError(f"topology must have at most {len(jax.devices())} devices here, got {_TOPOLOGY.value!r}")
+    chip = _topologies.chip(kind, count)
+    job = _job.open_job(_CONFIG.value, devices=jax.devices()[:count])
+    plan, program = make(job)
+    seconds = predict(plan, chip)
+    _tell(job, plan, chip, seconds)
+    measured = _measure(job, program) if _MEASURE.value else None
+    if measured is not None:
+        print(f"measured       {_time(measured)} a step; predicted / measured {sum(seconds.values()) / measured:.2f}")
+    if _OUTPUT.value is not None:
+        values = {**plan._asdict(), "predicted_seconds": seconds, "measured_seconds": measured}
+        pathlib.Path(_OUTPUT.value).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def make(job: _job.Job) -> tuple[Plan, Any]:
+    """Compiles the meta step of a job for its mesh; no array is made.
+
+    Returns:
+      The plan, and the compiled program.
+    """
+    import jax
+
+    from metajax import parallel
+    from metajax.core import _cost
+
+    def placed(tree: Any, places: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree, places
+        )
+
+    mesh, rules = job.mesh, _placement.rules(job.config, job.mesh)
+    state = jax.eval_shape(job.init)
+    state = placed(state, parallel.state_shardings(state, mesh, rules))
+    by_task = parallel.task_sharding(mesh)
+    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((job.tasks, *leaf.shape), leaf.dtype), job.example)
+    batch = placed(batch, jax.tree.map(lambda _: by_task, batch))
+    jax.config.update("jax_enable_compilation_cache", False)  # a program that is read back does not tell its sizes
+    begin = time.perf_counter()
+    program: Any = jax.jit(job.outer.update, donate_argnums=0).lower(state, batch).compile()
+    seconds = time.perf_counter() - begin
+    parameters = _bytes(state.params)
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params))
+    gathered = whole // mesh.shape["model"] - parameters if mesh.shape["fsdp"] > 1 else 0
+    flops, traffic = (
+        count(job.outer.update, state, batch) / mesh.shape["model"] for count in (_cost.flops, _cost.traffic)
+    )
+    return Plan(
+        mesh.size, dict(mesh.shape), parameters, _bytes(state.opt_state), _bytes(state.hypergrad_state), _bytes(batch),
+        gathered, max(program.memory_analysis().temp_size_in_bytes - gathered, 0),
+        parallel.collective_bytes(program.as_text()), flops, traffic, seconds,
+    ), program  # fmt: skip
+
+
+def _bytes(tree: Any) -> int:
+    """Bytes on one device."""
+    import jax
+
+    leaves = jax.tree.leaves(tree)
+    return sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
+
+
+def predict(plan: Plan, chip: _topologies.Chip, devices: int | None = None) -> dict[str, float]:
+    """Seconds of a step by a roofline, without overlap of computation and communication.
+
+    Computation takes as long as the slower of operations and memory. A ring of n devices sends (n - 1) / n of what it
+    gathers, and twice that of what it reduces (Patarasuk & Yuan 2009).
+
+    Args:
+      plan: of one size.
+      chip: the device.
+      devices: another number of devices, each with the same work.
+    """
+    count = devices or plan.devices
+    sent = sum((2 if kind == "all-reduce" else 1) * size for kind, size in plan.collectives.items())
+    return {
+        "computation": max(plan.flops / chip.flops, plan.traffic / chip.bandwidth) / chip.reached,
+        "communication": sent * (count - 1) / count / (chip.link * chip.reached),
+    }
+
+
+def _tell(job: _job.Job, plan: Plan, chip: _topologies.Chip, seconds: dict[str, float]) -> None:
+    axes = ", ".join(f"{name} {size}" for name, size in plan.mesh.items())
+    print(f"plan           {job.config.learner.name} on {job.train.name}, {job.tasks} tasks a step")
+    print(f"devices        {plan.devices} of {_TOPOLOGY.value}: {axes}")
+    print(
+        f"a device       {chip.flops / 1e12:.3g} TFLOP/s, {chip.memory / 1e9:.3g} GB at {chip.bandwidth / 1e9:.4g} GB/s"
+        f" and {chip.link / 1e9:.3g} GB/s to others; {100 * chip.reached:.0f} % of it reached ({chip.source})"
+    )
+    for name in ("parameters", "optimizer", "estimator", "episodes", "gathered", "activations", "total"):
+        print(f"{name:14s} {getattr(plan, name) / 1e6:,.1f} MB")
+    print(f"fits           {'yes' if plan.total < chip.memory else 'no'}, in {chip.memory / 1e9:.4g} GB")
+    told = ", ".join(f"{kind} {size / 1e6:,.1f} MB" for kind, size in plan.collectives.items()) or "nothing"
+    print(f"communicates   {told} a step")
+    print(f"operations     {plan.flops / 1e9:,.1f} GFLOP, {plan.traffic / 1e6:,.1f} MB of memory traffic")
+    parts = ", ".join(f"{name} {_time(value)}" for name, value in seconds.items())
+    total = sum(seconds.values())
+    print(f"predicted      {_time(total)} a step ({parts}), {job.tasks / total:,.0f} tasks/s")
+    print("weak scaling   the same tasks on each device, on paper: " + ", ".join(_weak(plan, chip)))
+    print(f"compiled in    {plan.compile_seconds:.1f} s")
+
+
+def _weak(plan: Plan, chip: _topologies.Chip) -> list[str]:
+    times = [predict(plan, chip, devices) for devices in _WEAK]
+    return [
+        f"{devices} devices {100 * found['computation'] / sum(found.values()):.1f} %"
+        for devices, found in zip(_WEAK, times, strict=True)
+    ]
+
+
+def _measure(job: _job.Job, program: Any) -> float:
+    """The median time of a step, in seconds."""
+    import jax
+    import numpy as np
+
+    from metajax import parallel
+
+    place = parallel.task_sharding(job.mesh)
+    batch = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (job.tasks, *leaf.shape)), job.example)
+    state, batch = job.init(), jax.device_put(batch, place)
+    found: Sequence[float] = []
+    for _ in range(_STEPS + 1):
+        begin = time.perf_counter()
+        state, _ = jax.block_until_ready(program(state, batch))
+        found = [*found, time.perf_counter() - begin]
+    return statistics.median(found[1:])
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+
+
+if __name__ == "__main__":
+    _launch.run(main)
