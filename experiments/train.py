@@ -98,7 +98,7 @@ def _train(job: _job.Job, workdir: pathlib.Path, profile: str | None) -> tuple[A
         state, extra = job.init(), {"seconds": 0.0, "best": None}
         if checkpoints.latest() is not None:
             state, extra = checkpoints.restore(state)
-        return state, {"position": int(state.step) * job.stride, "rollbacks": 0, **extra}
+        return state, {"position": int(state.step) * job.stride, "rollbacks": 0, "waiting": [], **extra}
 
     state, extra = begin()
     if int(state.step):
@@ -140,7 +140,7 @@ def _fit(
 
     recorder = training.Recorder(
         workdir if first else None, every=config.log.every, start=start, seconds=extra["seconds"],
-        meta_batch=config.outer.meta_batch,
+        waiting=extra["waiting"], meta_batch=config.outer.meta_batch,
     )  # fmt: skip
     if first and not recorder.tensorboard:
         print("TensorFlow is not installed: metrics.jsonl is written, TensorBoard events are not")
@@ -151,6 +151,7 @@ def _fit(
 
     def kept() -> dict[str, Any]:
         values = {"seconds": recorder.seconds, "best": validating.best, "rollbacks": extra["rollbacks"]}
+        values["waiting"] = recorder.waiting
         # of the step that is saved: its batch was handed out, the next one was not
         return values if episodes is None else {**values, "position": episodes.position}
 

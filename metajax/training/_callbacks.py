@@ -6,7 +6,7 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,12 +77,15 @@ class Recorder:
       start: steps that are already taken.
       seconds: seconds that the steps before `start` took.
       tensorboard: whether to write events; they are left out where TensorFlow is not installed.
+      waiting: what `waiting` was when the checkpoint that the run goes on from was saved: its first line is then the
+        same as without a stop.
       meta_batch: tasks of one step. Where it is given, lines also hold `step_seconds` and `tasks_per_second` since the
         line before, by the clock on the wall (so with compilation, validation and checkpoints), and
         `device_bytes_in_use` and `device_peak_bytes` of the fullest local device where devices tell them.
 
     Attributes:
       tensorboard: whether events are written.
+      waiting: see above.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -95,16 +98,16 @@ class Recorder:
 
     def __init__(
         self, folder: str | pathlib.Path | None, *, every: int, start: int = 0, seconds: float = 0.0,
-        tensorboard: bool = True, meta_batch: int | None = None,
+        tensorboard: bool = True, waiting: Sequence[dict[str, float]] = (), meta_batch: int | None = None,
     ):  # fmt: skip
         self._throughput = None if meta_batch is None else Throughput(meta_batch, start=start)
         self._begin = time.monotonic() - seconds
-        self._every, self._waiting = every, []  # type: tuple[int, list[dict[str, Any]]]
+        self._every, self._waiting = every, list(waiting)  # type: tuple[int, list[dict[str, Any]]]
         self._file, self._events, self.tensorboard = None, None, False  # type: Any, Any, bool
         if folder is None:
             return
         folder = pathlib.Path(folder)
-        kept = [line for line in read_metrics(folder) if line["step"] <= start]
+        kept = [line for line in read_metrics(folder) if line["step"] <= start and "partial" not in line]
         path = folder / "metrics.jsonl"
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
@@ -118,6 +121,11 @@ class Recorder:
         """Seconds of training so far, those before a resume included."""
         return time.monotonic() - self._begin
 
+    @property
+    def waiting(self) -> list[dict[str, float]]:
+        """The metrics of the steps since the last line, to be saved with a checkpoint."""
+        return [_scalars(line) for line in self._waiting]
+
     def __call__(self, step: int, state: MetaState, metrics: dict[str, Any]) -> None:
         """Keeps the metrics of a step; writes their mean when a line is due."""
         if self._file is None:
@@ -127,14 +135,14 @@ class Recorder:
         if step % self._every == 0 or step == 1:
             self._write_waiting({} if self._throughput is None else self._throughput(state))
 
-    def _write_waiting(self, more: dict[str, float] | None = None) -> None:
+    def _write_waiting(self, more: dict[str, float]) -> None:
         lines = [_scalars(waiting) for waiting in self._waiting]
         self._waiting = []
         kept = [line for line in lines if not line.get("skipped")]
         values = {name: float(np.mean([line[name] for line in kept])) for name in lines[0]} if kept else {}
         if "skipped" in lines[0]:
             values["skipped"] = float(len(lines) - len(kept))
-        self.write(self._step, values | (more or {}))
+        self.write(self._step, values | more)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Writes one line."""
@@ -147,9 +155,9 @@ class Recorder:
             self._events(step, values)
 
     def close(self) -> None:
-        """Writes the mean of the steps since the last line, and closes the file."""
-        if self._waiting:
-            self._write_waiting()
+        """Writes the mean of the steps since the last line, with their number as `partial`, and closes the file."""
+        if self._waiting and self._file is not None:
+            self._write_waiting({"partial": len(self._waiting)})
         if self._file is not None:
             self._file.close()
 
