@@ -103,17 +103,17 @@ def _train(job: _job.Job, workdir: pathlib.Path, profile: str | None) -> tuple[A
     state, extra = begin()
     if int(state.step):
         _say(f"resuming at step {int(state.step)}")
-    while int(state.step) < job.config.outer.steps:
+    while (start := int(state.step)) < job.config.outer.steps:
         try:
             state, extra["seconds"] = _fit(job, workdir, checkpoints, state, extra, profile)
         except training.Rollback as spike:
             count = extra["rollbacks"] + 1
             if count > job.config.watch.rollbacks:
                 raise
+            reached = extra["position"] + (spike.step - start) * job.stride  # in the stream, with the spike's episodes
             state, extra = begin()
-            step = int(state.step)
-            _say(f"{spike}: back to step {step}, with other episodes (rollback {count})")
-            extra |= {"rollbacks": count, "position": extra["position"] + (spike.step - step) * job.stride}
+            extra |= {"rollbacks": count, "position": reached}
+            _say(f"{spike}: back to step {int(state.step)}, with other episodes (rollback {count})")
             profile = None  # traced already, or never
     checkpoints.close()
     return parallel.to_host(state.params), extra["seconds"]

@@ -13,7 +13,7 @@ import time
 import pytest
 
 import metajax
-from experiments import _runs, train
+from experiments import _job, _runs, train
 from experiments.configs import prototypical_glyphs
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -143,20 +143,47 @@ def test_a_resumed_stream_starts_at_the_position_of_the_checkpoint(killed_run, t
         return state, extra
 
     monkeypatch.setattr(metajax.training.Checkpoints, "restore", changed)
-    starts, stream = [], train.stream
+    starts = []
 
-    def watched(*arguments):
-        starts.append(arguments[3:])
-        if len(starts) == 2:
-            raise InterruptedError("seen enough")
-        return stream(*arguments)
+    def watched(job, start):
+        starts.append(start)
+        raise InterruptedError("seen enough")
 
-    monkeypatch.setattr(train, "stream", watched)
+    monkeypatch.setattr(_job.Job, "stream", watched)
     config = prototypical_glyphs.get_config()
     config.update(json.loads((workdir / "config.json").read_text()))
     with pytest.raises(InterruptedError, match="seen enough"):
         train.run(config, workdir, resume=True)
-    assert starts == [(), (expected,)]
+    assert starts == [expected]
+
+
+@pytest.mark.parametrize("sampler", ["pipeline", "device"])
+def test_a_spike_rolls_the_run_back_to_the_last_checkpoint_and_to_other_episodes(
+    pictures, tmp_path, monkeypatch, capsys, sampler
+):
+    config = _config(pictures, {"outer.steps": 12, "checkpoint.every": 5, "validation.every": 12, "log.every": 4})
+    config.update_from_flattened_dict({"watch.spike": "rollback", "watch.window": 2, "data.sampler": sampler})
+    config.update_from_flattened_dict({"evaluation.episodes": 4, "validation.episodes": 4})
+    rolled = []
+
+    def spiking(watcher, step, metrics):
+        if step == 8 and len(rolled) < 2:
+            rolled.append(float(metrics["loss"]))
+            raise metajax.training.Rollback(step, 9.0, 1.0)
+        if step == 6:
+            seen.append(float(metrics["loss"]))
+
+    seen = []
+    monkeypatch.setattr(metajax.training.Spikes, "_look", spiking)
+    train.run(config, tmp_path / "run")
+    assert capsys.readouterr().out.count("back to step 5, with other episodes (rollback") == 2
+    assert len(set(seen)) == len(seen) == 3  # step 6 was taken three times, each time on other episodes
+    assert [line["step"] for line in metajax.training.read_metrics(tmp_path / "run") if "loss" in line] == [1, 4, 8, 12]
+
+    rolled.clear()
+    config.watch.rollbacks = 1
+    with pytest.raises(metajax.training.LossSpike, match="the loss of step 8"):
+        train.run(config, tmp_path / "given_up")
 
 
 _ON_DEVICE = "--config.data.sampler=device"
@@ -268,6 +295,20 @@ def _config(pictures, changes):
         ({"data.sampler": "host"}, "data.sampler must be one of 'pipeline', 'device', got 'host'"),
         ({"data.sampler": "device", "learner.name": "finetune"}, "data.sampler must be 'pipeline' for finetune"),
         ({"data.sampler": "device", "episode.ways": 99}, "ways is 99"),
+        ({"mesh.task": 3}, "mesh must divide the 8 devices into its axes, got task=3, fsdp=1, model=1"),
+        ({"mesh.fsdp": 2, "outer.meta_batch": 3}, r"outer.meta_batch must be a multiple of mesh.task \* mesh.fsdp, 8"),
+        ({"mesh.fsdp": 2, "learner.name": "finetune"}, "the tasks in a step of finetune must be a multiple of"),
+        ({"mesh.model": 2, "outer.meta_batch": 4}, "mesh.rules must divide something over 'model', which has 2"),
+        ({"mesh.rules": ("kernel",)}, "mesh.rules must be pairs such as"),
+        ({"mesh.fsdp": 8, "outer.meta_batch": 8, "mesh.rules": (("tail", ("fsdp",)),)}, "rules must each match"),
+        ({"watch.nonfinite": "skp"}, "watch.nonfinite must be one of 'stop', 'skip', got 'skp'"),
+        ({"watch.spike": "jump"}, "watch.spike must be one of 'off', 'count', 'stop', 'rollback', got 'jump'"),
+        ({"watch.spike": "count", "watch.window": 1}, "window must be an integer of at least 2, got 1"),
+        ({"watch.rollbacks": -1}, "watch.rollbacks must be an integer of at least 0, got -1"),
+        ({"watch.stall": -1.0}, "watch.stall must be"),
+        ({"outer.task_batching": "all"}, "task_batching must be one of"),
+        ({"model.name": "decoder"}, "model.name must be 'decoder' for cycles and for nothing else, got 'decoder'"),
+        ({"adapter.name": "lora"}, "adapter.name must be empty for conv4, whose layers take no adapter, got 'lora'"),
     ],
 )
 def test_bad_input_is_named_and_nothing_is_written(pictures, tmp_path, changes, told):
@@ -292,6 +333,22 @@ def test_another_run_and_a_changed_config_are_refused(whole_run):
     config.inner.rate = 0.7
     with pytest.raises(ValueError, match=r"config.inner.rate was 0.4, is 0.7"):
         train.run(config, workdir, resume=True)
+
+
+def test_a_run_of_old_goes_on_with_defaults_for_what_it_did_not_know(killed_run, launch, pictures, tmp_path):
+    workdir = _copy(killed_run, tmp_path / "old")
+    stored = json.loads((workdir / "config.json").read_text())
+    for section in ("mesh", "watch", "adapter"):
+        del stored[section]
+    del stored["outer"]["task_batching"]
+    (workdir / "config.json").write_text(json.dumps(stored))
+    done = launch("train", *_flags(pictures, workdir, "--resume", "--config.watch.spike=stop"))
+    assert done.returncode == 2
+    assert "config.watch.spike was 'off', is 'stop'" in done.stderr
+    done = launch(
+        "train", *_flags(pictures, workdir, "--resume", "--config.mesh.task=1", "--config.outer.meta_batch=2")
+    )
+    assert "config differs" not in done.stderr
 
 
 def test_an_unknown_config_key_is_refused(launch, tmp_path):
