@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -81,8 +82,10 @@ def main() -> int:
     return 0 if all(row["same"] for row in found.values()) else 1
 
 
-def start(workdir: pathlib.Path, *, steps: int, processes: int = 1, devices: int = 1) -> list[subprocess.Popen[str]]:
-    """Starts a run, or goes on with it, in so many processes of so many devices."""
+def start(
+    workdir: pathlib.Path, *, steps: int, processes: int = 1, devices: int = 1, last: Sequence[str] = ()
+) -> list[subprocess.Popen[str]]:
+    """Starts a run, or goes on with it, in so many processes of so many devices; `last` are flags of the last one."""
     command = [sys.executable, "-m", "experiments.train", f"--workdir={workdir}", "--resume"]
     command += [f"--config.{name}={value}" for name, value in {**_CONFIG, "outer.steps": steps}.items()]
     environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
@@ -92,8 +95,11 @@ def start(workdir: pathlib.Path, *, steps: int, processes: int = 1, devices: int
     together = [f"--coordinator={address}", f"--num_processes={processes}"] if processes > 1 else []
     return [
         subprocess.Popen(
-            [*command, *together, *([f"--process_id={index}"] if together else [])], cwd=_ROOT, env=environment,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            [
+                *command, *together, *([f"--process_id={index}"] if together else []),
+                *(last if index == processes - 1 else []),
+            ],
+            cwd=_ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )
         for index in range(processes)
     ]  # fmt: skip

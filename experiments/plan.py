@@ -83,6 +83,7 @@ def main() -> int:
 
     if len(jax.devices()) < count:
         raise ValueError(f"topology must have at most {len(jax.devices())} devices here, got {_TOPOLOGY.value!r}")
+    jax.config.update("jax_enable_compilation_cache", False)  # a program that is read back does not tell its sizes
     chip = _topologies.chip(kind, count)
     job = _job.open_job(_CONFIG.value, devices=jax.devices()[:count])
     plan, program = make(job)
@@ -119,7 +120,6 @@ def make(job: _job.Job) -> tuple[Plan, Any]:
     by_task = parallel.task_sharding(mesh)
     batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((job.tasks, *leaf.shape), leaf.dtype), job.example)
     batch = placed(batch, jax.tree.map(lambda _: by_task, batch))
-    jax.config.update("jax_enable_compilation_cache", False)  # a program that is read back does not tell its sizes
     begin = time.perf_counter()
     program: Any = jax.jit(job.outer.update, donate_argnums=0).lower(state, batch).compile()
     seconds = time.perf_counter() - begin

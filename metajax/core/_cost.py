@@ -70,7 +70,17 @@ def _flops(equation: Any) -> float:
     return float(size)
 
 
-_ENDS_OF_FUSION = ("dot_general", "conv", "reduce", "gather", "scatter", "cumsum", "sort", "argmax")
+_ENDS_OF_FUSION = (
+    "dot_general",
+    "conv_general",
+    "convolution",
+    "reduce",
+    "gather",
+    "scatter",
+    "cumsum",
+    "sort",
+    "argmax",
+)
 
 
 def _traffic(equation: Any) -> float:

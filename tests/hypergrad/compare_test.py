@@ -9,7 +9,6 @@ import worlds
 
 import metajax
 from metajax import hypergrad
-from metajax.core import _cost
 
 MODEL = metajax.models.mlp(worlds.WAYS, hidden=(16,))
 
@@ -119,18 +118,3 @@ def test_plan_predicts_the_meta_step(make):
 def test_bad_memory(memory):
     with pytest.raises(ValueError, match="memory_bytes must be"):
         hypergrad.plan(learner(), jax.tree.map(lambda leaf: leaf[0], episodes()), memory)
-
-
-def test_operations_are_counted_in_loops_branches_and_calls():
-    matrix = jnp.ones([8, 8])
-    product = 2 * 8**3
-    assert _cost.flops(jax.jit(lambda x: x @ x), matrix) == product
-    assert _cost.flops(jax.checkpoint(lambda x: x @ x), matrix) == product
-    assert _cost.flops(lambda x: jax.lax.cond(x[0, 0] > 0, lambda: x @ x, lambda: x), matrix) >= product
-    image = jnp.ones([2, 8, 8, 3])
-    dims = ("NHWC", "HWIO", "NHWC")
-    convolution = lambda x: jax.lax.conv_general_dilated(  # noqa: E731
-        x, jnp.ones([3, 3, 3, 5]), (1, 1), "SAME", dimension_numbers=dims
-    )
-    flops = 2 * 2 * 8 * 8 * 5 * 3 * 3 * 3
-    assert flops <= _cost.flops(convolution, image) <= flops + 3 * 3 * 3 * 5

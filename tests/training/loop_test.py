@@ -210,3 +210,33 @@ def test_the_recorder_forgets_lines_beyond_the_restored_step_and_a_torn_line(tmp
     assert [line["step"] for line in lines] == [1, 2, 4, 6]
     assert lines[-1]["loss"] == 2.0
     assert lines[-1]["seconds"] >= 10.0
+
+
+def test_a_recorder_goes_on_with_the_steps_that_wait_for_their_line(tmp_path):
+    def record(folder, begin, end, **options):
+        folder.mkdir(exist_ok=True)
+        recorder = training.Recorder(folder, every=4, tensorboard=False, start=begin, **options)
+        for step in range(begin + 1, end + 1):
+            recorder(step, None, {"loss": 1 / step})
+        waiting = recorder.waiting
+        recorder.close()
+        return waiting
+
+    record(tmp_path / "whole", 0, 8)
+    waiting = record(tmp_path / "parts", 0, 6)
+    assert [line["loss"] for line in waiting] == [1 / 5, 1 / 6]
+    assert training.read_metrics(tmp_path / "parts")[-1]["partial"] == 2
+    record(tmp_path / "parts", 6, 8, waiting=waiting)
+    whole, parts = (
+        [(line["step"], line["loss"]) for line in training.read_metrics(tmp_path / name)] for name in ("whole", "parts")
+    )
+    assert whole == parts
+
+
+def test_a_recorder_without_a_folder_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recorder = training.Recorder(None, every=1)
+    recorder(1, None, {"loss": 1.0})
+    recorder.write(1, {"validation": 1.0})
+    recorder.close()
+    assert (recorder.tensorboard, recorder.waiting, list(tmp_path.iterdir())) == (False, [], [])

@@ -364,3 +364,23 @@ def test_an_interval_that_is_no_interval_is_refused(tmp_path):
     with pytest.raises(ValueError, match="meta_batch must be an integer of at least 1, got 0"):
         training.Throughput(0)
     assert np.isfinite(training.Throughput(1, start=3)(_state(4))["step_seconds"])
+
+
+_STALLED = """
+import time
+from metajax import training
+with training.Stall(0.5, status=70) as stall:
+    for step in range(1, 8):
+        stall(step, None, {})
+        time.sleep(0.1)
+print("went on", flush=True)
+stall = training.Stall(0.5, status=70)
+stall(8, None, {})
+time.sleep(60)
+"""
+
+
+def test_a_process_without_steps_ends_itself_and_says_so():
+    done = subprocess.run([sys.executable, "-c", _STALLED], capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stdout) == (70, "went on\n")
+    assert done.stderr == "error: nothing came after step 8 for 0.5 s; this process ends\n"
