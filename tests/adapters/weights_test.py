@@ -230,7 +230,7 @@ def test_types_are_kept(episode, kernels, computes):
     assert {leaf.dtype.name for leaf in jax.tree.leaves(adapters.merge(model, params))} == {kernels}
     run = models.mixed_precision(model, computes) if computes else model
     outputs = jax.eval_shape(run.apply, params, TOKENS)
-    assert outputs.dtype == kernels
+    assert outputs.dtype == "float32"  # logits, for the sums of a softmax
     products = re.findall(r"(\w+)\[[^\]]*\] = dot_general", str(jax.make_jaxpr(run.apply)(params, TOKENS)))
     assert len(products) == 14  # 8 kernels, 4 sides of paths, and scores and values of attention
     assert products.count("bf16") == 13  # all but the scores
