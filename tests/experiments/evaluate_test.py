@@ -46,6 +46,7 @@ def test_other_episodes_and_other_data(launch, metric_run, draw, tmp_path):
     assert done.stdout.splitlines()[-1].endswith("(12 episodes)")
 
 
+@pytest.mark.slow  # a run of its own for what the tests of metajax.evaluation check in one process
 def test_steps_and_fewer_ways_of_a_learner_with_a_head(launch, head_run):
     done = launch("evaluate", f"--workdir={head_run}", "--episodes=30", "--ways=3", "--steps=6")
     assert done.returncode == 0, done.stderr
@@ -54,6 +55,7 @@ def test_steps_and_fewer_ways_of_a_learner_with_a_head(launch, head_run):
     assert "inductive" in done.stdout
 
 
+@pytest.mark.slow  # as above: tests/evaluation/fewshot_test.py checks the metric of a regression
 def test_a_regression_run_reports_its_error(launch, wave_run):
     done = launch("evaluate", f"--workdir={wave_run}", "--episodes=30")
     assert done.returncode == 0, done.stderr

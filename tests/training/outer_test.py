@@ -87,6 +87,7 @@ def test_all_ways_to_run_tasks_agree_in_float64(reference):
             np.testing.assert_allclose(metrics[metric], known[metric], rtol=1e-8, err_msg=label)
 
 
+@pytest.mark.slow  # the map over devices of old programs, compiled for 8 devices; shard_map is compared above
 def test_pmap_agrees_in_float64(reference):
     name, expected, _ = reference
     outer = _make(name, axis_name="task", before=False)
@@ -98,6 +99,7 @@ def test_pmap_agrees_in_float64(reference):
     assert _distance(_run(spread, _start(outer))[0].params, expected.params) < 1e-9
 
 
+@pytest.mark.slow  # what the agreement in float64 says of 20 steps
 def test_first_gradients_agree_in_float32():
     found = {}
     for batching in ("vmap", "scan", 2):
@@ -244,7 +246,8 @@ _SHARED_STARTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", _SHARED_STARTS)
+# the first is the longest to compile; the others are frozen, differentiated through, displaced, and zeros
+@pytest.mark.parametrize("case", worlds.few_by_default(_SHARED_STARTS, lambda case: not case.startswith("everything")))
 def test_what_starts_the_same_on_all_devices_adapts_on_each(case, x64):
     """Frozen parameters and zeros are shared by the devices; their inner gradients must not be summed over them."""
     learner, trainable, estimator = _SHARED_STARTS[case]
@@ -273,6 +276,7 @@ def test_devices_without_a_task_that_counts(x64):
     np.testing.assert_allclose(metrics["accuracy"], known["accuracy"], rtol=1e-12)
 
 
+@pytest.mark.slow  # a Conv4 twice over 20 steps
 def test_batch_statistics_in_float32_drift_little():
     """A small Conv4: the loss after 20 steps within 1e-2 between one task at a time and all at once."""
     learner = learners.maml(models.conv4(3, width=4, depth=1), optax.sgd(0.1))
@@ -368,9 +372,9 @@ def test_optimizers_that_ask_for_the_value_get_the_loss(where):
     episode = metajax.Episode(examples, examples)
     episodes = jax.tree.map(lambda leaf: leaf[None], episode)
     state = outer.init(jax.random.key(0), episode)
-    losses = []
+    losses, update = [], worlds.jit(outer.update)
     for _ in range(3):
-        state, metrics = outer.update(state, episodes)
+        state, metrics = update(state, episodes)
         losses.append(float(metrics["loss"]))
     assert losses[2] < losses[1] < losses[0]
 
