@@ -198,6 +198,7 @@ def meta_step():
     return worlds.jit(outer.update).lower(state, metajax.Episode(*parts)).compile(), state, metajax.Episode(*parts)
 
 
+@pytest.mark.slow  # two large programs; small ones are compared above
 def test_a_meta_step_moves_the_paths_alone(meta_step):
     """Against one task after the other by reverse mode."""
     update, state, tasks = meta_step

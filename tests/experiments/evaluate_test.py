@@ -35,6 +35,7 @@ def test_the_result_is_that_of_the_library_and_is_written(launch, metric_run):
     assert written["params_sha256"] == _runs.params_sha256(params)
 
 
+@pytest.mark.slow  # more processes; the first test compares one with the library
 def test_other_episodes_and_other_data(launch, metric_run, draw, tmp_path):
     other = draw(tmp_path / "other", [f"other{number}" for number in range(16)], images=6, seed=3, size=10)
     flags = ["--ways=2", "--shots=1", "--queries=4", "--seed=7", f"--data={other}", "--split=test"]

@@ -117,7 +117,7 @@ def test_exact_estimators_agree_whatever_they_keep(rule, x64):
 
 
 def test_step_weights_weigh_the_outer_loss_after_each_step(x64):
-    row = worlds.LEARNERS["maml_adam"]
+    row = worlds.LEARNERS["anil"]
     params, episode = worlds.parameters(row), worlds.episode(row)
 
     def loss(params):

@@ -48,6 +48,7 @@ def test_same_state_same_draws():
     np.testing.assert_array_equal(first, second)
 
 
+@pytest.mark.slow  # a mesh; the meta step itself is compared over meshes in tests/parallel
 def test_over_devices_as_on_one():
     learner = metajax.learners.prototypical(metajax.models.conv4(width=4, depth=1, pool=False))
     source, spec = data.glyphs("val"), data.EpisodeSpec(ways=3, shots=1, queries=2)
