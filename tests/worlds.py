@@ -6,12 +6,14 @@ Tests import it by name (`tests/conftest.py` puts this folder on the path).
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import metajax
 from metajax import hypergrad, learners, models
@@ -84,6 +86,20 @@ def admits(row: Row, estimator: str) -> bool:
 
 
 PAIRS = [(name, estimator) for name, row in LEARNERS.items() for estimator in ESTIMATORS if admits(row, estimator)]
+
+
+def few_by_default(cases: Iterable[Any], pick: Callable[..., bool]) -> list[Any]:
+    """The cases of `pytest.mark.parametrize`, those that `pick` does not take marked slow."""
+    rows = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*row, marks=[] if pick(*row) else [pytest.mark.slow]) for row in rows]
+
+
+def in_default_run(name: str, estimator: str) -> bool:
+    """Whether the default run holds the pair: each learner with one exact estimator, one learner with all of them.
+
+    ANIL takes every estimator; Reptile's own is displacement.
+    """
+    return estimator == "mixed_mode" or name == "anil" or (name, estimator) == ("reptile", "displacement")
 
 
 def examples(seed: int, kept: int, padding: int, *, images: bool = False, dtype: Any = np.float64) -> metajax.Examples:

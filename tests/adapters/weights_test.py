@@ -99,7 +99,7 @@ def test_every_block_of_a_decoder_has_its_own_path():
         group = blocks[name]
         sums = [group["kernel"][i] + 2.0 * group["lora_a"][i] @ group["lora_b"][i] for i in range(2)]
         blocks[name] = {"kernel": np.stack(sums)}
-    expected = base({**params, "blocks": blocks}, TOKENS)
+    expected = worlds.jit(base)({**params, "blocks": blocks}, TOKENS)
     np.testing.assert_allclose(worlds.jit(model.apply)(params, TOKENS), expected, rtol=1e-4, atol=1e-5)
     merged = adapters.merge(model, params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), merged["blocks"], blocks)
@@ -198,6 +198,7 @@ def meta_step():
     return worlds.jit(outer.update).lower(state, metajax.Episode(*parts)).compile(), state, metajax.Episode(*parts)
 
 
+@pytest.mark.slow  # two large programs; small ones are compared above
 def test_a_meta_step_moves_the_paths_alone(meta_step):
     """Against one task after the other by reverse mode."""
     update, state, tasks = meta_step
@@ -218,7 +219,10 @@ def test_many_tasks_share_the_base(meta_step):
     assert update.memory_analysis().temp_size_in_bytes < 16 * kernels / 4
 
 
-@pytest.mark.parametrize(("kernels", "computes"), [("bfloat16", None), ("float32", "bfloat16")])
+@pytest.mark.parametrize(
+    ("kernels", "computes"),
+    worlds.few_by_default([("bfloat16", None), ("float32", "bfloat16")], lambda kernels, _: kernels == "bfloat16"),
+)
 def test_types_are_kept(episode, kernels, computes):
     """The paths are float32 beside bfloat16 kernels, and no step changes the type of a leaf."""
     model = adapters.ia3(adapters.lora(BASE, rank=2))

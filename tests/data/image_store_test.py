@@ -12,6 +12,7 @@ import threading
 import jax
 import numpy as np
 import pytest
+import worlds
 from PIL import Image
 
 from metajax.data import EpisodeSpec, device_sampler, episode_batch, episodes, image_folder
@@ -39,8 +40,13 @@ def lazy(folder, cache_bytes):
     return image_folder(folder, splits={"train": [f"class{index}" for index in range(5)]}, cache_bytes=cache_bytes)
 
 
-@pytest.mark.parametrize("images_kept", [0, 7, 100])
-@pytest.mark.parametrize("form", ["folder", "zip", "zips"])
+KEPT = [(form, kept) for form in ("folder", "zip", "zips") for kept in (0, 7, 100)]
+
+
+# every form with a cache that is filled and emptied; none, and one that holds all, for folders
+@pytest.mark.parametrize(
+    ("form", "images_kept"), worlds.few_by_default(KEPT, lambda form, kept: form == "folder" or kept == 7)
+)
 def test_the_same_images_whatever_is_kept(folder, images_kept, form):
     if form != "folder":
         name = folder / "zips" / "train" if form == "zips" else folder.with_name("images")
@@ -137,6 +143,7 @@ print(json.dumps({"grown": most - before, "size": source.inputs.nbytes, "kept": 
 """
 
 
+@pytest.mark.slow  # 300 large images; the number of kept bytes is checked above
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="resident memory is read from /proc")
 def test_memory_is_bounded_by_the_cache(tmp_path):
     """A real process streams a set of three times the cache, many times over."""

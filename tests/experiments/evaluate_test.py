@@ -35,6 +35,7 @@ def test_the_result_is_that_of_the_library_and_is_written(launch, metric_run):
     assert written["params_sha256"] == _runs.params_sha256(params)
 
 
+@pytest.mark.slow  # more processes; the first test compares one with the library
 def test_other_episodes_and_other_data(launch, metric_run, draw, tmp_path):
     other = draw(tmp_path / "other", [f"other{number}" for number in range(16)], images=6, seed=3, size=10)
     flags = ["--ways=2", "--shots=1", "--queries=4", "--seed=7", f"--data={other}", "--split=test"]
@@ -46,6 +47,7 @@ def test_other_episodes_and_other_data(launch, metric_run, draw, tmp_path):
     assert done.stdout.splitlines()[-1].endswith("(12 episodes)")
 
 
+@pytest.mark.slow  # a run of its own for what the tests of metajax.evaluation check in one process
 def test_steps_and_fewer_ways_of_a_learner_with_a_head(launch, head_run):
     done = launch("evaluate", f"--workdir={head_run}", "--episodes=30", "--ways=3", "--steps=6")
     assert done.returncode == 0, done.stderr
@@ -54,6 +56,7 @@ def test_steps_and_fewer_ways_of_a_learner_with_a_head(launch, head_run):
     assert "inductive" in done.stdout
 
 
+@pytest.mark.slow  # as above: tests/evaluation/fewshot_test.py checks the metric of a regression
 def test_a_regression_run_reports_its_error(launch, wave_run):
     done = launch("evaluate", f"--workdir={wave_run}", "--episodes=30")
     assert done.returncode == 0, done.stderr

@@ -3,8 +3,10 @@
 import json
 
 import numpy as np
+import pytest
 
 
+@pytest.mark.slow  # three ways of training on two problems, in a process of its own
 def test_wrong_labels_weigh_less_and_the_test_images_gain(launch, tmp_path):
     done = launch("reweighting", "--seeds=2", "--steps=40", f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr

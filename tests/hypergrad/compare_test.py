@@ -22,12 +22,27 @@ def episodes(tasks=2, size=60):
     return worlds.stack([metajax.Episode(*parts[2 * task : 2 * task + 2]) for task in range(tasks)])
 
 
+SOME = {
+    "unrolled": hypergrad.unrolled(), "mixed_mode": hypergrad.mixed_mode(), "first_order": hypergrad.first_order()
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def found():
-    return hypergrad.compare(learner(), episodes(), repeats=1)
+    return hypergrad.compare(learner(), episodes(), estimators=SOME, repeats=1)
+
+
+@pytest.mark.slow  # all estimators, each compiled for speed
+def test_all_estimators_by_default():
+    check_errors(hypergrad.compare(learner(), episodes(), repeats=1))
 
 
 def test_exact_estimators_have_no_error_and_the_others_do(found):
+    assert {row.name for row in found.rows} == set(SOME)
+    check_errors(found)
+
+
+def check_errors(found):
     for row in found.rows:
         assert row.refused is None
         assert (row.error < 1e-5) == (row.name.startswith(("mixed_mode", "unrolled"))), row
@@ -61,6 +76,7 @@ def test_what_a_learner_does_not_take_is_told():
     assert "needs a learner with an inner problem" in prototypes["displacement"].refused
 
 
+@pytest.mark.slow  # plans of all exact estimators for a long inner loop, four times
 def test_plan_takes_the_cheapest_that_fits():
     one, task = learner(steps=16), jax.tree.map(lambda leaf: leaf[0], episodes(size=600))
     rich = hypergrad.plan(one, task, 1e9)
@@ -74,6 +90,16 @@ def test_plan_takes_the_cheapest_that_fits():
     assert f"{tight.name} fits into" in str(tight)
 
 
+def test_plan_says_where_nothing_fits():
+    """Where something does is in the example of `plan`."""
+    one, task = learner(steps=2), jax.tree.map(lambda leaf: leaf[0], episodes())
+    choice = hypergrad.plan(one, task, 1)
+    assert [flops for _, _, flops in choice.rows] == sorted(flops for _, _, flops in choice.rows)
+    assert choice.name is None
+    assert str(choice).startswith("no exact estimator fits into 0.")
+
+
+@pytest.mark.slow  # plans of all exact estimators, compiled for speed
 def test_plan_predicts_what_the_compiler_counts():
     one, task = learner(), jax.tree.map(lambda leaf: leaf[0], episodes())
     choice = hypergrad.plan(one, task, 1e9)

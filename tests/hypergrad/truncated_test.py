@@ -56,7 +56,7 @@ def gradient(learner, estimator, params, episode):
     return worlds.jit(hypergrad.value_and_grad(learner, estimator))(params, episode)
 
 
-@pytest.mark.parametrize("start", ["identity", "constant"])
+@pytest.mark.parametrize("start", worlds.few_by_default(["identity", "constant"], lambda start: start == "identity"))
 def test_through_all_steps_it_is_exact(start, x64):
     row = worlds.LEARNERS["maml_adam"]
     params, episode = worlds.parameters(row), worlds.episode(row)

@@ -46,7 +46,8 @@ def test_is_the_numpy_network(policy, pool, outputs, x64):
         np.testing.assert_array_equal(np.array(used), np.array(stats))
 
 
-@pytest.mark.parametrize("pool", [True, False])
+# with pooling it is slow: tests/models/conv_ops_test.py compares the forms too
+@pytest.mark.parametrize("pool", worlds.few_by_default([True, False], lambda pool: not pool))
 def test_forms_agree(pool, x64):
     images = jnp.array(np.random.default_rng(1).normal(size=(4, 12, 12, 1)))
     models = [conv4(3, width=4, depth=3, pool=pool, form=form) for form in ("lax", "patches")]

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import worlds
 
 import metajax
 from metajax import Episode, Examples, OuterUpdate, data, training
@@ -47,8 +48,9 @@ def test_same_state_same_draws():
     np.testing.assert_array_equal(first, second)
 
 
+@pytest.mark.slow  # a mesh; the meta step itself is compared over meshes in tests/parallel
 def test_over_devices_as_on_one():
-    learner = metajax.learners.prototypical(metajax.models.conv4(width=8, depth=2, pool=False))
+    learner = metajax.learners.prototypical(metajax.models.conv4(width=4, depth=1, pool=False))
     source, spec = data.glyphs("val"), data.EpisodeSpec(ways=3, shots=1, queries=2)
     transform = data.random_affine(rotation=10, shift=0.1)
     found = []
@@ -58,7 +60,7 @@ def test_over_devices_as_on_one():
         outer = training.augment(outer, transform)
         state = outer.init(jax.random.key(0), data.episode(source, spec, seed=0, index=0))
         episodes = data.episode_batch(source, spec, seed=0, start=0, count=8)
-        found.append(jax.jit(outer.update)(state, episodes)[1]["loss"])
+        found.append(worlds.jit(outer.update)(state, episodes)[1]["loss"])
     assert jax.local_device_count() == 8
     np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
 

@@ -65,7 +65,8 @@ def _over_devices(outer, count=4):
     return jax.shard_map(outer.update, mesh=mesh, in_specs=(same, split), out_specs=(same, same))
 
 
-@pytest.fixture(params=list(_LEARNERS))
+# what is batched does not depend on the learner: the default run holds the one with an inner loop
+@pytest.fixture(params=worlds.few_by_default(_LEARNERS, lambda name: name == "maml"))
 def reference(request, x64):
     outer = _make(request.param, task_batching="vmap")
     return request.param, *_run(worlds.jit(outer.update), _start(outer))
@@ -87,6 +88,7 @@ def test_all_ways_to_run_tasks_agree_in_float64(reference):
             np.testing.assert_allclose(metrics[metric], known[metric], rtol=1e-8, err_msg=label)
 
 
+@pytest.mark.slow  # the map over devices of old programs, compiled for 8 devices; shard_map is compared above
 def test_pmap_agrees_in_float64(reference):
     name, expected, _ = reference
     outer = _make(name, axis_name="task", before=False)
@@ -98,6 +100,7 @@ def test_pmap_agrees_in_float64(reference):
     assert _distance(_run(spread, _start(outer))[0].params, expected.params) < 1e-9
 
 
+@pytest.mark.slow  # what the agreement in float64 says of 20 steps
 def test_first_gradients_agree_in_float32():
     found = {}
     for batching in ("vmap", "scan", 2):
@@ -154,7 +157,7 @@ def test_what_is_not_trainable_is_shared_and_may_hold_integers(x64):
 
     model = metajax.Model(init, lambda params, inputs: network.apply(params["network"], inputs + params["shift"]))
     learner = learners.maml(model, optax.sgd(0.1), adapts="head")
-    for estimator in (hypergrad.unrolled(), hypergrad.mixed_mode(), hypergrad.first_order(), hypergrad.displacement()):
+    for estimator in (hypergrad.mixed_mode(), hypergrad.displacement()):
         outer = metajax.outer_update(learner, optax.adam(1e-2), hypergrad=estimator, trainable="head")
         start = outer.init(jax.random.key(0), _task(_episodes()))
         state, _ = worlds.jit(outer.update)(start, _episodes())
@@ -211,6 +214,7 @@ def test_it_composes_with_scan_donation_clipping_and_eval_shape():
     assert jax.tree.map(lambda leaf: leaf.dtype, after.params) == jax.tree.map(lambda leaf: leaf.dtype, before)
 
 
+@pytest.mark.slow  # a mesh too; test_steps_and_keys counts the keys of tasks
 def test_task_keys_are_those_of_the_global_task():
     noisy = metajax.Model(
         lambda key, inputs: jnp.zeros([4, 3]),
@@ -244,7 +248,8 @@ _SHARED_STARTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", _SHARED_STARTS)
+# the first is the longest to compile; the others are frozen, differentiated through, displaced, and zeros
+@pytest.mark.parametrize("case", worlds.few_by_default(_SHARED_STARTS, lambda case: not case.startswith("everything")))
 def test_what_starts_the_same_on_all_devices_adapts_on_each(case, x64):
     """Frozen parameters and zeros are shared by the devices; their inner gradients must not be summed over them."""
     learner, trainable, estimator = _SHARED_STARTS[case]
@@ -273,6 +278,7 @@ def test_devices_without_a_task_that_counts(x64):
     np.testing.assert_allclose(metrics["accuracy"], known["accuracy"], rtol=1e-12)
 
 
+@pytest.mark.slow  # a Conv4 twice over 20 steps
 def test_batch_statistics_in_float32_drift_little():
     """A small Conv4: the loss after 20 steps within 1e-2 between one task at a time and all at once."""
     learner = learners.maml(models.conv4(3, width=4, depth=1), optax.sgd(0.1))
@@ -368,9 +374,9 @@ def test_optimizers_that_ask_for_the_value_get_the_loss(where):
     episode = metajax.Episode(examples, examples)
     episodes = jax.tree.map(lambda leaf: leaf[None], episode)
     state = outer.init(jax.random.key(0), episode)
-    losses = []
+    losses, update = [], worlds.jit(outer.update)
     for _ in range(3):
-        state, metrics = outer.update(state, episodes)
+        state, metrics = update(state, episodes)
         losses.append(float(metrics["loss"]))
     assert losses[2] < losses[1] < losses[0]
 
