@@ -21,7 +21,9 @@ def generic(model, images, seed=0):
 
 def call(model, params, images, mask=None, **rest):
     needed = {"mask": mask} if "mask" in model.needs else {}
-    outputs = model.apply(params, images, **needed, **({"stats": None, **rest} if "stats" in model.needs else {}))
+    outputs = worlds.jit(model.apply)(
+        params, images, **needed, **({"stats": None, **rest} if "stats" in model.needs else {})
+    )
     return outputs if "stats" in model.needs else (outputs, None)
 
 
