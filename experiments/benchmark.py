@@ -4,6 +4,7 @@
     python -m experiments.benchmark hypergrad   # memory and time of the estimators on a decoder, their bias on Conv4
     python -m experiments.benchmark batching    # ways to batch tasks, and what "auto" would have chosen
     python -m experiments.benchmark data        # the input pipeline: episodes a second, starts, memory, training time
+    python -m experiments.benchmark checkpoints # what a checkpoint every 50 steps adds to the default job
     python -m experiments.benchmark import      # seconds of `import metajax`
     python -m experiments.benchmark pixels      # nearest neighbour on the pixels of the default job's test episodes
 
@@ -12,6 +13,7 @@ Machines are noisy: variants of one table take turns in one run, and medians are
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import statistics
@@ -34,8 +36,8 @@ _LIMIT = flags.DEFINE_float("limit", 120.0, "Seconds after which a call of one v
 def main(arguments: list[str]) -> int:
     """Runs the benchmark that is named first."""
     tables = {
-        "speed": _speed, "hypergrad": _hypergrad, "batching": _batching, "data": _data, "import": _import,
-        "pixels": _pixels,
+        "speed": _speed, "hypergrad": _hypergrad, "batching": _batching, "data": _data,
+        "checkpoints": _checkpoints, "import": _import, "pixels": _pixels,
     }  # fmt: skip
     name = arguments[1] if len(arguments) > 1 else ""
     if name not in tables or len(arguments) > 2:
@@ -80,6 +82,44 @@ def _speed() -> dict[str, Any]:
     from experiments import _benchmark_speed
 
     return _benchmark_speed.run(_ROUNDS.value, _TASKS.value, _LIMIT.value)
+
+
+def _checkpoints() -> dict[str, Any]:
+    """100 steps of the default job on one batch, with two checkpoints and without."""
+    _launch.prepare()
+    import itertools
+    import tempfile
+
+    import jax
+
+    from experiments import _job
+    from experiments.configs import prototypical_glyphs
+    from metajax import training
+
+    job, steps = _job.open_job(prototypical_glyphs.get_config()), 100
+    with tempfile.TemporaryDirectory() as folder, contextlib.closing(job.stream(0)) as stream:
+        batch, folders = next(stream), itertools.count()
+
+        def fit(saves: bool) -> None:
+            state = jax.block_until_ready(job.init())
+            begin = time.perf_counter()
+            callbacks = []
+            if saves:
+                checkpoints = training.Checkpoints(f"{folder}/{next(folders)}")
+                callbacks.append(training.Saving(checkpoints, every=50, steps=steps, extra=lambda: {"position": 0}))
+            jax.block_until_ready(training.fit(job.outer, state, [batch] * steps, steps=steps, callbacks=callbacks))
+            seconds[saves].append(time.perf_counter() - begin)
+
+        seconds: dict[bool, list[float]] = {False: [], True: []}
+        for _ in range(1 + _ROUNDS.value):
+            fit(False)
+            fit(True)
+    ratios = sorted(some / none for none, some in zip(seconds[False][1:], seconds[True][1:], strict=True))
+    print(
+        f"{steps} steps in {statistics.median(seconds[False][1:]):.2f} s; with a checkpoint every 50 steps, in pairs,"
+    )
+    print(f"{statistics.median(ratios):.3f} times as long in the median, from {ratios[0]:.3f} to {ratios[-1]:.3f}")
+    return {"seconds": seconds[False][1:], "ratios": ratios}
 
 
 def _batching() -> dict[str, Any]:
