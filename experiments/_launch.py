@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import pathlib
 import re
@@ -16,7 +17,6 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 LOST_PEER = 70  # exit status where another process of the job died or hangs (EX_SOFTWARE)
-_TOGETHER: list[int] = []  # the number of processes, once this one has joined a job
 # how XLA tells of a collective that has failed, in errors of several types
 _OF_XLA = re.compile(r"(ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|UNAVAILABLE|UNKNOWN): ")
 # numbers of mallopt in glibc
@@ -80,7 +80,6 @@ def join(coordinator: str | None, process_id: int | None, num_processes: int | N
     except RuntimeError as error:  # another start may find the others
         print(f"error: process 0 cannot be reached: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(LOST_PEER)
-    _TOGETHER.append(jax.process_count())
 
 
 def _cores() -> int:
@@ -113,7 +112,8 @@ def run(main: Callable[[], Any]) -> None:
         try:
             return main() or 0
         except Exception as error:
-            if _TOGETHER:
+            jax = sys.modules.get("jax")
+            if jax is not None and jax.distributed.is_initialized():
                 _leave_job(error)
             if not isinstance(error, ValueError):
                 raise
@@ -177,6 +177,7 @@ def _refuse(error: Exception, arguments: list[str]) -> NoReturn:
     sys.exit(2)
 
 
+@functools.cache  # a program may hold several launchers
 def define_config(default: pathlib.Path) -> Any:
     """Defines --config, a config file whose fields are flags; unknown ones are refused."""
     try:

@@ -91,8 +91,9 @@ def process_block(mesh: Mesh, num_tasks: int) -> tuple[int, int]:
     if num_tasks % groups:
         raise ValueError(f"the number of tasks must be a multiple of {groups} groups of devices, got {num_tasks}")
     held: dict[int, set[int]] = {}
-    for device, (index, *_) in task_sharding(mesh).devices_indices_map((num_tasks,)).items():
-        held.setdefault(device.process_index, set()).update(range(*index.indices(num_tasks)))  # type: ignore[attr-defined]
+    places: dict[Any, Any] = task_sharding(mesh).devices_indices_map((num_tasks,))  # type: ignore[assignment]
+    for device, (index, *_) in places.items():
+        held.setdefault(device.process_index, set()).update(range(*index.indices(num_tasks)))
     blocks = sorted({tuple(sorted(tasks)) for tasks in held.values()})
     if sum(map(len, blocks)) != num_tasks or len({*map(len, blocks)}) > 1:
         raise ValueError(f"mesh must give each two processes the same tasks or others, got {held}")

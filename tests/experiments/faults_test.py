@@ -40,6 +40,7 @@ def test_two_processes_of_which_one_is_killed_end_with_the_bits_of_one(whole_run
     assert {path.name for path in workdir.glob("heartbeat*")} == {"heartbeat.json", "heartbeat-1.json"}
 
 
+@pytest.mark.slow  # `tests/training/watch_test.py` has the signal alone
 def test_a_preempted_job_saves_and_goes_on_in_one_process_to_the_same_bits(whole_run, tmp_path):
     workdir = tmp_path / "run"
     started = faults.start(workdir, steps=_STEPS, processes=2)

@@ -115,10 +115,9 @@ def test_a_preempted_run_saves_ends_with_its_own_status_and_resumes_to_the_same_
     assert _results(tmp_path / "run")["params_sha256"] == _results(whole_run[0])["params_sha256"]
 
 
-def test_a_profile_that_is_none_is_refused_before_anything_is_written(launch, pictures, tmp_path):
-    done = launch("train", *_flags(pictures, tmp_path / "run", "--profile=5"))
-    assert done.returncode == 2
-    assert "profile must be STEP:COUNT" in done.stderr
+def test_a_profile_that_is_none_is_refused_before_anything_is_written(pictures, tmp_path):
+    with pytest.raises(ValueError, match="profile must be STEP:COUNT"):
+        train.run(_config(pictures, {}), tmp_path / "run", profile="5")
     assert not (tmp_path / "run").exists()
 
 
@@ -223,6 +222,7 @@ def test_the_pipeline_without_tensorflow_says_what_to_do(pictures, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_on_the_device_resumes_to_the_same_parameters(device_run, launch, pictures, tmp_path):
     workdir = tmp_path / "interrupted"
     process, told = _stopped(workdir, pictures, signal.SIGINT, _ON_DEVICE, steps=300)

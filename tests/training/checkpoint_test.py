@@ -91,7 +91,7 @@ def test_a_sound_step_is_left_and_a_damaged_one_replaced(tmp_path, checkpoints):
     checkpoints.save(1, states.small(1), {"first": True})
     checkpoints.wait()
     before = seal.stat().st_mtime_ns
-    checkpoints.save(1, states.small(7), {"first": False})
+    checkpoints.save(1, states.small(7), {"first": True})
     assert checkpoints.latest() == 1
     assert seal.stat().st_mtime_ns == before
     seal.unlink()
