@@ -116,7 +116,8 @@ class Stall:
             if self._closed.wait(left):
                 return
         after = "before the first step" if self._step is None else f"after step {self._step}"
-        print(f"error: nothing came {after} for {self._seconds:g} s; this process ends", file=sys.stderr, flush=True)
+        sys.stderr.write(f"error: nothing came {after} for {self._seconds:g} s; this process ends\n")
+        sys.stderr.flush()
         os._exit(self._status)
 
     def close(self) -> None:
