@@ -10,21 +10,17 @@ import numpy as np
 from metajax.core import _validate
 from metajax.core._types import Episode, Examples, PyTree
 from metajax.data import _choices
-from metajax.data._sources import SPLITS, Drawn, Source, Take
+from metajax.data._sources import SPLITS, Drawn, MadeSource, Source
 from metajax.data._spec import EpisodeSpec
 
 
 @dataclasses.dataclass(frozen=True)
-class _Cycles:
-    """Draws tokens, not rows: it has no examples."""
+class _Cycles(MadeSource):
+    """Draws the tokens of texts."""
 
-    name: str
-    split: str
     vocab: int
     length: int
     period: int
-    examples: PyTree = ()
-    length_buckets: tuple[int, ...] = ()
 
     def check(self, spec: EpisodeSpec) -> None:
         if spec.ways != 1:
@@ -36,9 +32,6 @@ class _Cycles:
 
     def bits(self, spec: EpisodeSpec) -> int:
         return self.period + spec.capacity.support + spec.capacity.query
-
-    def tables(self, spec: EpisodeSpec) -> PyTree:
-        return ()
 
     def draw(self, spec: EpisodeSpec, tables: PyTree, bits: Any) -> Drawn:
         xp = bits.__array_namespace__()
@@ -52,12 +45,6 @@ class _Cycles:
 
         support = spec.capacity.support
         return Drawn(Episode(part(tokens[..., :support, :]), part(tokens[..., support:, :])))
-
-    def longest(self, drawn: Drawn) -> np.ndarray:
-        return np.zeros(len(drawn.episode.query.mask), int)
-
-    def finish(self, drawn: Drawn, examples: PyTree, take: Take) -> Episode:
-        return drawn.episode
 
 
 def cycles(*, split: str = "train", vocab: int = 256, length: int = 64, period: int = 16) -> Source:

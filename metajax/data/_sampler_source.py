@@ -11,21 +11,17 @@ import numpy as np
 
 from metajax.core import _validate
 from metajax.core._types import Episode, Examples, PyTree
-from metajax.data._sources import SPLITS, Drawn, Source, Take
+from metajax.data._sources import SPLITS, Drawn, MadeSource, Source
 from metajax.data._spec import EpisodeSpec
 
 Sample = Callable[[EpisodeSpec, np.random.Generator], Episode]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _SamplerSource:
+class _SamplerSource(MadeSource):
     """Draws values with a NumPy generator that is made of the bits; on the host only."""
 
-    name: str
-    split: str
     sample: Sample
-    examples: PyTree = ()
-    length_buckets: tuple[int, ...] = ()
     host_only: bool = True
 
     def check(self, spec: EpisodeSpec) -> None:
@@ -34,20 +30,11 @@ class _SamplerSource:
     def bits(self, spec: EpisodeSpec) -> int:
         return 4  # the key of a generator
 
-    def tables(self, spec: EpisodeSpec) -> PyTree:
-        return ()
-
     def draw(self, spec: EpisodeSpec, tables: PyTree, bits: Any) -> Drawn:
         keys = np.ascontiguousarray(bits).view(np.uint64)
         several = [self.sample(spec, np.random.Generator(np.random.Philox(key=key))) for key in keys]
         padded = [self._padded(spec, episode) for episode in several]
         return Drawn(jax.tree.map(lambda *leaves: np.stack(leaves), *padded))
-
-    def longest(self, drawn: Drawn) -> np.ndarray:
-        return np.zeros(len(drawn.episode.query.mask), int)
-
-    def finish(self, drawn: Drawn, examples: PyTree, take: Take) -> Episode:
-        return drawn.episode
 
     def _padded(self, spec: EpisodeSpec, episode: Any) -> Episode:
         if not isinstance(episode, Episode) or not all(isinstance(part, Examples) for part in episode):

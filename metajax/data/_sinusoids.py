@@ -10,7 +10,7 @@ import numpy as np
 from metajax.core import _validate
 from metajax.core._types import Episode, Examples, PyTree
 from metajax.data import _choices
-from metajax.data._sources import SPLITS, Drawn, Source, Take
+from metajax.data._sources import SPLITS, Drawn, MadeSource, Source
 from metajax.data._spec import EpisodeSpec, Imbalanced
 
 AMPLITUDES = (0.1, 5.0)
@@ -19,13 +19,8 @@ INPUTS = (-5.0, 5.0)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Sinusoids:
-    """Draws values, not rows: it has no examples."""
-
-    name: str
-    split: str
-    examples: PyTree = ()
-    length_buckets: tuple[int, ...] = ()
+class _Sinusoids(MadeSource):
+    """Draws the points of waves."""
 
     def check(self, spec: EpisodeSpec) -> None:
         if spec.ways != 1:
@@ -39,9 +34,6 @@ class _Sinusoids:
 
     def bits(self, spec: EpisodeSpec) -> int:
         return 3 + spec.capacity.support + spec.capacity.query
-
-    def tables(self, spec: EpisodeSpec) -> PyTree:
-        return ()
 
     def draw(self, spec: EpisodeSpec, tables: PyTree, bits: Any) -> Drawn:
         xp = bits.__array_namespace__()
@@ -60,12 +52,6 @@ class _Sinusoids:
 
         _, support, query = spec.capacity
         return Drawn(Episode(part(slice(0, support), shots), part(slice(support, support + query), spec.queries)))
-
-    def longest(self, drawn: Drawn) -> np.ndarray:
-        return np.zeros(len(drawn.episode.query.mask), int)
-
-    def finish(self, drawn: Drawn, examples: PyTree, take: Take) -> Episode:
-        return drawn.episode
 
 
 def sinusoids(*, split: str = "train") -> Source:

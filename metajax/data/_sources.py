@@ -94,6 +94,32 @@ class Source(Protocol):
         ...
 
 
+@dataclasses.dataclass(frozen=True)
+class MadeSource:
+    """What sources share that make values, and so have no examples.
+
+    >>> MadeSource("waves", "train").tables(None)
+    ()
+    """
+
+    name: str
+    split: str
+    examples: PyTree = dataclasses.field(default=(), kw_only=True)
+    length_buckets: tuple[int, ...] = dataclasses.field(default=(), kw_only=True)
+
+    def tables(self, spec: EpisodeSpec) -> PyTree:
+        """None: nothing is looked up."""
+        return ()
+
+    def longest(self, drawn: Drawn) -> np.ndarray:
+        """Zeros: no example has a length of its own."""
+        return np.zeros(len(drawn.episode.query.mask), int)
+
+    def finish(self, drawn: Drawn, examples: PyTree, take: Take) -> Episode:
+        """What was drawn is the episode."""
+        return drawn.episode
+
+
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class ClassSource:
     """Examples that are indexed by class.
