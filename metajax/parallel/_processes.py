@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from metajax.parallel._spmd import num_groups, task_sharding
+from metajax.parallel._spmd import require_divided, task_sharding
 
 
 def exchange(value: Any) -> list[Any]:
@@ -87,9 +87,7 @@ def process_block(mesh: Mesh, num_tasks: int) -> tuple[int, int]:
     >>> process_block(make_mesh(), 8 * len(jax.devices()))
     (0, 1)
     """
-    groups = num_groups(mesh)
-    if num_tasks % groups:
-        raise ValueError(f"the number of tasks must be a multiple of {groups} groups of devices, got {num_tasks}")
+    require_divided(mesh, num_tasks)
     held: dict[int, set[int]] = {}
     places: dict[Any, Any] = task_sharding(mesh).devices_indices_map((num_tasks,))  # type: ignore[assignment]
     for device, (index, *_) in places.items():

@@ -65,9 +65,8 @@ def shard(outer: OuterUpdate, mesh: Mesh, rules: _rules.Rules = ()) -> OuterUpda
         raise ValueError(
             "outer must come from outer_update, without axis_name; shard it first, then augment it or wrap it otherwise"
         )
-    axes = tuple(name for name in _task_axes(mesh) if mesh.shape[name] > 1)
+    axes = _divided_axes(mesh)
     by_hand = set(axes) if mesh.shape.get("model", 1) > 1 else set(mesh.axis_names)
-    count = num_groups(mesh)
     by_task = PartitionSpec(axes) if axes else _WHOLE
 
     def init(key: jax.Array, episode: Any, params: Any = None, num_tasks: int = 1) -> MetaState:
@@ -82,9 +81,7 @@ def shard(outer: OuterUpdate, mesh: Mesh, rules: _rules.Rules = ()) -> OuterUpda
         return jax.jit(make, out_shardings=placed)(key, episode, params)
 
     def update(state: MetaState, episodes: Any) -> tuple[MetaState, dict[str, Any]]:
-        num_tasks = jax.tree.leaves(episodes)[0].shape[0]
-        if num_tasks % count:
-            raise ValueError(f"the number of tasks must be a multiple of {count} groups of devices, got {num_tasks}")
+        require_divided(mesh, jax.tree.leaves(episodes)[0].shape[0])
         placed = state_shardings(state, mesh, rules)
         dimensions = jax.tree.map(lambda place: _fsdp_dimension(place.spec), placed.params)
         # the axes that the function below deals with itself; `model` stays the compiler's
@@ -136,7 +133,7 @@ def state_shardings(state: MetaState, mesh: Mesh, rules: _rules.Rules = ()) -> A
     """
     params = _rules.partition_specs(state.params, mesh, rules)
     opt_state = _rules.like_params(state.opt_state, state.params, params)
-    axes = tuple(name for name in _task_axes(mesh) if mesh.shape[name] > 1)
+    axes = _divided_axes(mesh)
     kept = jax.tree.map(lambda _: PartitionSpec(axes) if axes else _WHOLE, state.hypergrad_state)
     specs = state._replace(params=params, opt_state=opt_state, hypergrad_state=kept, step=_WHOLE, key=_WHOLE)
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
@@ -150,6 +147,17 @@ def num_groups(mesh: Mesh) -> int:
     1
     """
     return math.prod(mesh.shape[name] for name in _task_axes(mesh))
+
+
+def require_divided(mesh: Mesh, num_tasks: int) -> None:
+    """Refuses a number of tasks that the groups of devices do not divide.
+
+    >>> from metajax.parallel import make_mesh
+    >>> require_divided(make_mesh(devices=jax.devices()[:1]), 3)
+    """
+    count = num_groups(mesh)
+    if num_tasks % count:
+        raise ValueError(f"the number of tasks must be a multiple of {count} groups of devices, got {num_tasks}")
 
 
 def task_sharding(mesh: Mesh) -> NamedSharding:
@@ -203,6 +211,11 @@ def _bring(leaf: Any, sharding: NamedSharding) -> Any:
 def _task_axes(mesh: Mesh) -> tuple[str, ...]:
     """The axes along which devices take different tasks."""
     return tuple(name for name in ("task", "fsdp") if name in mesh.shape)
+
+
+def _divided_axes(mesh: Mesh) -> tuple[str, ...]:
+    """Those of them that have several devices."""
+    return tuple(name for name in _task_axes(mesh) if mesh.shape[name] > 1)
 
 
 def _fsdp_dimension(spec: PartitionSpec) -> int:
