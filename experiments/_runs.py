@@ -51,20 +51,21 @@ class Run:
         _require_same(resolved)
         opened: list[Run] = []
 
-        def first() -> bool:
+        def first() -> list[Any]:
+            token = os.urandom(8).hex()
             try:
                 opened.append(cls._open(folder, resolved, resume=resume))
+                (folder / ".token").write_text(token, encoding="utf-8")
             except OSError as error:
                 raise _unwritable(folder, error) from error
-            return opened[0].finished
+            return [opened[0].finished, token]
 
-        finished = parallel.from_first(first)
-        token = parallel.exchange(os.urandom(8).hex())[0]
-        parallel.from_first(lambda: (folder / ".token").write_text(token, encoding="utf-8"))
+        finished, token = parallel.from_first(first)
         try:
             parallel.agree(lambda: _require_shared(folder, token))
         finally:
-            parallel.from_first(lambda: (folder / ".token").unlink())
+            if opened:
+                (folder / ".token").unlink()
         return opened[0] if opened else cls(folder, finished, None)
 
     @classmethod

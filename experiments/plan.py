@@ -17,7 +17,6 @@ import os
 import pathlib
 import statistics
 import time
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -202,11 +201,11 @@ def _measure(job: _job.Job, program: Any) -> float:
     place = parallel.task_sharding(job.mesh)
     batch = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (job.tasks, *leaf.shape)), job.example)
     state, batch = job.init(), jax.device_put(batch, place)
-    found: Sequence[float] = []
+    found = []
     for _ in range(_STEPS + 1):
         begin = time.perf_counter()
         state, _ = jax.block_until_ready(program(state, batch))
-        found = [*found, time.perf_counter() - begin]
+        found.append(time.perf_counter() - begin)
     return statistics.median(found[1:])
 
 

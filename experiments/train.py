@@ -89,7 +89,6 @@ def _train(job: _job.Job, workdir: pathlib.Path, profile: str | None) -> tuple[A
     Returns:
       The meta-parameters as NumPy arrays, and the seconds that training took.
     """
-
     from metajax import parallel, training
 
     checkpoints = training.Checkpoints(workdir / "checkpoints")

@@ -156,10 +156,11 @@ class Recorder:
 
     def close(self) -> None:
         """Writes the mean of the steps since the last line, with their number as `partial`, and closes the file."""
-        if self._waiting and self._file is not None:
+        if self._file is None:
+            return
+        if self._waiting:
             self._write_waiting({"partial": len(self._waiting)})
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
 
 
 def _event_writer(folder: pathlib.Path) -> Callable[[int, dict[str, float]], None] | None:
