@@ -60,10 +60,10 @@ def check_implicit(name, grads, ridge=1.0):
     end, problem = worlds.last_step(name), row.learner.problem
     flat, unravel = jax.flatten_util.ravel_pytree(end.fast)
     loss = lambda flat, meta: problem.loss(unravel(flat), meta, episode.support, 0, None)  # noqa: E731
-    hessian = worlds.jit(jax.hessian(loss))(flat, params)
+    hessian = jax.jit(jax.hessian(loss))(flat, params)
     target = jax.flatten_util.ravel_pytree(end.of_end)[0]
     solution = np.linalg.solve(hessian + ridge * np.eye(len(hessian)), target)
-    mixed = worlds.jit(jax.grad(lambda meta: jax.grad(loss)(flat, meta) @ solution))(params)
+    mixed = jax.jit(jax.grad(lambda meta: jax.grad(loss)(flat, meta) @ solution))(params)
     assert worlds.relative_distance(grads, jax.tree.map(jnp.subtract, end.direct, mixed)) < 1e-9
 
 
@@ -147,7 +147,7 @@ def altered(estimator, change):
 
 def gradient_of(name, estimator):
     row, params, episode = worlds.world(name)
-    return worlds.jit(hypergrad.value_and_grad(row.learner, estimator))(params, episode)[1]
+    return jax.jit(hypergrad.value_and_grad(row.learner, estimator))(params, episode)[1]
 
 
 def test_the_unaltered_copy_passes():
@@ -296,7 +296,7 @@ def test_one_compilation_and_the_order_of_tasks(name):
         row.learner, optax.adam(1e-2), hypergrad=hypergrad.mixed_mode(), task_batching="scan", before=False
     )
     tasks = [worlds.episode(row, seed) for seed in range(3)]
-    update = worlds.jit(outer.update)
+    update = jax.jit(outer.update)
     start = outer.init(jax.random.key(0), tasks[0], params=params)
     state, metrics = update(start, worlds.stack(tasks))
     moved, moved_metrics = update(start, worlds.stack([tasks[2], tasks[0], tasks[1]]))
@@ -314,7 +314,7 @@ def test_one_compilation_and_the_order_of_tasks(name):
 def test_one_compilation_of_every_estimator(estimator):
     row, params, episode = worlds.world("anil")  # which takes them all
     outer = metajax.outer_update(row.learner, optax.adam(1e-2), hypergrad=worlds.ESTIMATORS[estimator])
-    update, state = worlds.jit(outer.update), outer.init(jax.random.key(0), episode, params=params)
+    update, state = jax.jit(outer.update), outer.init(jax.random.key(0), episode, params=params)
     for _ in range(3):
         state, _ = update(state, worlds.stack([episode, episode]))
     assert update._cache_size() == 1
@@ -357,7 +357,7 @@ def test_bfloat16_agrees_with_float64(name):
         low, tasks = jax.tree.map(
             lambda leaf: jnp.asarray(leaf, jnp.bfloat16 if leaf.dtype == np.float64 else leaf.dtype), (low, tasks)
         )
-        (loss, _), grads = worlds.jit(hypergrad.value_and_grad(row.learner, hypergrad.mixed_mode()))(low, tasks)
+        (loss, _), grads = jax.jit(hypergrad.value_and_grad(row.learner, hypergrad.mixed_mode()))(low, tasks)
     np.testing.assert_allclose(float(loss), float(expected), rtol=0.05)
     assert worlds.relative_distance(grads, result(name, "mixed_mode")[1]) < 0.2
 

@@ -171,15 +171,10 @@ def stack(episodes: list[metajax.Episode]) -> metajax.Episode:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *episodes)
 
 
-def jit(function: Any, **options: Any) -> Any:
-    """`jax.jit` that compiles faster: tests call what they compile a few times, on a few numbers."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0}, **options)
-
-
 @functools.cache
 def compiled(name: str, estimator: str) -> Any:
     """The jitted one-task primitive of a pair, shared by all tests."""
-    return jit(hypergrad.value_and_grad(LEARNERS[name].learner, ESTIMATORS[estimator]))
+    return jax.jit(hypergrad.value_and_grad(LEARNERS[name].learner, ESTIMATORS[estimator]))
 
 
 @functools.cache
@@ -187,7 +182,7 @@ def outer_loss(name: str) -> Any:
     """The jitted `(meta_params, episode) -> loss` of a learner, without any estimator."""
     learner = LEARNERS[name].learner
 
-    @jit
+    @jax.jit
     def loss(meta_params: Any, episode: metajax.Episode) -> Any:
         return learner.outer_loss(learner.adapt(meta_params, episode.support), meta_params, episode.query)[0]
 
@@ -206,7 +201,7 @@ def bytes_by_steps(estimator: Any, rule: optax.GradientTransformation) -> list[i
     params = model.init(jax.random.key(0), part.inputs)
     several = [learners.maml(model, rule, steps, proximal=1.0) for steps in (4, 400)]
     return [
-        temporary_bytes(jit(hypergrad.value_and_grad(learner, estimator)), params, metajax.Episode(part, part))
+        temporary_bytes(jax.jit(hypergrad.value_and_grad(learner, estimator)), params, metajax.Episode(part, part))
         for learner in several
     ]
 
@@ -270,7 +265,7 @@ def last_step(name: str) -> LastStep:
     """What the biased estimators take at the end of the inner loop, without that loop or an estimator."""
     row, params, task = world(name)
     problem, outer_loss = row.learner.problem, row.learner.outer_loss
-    slope = jit(jax.grad(lambda fast, meta: problem.loss(fast, meta, task.support, 0, None), argnums=(0, 1)))
+    slope = jax.jit(jax.grad(lambda fast, meta: problem.loss(fast, meta, task.support, 0, None), argnums=(0, 1)))
     fast = problem.init(params, task.support, None)
     rule_state = row.rule.init(fast)
 
@@ -285,7 +280,7 @@ def last_step(name: str) -> LastStep:
     def outer(fast, meta):
         return outer_loss(problem.finish(fast, meta, task.support, None), meta, task.query)[0]
 
-    of_end, direct = jit(jax.grad(outer, argnums=(0, 1)))(fast, params)
+    of_end, direct = jax.jit(jax.grad(outer, argnums=(0, 1)))(fast, params)
     _, pull_back = jax.vjp(lambda *inputs: update(*inputs, before_state)[0], before, slope(before, params)[0])
     of_before, of_slope = pull_back(of_end)
 
@@ -344,7 +339,7 @@ def loop_by_hand(row: Row, meta_params: Any, episode: metajax.Episode, steps: in
         return loss({**flat, **fast}, *cut(episode.support)) + 0.5 * row.proximal * away
 
     fast, rule_state = start, row.rule.init(start)
-    slope = jit(jax.grad(support_loss))
+    slope = jax.jit(jax.grad(support_loss))
     for _ in range(steps):
         change, rule_state = row.rule.update(slope(fast), rule_state, fast)
         fast = {path: fast[path] + change[path] for path in fast}
@@ -358,6 +353,6 @@ def loop_by_hand(row: Row, meta_params: Any, episode: metajax.Episode, steps: in
 
     return (
         tree(adapted),
-        tree(jit(jax.grad(query_loss))(adapted)),
+        tree(jax.jit(jax.grad(query_loss))(adapted)),
         tree({path: flat[path] - adapted[path] for path in flat}),
     )

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import worlds
 
 from metajax import adapters, models
 
@@ -47,7 +46,7 @@ def test_a_prompt_stays_where_the_weights_are_merged(pretrained):
     params = jax.tree.map(lambda leaf: leaf + 0.1, adapters.attach(model, pretrained, key=jax.random.key(1)))
     merged = adapters.merge(adapters.lora(BASE, rank=2), params)
     np.testing.assert_allclose(
-        worlds.jit(with_prompt.apply)(merged, TOKENS), worlds.jit(model.apply)(params, TOKENS), atol=1e-5
+        jax.jit(with_prompt.apply)(merged, TOKENS), jax.jit(model.apply)(params, TOKENS), atol=1e-5
     )
     for whole in (model, with_prompt):
         with pytest.raises(ValueError, match="model must have no prompt, which no weight can hold"):

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import worlds
 
 import metajax
 from metajax import adapters, learners, models
@@ -32,9 +31,9 @@ def test_a_prompt_of_tokens_is_those_tokens(params, masked):
     if masked:
         inputs = {"tokens": TOKENS, "mask": mask}
         all_inputs = {"tokens": longer, "mask": jnp.concatenate([jnp.ones([2, 3], bool), mask], axis=1)}
-    apply = worlds.jit(BASE.apply)
+    apply = jax.jit(BASE.apply)
     expected = apply(plain, all_inputs)[:, 3:]
-    np.testing.assert_allclose(worlds.jit(MODEL.apply)(params, inputs), expected, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(MODEL.apply)(params, inputs), expected, atol=1e-5)
     assert np.abs(expected - apply(plain, inputs)).max() > 1e-2
 
 
@@ -52,7 +51,7 @@ def test_it_alone_adapts(params):
     learner = learners.maml(MODEL, optax.sgd(0.5), 3, adapts="^prompt$")
     support = metajax.Examples(TOKENS[:, :-1], TOKENS[:, 1:], jnp.ones(2, bool))
 
-    @worlds.jit
+    @jax.jit
     def losses(params):
         adapted = learner.adapt(params, support)
         return adapted.params, [learner.problem.loss(tree, tree, support, 0, None) for tree in (params, adapted.params)]

@@ -16,7 +16,7 @@ from metajax.core import _tree
 
 BASE = models.decoder(20, width=16, depth=2, heads=4, kv_heads=2)
 TOKENS = jnp.array([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])
-base = worlds.jit(BASE.apply)
+base = jax.jit(BASE.apply)
 
 
 def two_layers(bias=0.0):
@@ -100,7 +100,7 @@ def test_every_block_of_a_decoder_has_its_own_path():
         sums = [group["kernel"][i] + 2.0 * group["lora_a"][i] @ group["lora_b"][i] for i in range(2)]
         blocks[name] = {"kernel": np.stack(sums)}
     expected = base({**params, "blocks": blocks}, TOKENS)
-    np.testing.assert_allclose(worlds.jit(model.apply)(params, TOKENS), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(model.apply)(params, TOKENS), expected, rtol=1e-4, atol=1e-5)
     merged = adapters.merge(model, params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), merged["blocks"], blocks)
 
@@ -114,7 +114,7 @@ def test_scales_are_of_keys_values_and_hidden_units():
     hidden = blocks["up"].pop("ia3")
     blocks["down"] = {"kernel": blocks["down"]["kernel"] * hidden[:, :, None]}  # what comes in: the hidden units
     expected = base({**params, "blocks": blocks}, TOKENS)
-    np.testing.assert_allclose(worlds.jit(model.apply)(params, TOKENS), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(model.apply)(params, TOKENS), expected, rtol=1e-4, atol=1e-5)
     plain = adapters.merge(model, params)
     np.testing.assert_allclose(base(plain, TOKENS), expected, rtol=1e-4, atol=1e-5)
 
@@ -127,7 +127,7 @@ def test_at_first_the_outputs_are_those_of_the_base(where):
     assert names == {"kernel", "scale", "embedding", "lora_a", "lora_b", "ia3"}
     picked = 8 if where is None else 2  # with the head
     assert sum(path.endswith("lora_a") for path in _tree.paths(params)) == picked
-    np.testing.assert_array_equal(worlds.jit(model.apply)(params, TOKENS), base(params_of_base(params), TOKENS))
+    np.testing.assert_array_equal(jax.jit(model.apply)(params, TOKENS), base(params_of_base(params), TOKENS))
 
 
 def params_of_base(tree):
@@ -152,7 +152,7 @@ def test_only_the_paths_adapt_inside_a_task(episode):
     learner = learners.maml(model, optax.sgd(0.5), 2, adapts="lora")
     params = init(model)
     assert len(jax.tree.leaves(learner.problem.init(params, episode.support, None))) == 4  # what a task keeps
-    adapted = worlds.jit(learner.adapt)(params, episode.support).params
+    adapted = jax.jit(learner.adapt)(params, episode.support).params
     same = jax.tree.map(np.array_equal, params, adapted)
     moved = {path for path, kept in zip(_tree.paths(same), jax.tree.leaves(same), strict=True) if not kept}
     assert moved == {f"blocks/{name}/lora_{side}" for name in ("query", "value") for side in "ab"}
@@ -167,11 +167,11 @@ def test_the_hypergradient_agrees_with_finite_differences():
     start = learner.init(jax.random.key(0), episode.support.inputs)
     params = scattered(jax.tree.map(lambda leaf: leaf.astype(jnp.float64), start))
 
-    @worlds.jit
+    @jax.jit
     def objective(point):
         return learner.outer_loss(learner.adapt(point, episode.support), point, episode.query)[0]
 
-    gradient = worlds.jit(hypergrad.value_and_grad(learner, hypergrad.mixed_mode()))
+    gradient = jax.jit(hypergrad.value_and_grad(learner, hypergrad.mixed_mode()))
     (loss, _), grads = gradient(params, episode)
     np.testing.assert_allclose(loss, objective(params), rtol=1e-12)
     for seed in range(3):
@@ -195,14 +195,14 @@ def meta_step():
     parts = [metajax.Examples(part[..., :-1], part[..., 1:], jnp.ones([16, 1], bool)) for part in tokens]
     params = scattered(WIDE.init(jax.random.key(0), TOKENS), 0.05)
     state = outer.init(jax.random.key(0), jax.tree.map(lambda leaf: leaf[0], metajax.Episode(*parts)), params=params)
-    return worlds.jit(outer.update).lower(state, metajax.Episode(*parts)).compile(), state, metajax.Episode(*parts)
+    return jax.jit(outer.update).lower(state, metajax.Episode(*parts)).compile(), state, metajax.Episode(*parts)
 
 
 @pytest.mark.slow  # two large programs; small ones are compared above
 def test_a_meta_step_moves_the_paths_alone(meta_step):
     """Against one task after the other by reverse mode."""
     update, state, tasks = meta_step
-    gradient = worlds.jit(hypergrad.value_and_grad(LEARNER, hypergrad.unrolled()))
+    gradient = jax.jit(hypergrad.value_and_grad(LEARNER, hypergrad.unrolled()))
     grads = [gradient(state.params, jax.tree.map(lambda leaf, i=i: leaf[i], tasks))[1] for i in range(16)]
     expected, _ = _tree.split(jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *grads), "lora")
     moves = jax.tree.map(lambda old, new: old - new, state.params, update(state, tasks)[0].params)

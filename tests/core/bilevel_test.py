@@ -43,7 +43,7 @@ def problem(loss, num_steps, rate=0.1, start=lambda meta_params: jnp.zeros(3)):
 
 
 def gradient(learner, meta_params, estimator, task=None):
-    return worlds.jit(hypergrad.value_and_grad(learner, estimator))(meta_params, task or episode())
+    return jax.jit(hypergrad.value_and_grad(learner, estimator))(meta_params, task or episode())
 
 
 def test_a_penalty_has_the_hypergradient_of_ridge_regression(x64):
@@ -85,7 +85,7 @@ def test_a_learned_loss_against_finite_differences(x64):
     net_params = jax.tree.map(lambda leaf: jnp.asarray(leaf, float), net.init(jax.random.key(0), jnp.ones([1, 2])))
     meta_params = {"net": net_params, "rate": jnp.array(-2.0)}
     _, found = gradient(learner, meta_params, hypergrad.mixed_mode())
-    value = worlds.jit(lambda meta: validation(learner.adapt(meta, episode().support), meta, episode().query))
+    value = jax.jit(lambda meta: validation(learner.adapt(meta, episode().support), meta, episode().query))
     for seed in range(3):
         direction = worlds.random_direction(meta_params, seed)
         expected = worlds.finite_difference(value, meta_params, direction, 1e-4)
@@ -101,7 +101,7 @@ def test_it_trains_and_finds_the_wrong_targets():
     outer = metajax.outer_update(learner, optax.adam(0.3), hypergrad=hypergrad.mixed_mode())
     clean = examples(OUTER_INPUTS, OUTER_INPUTS @ TRUTH)
     task = metajax.Episode(examples(INPUTS, (INPUTS @ TRUTH) + 3.0 * (np.arange(8) < 2)), clean)
-    state, update = outer.init(jax.random.key(0), task), worlds.jit(outer.update)
+    state, update = outer.init(jax.random.key(0), task), jax.jit(outer.update)
     losses = []
     for _ in range(40):
         state, metrics = update(state, jax.tree.map(lambda leaf: leaf[None], task))
@@ -129,7 +129,7 @@ def test_targets_and_inputs_may_be_any_trees():
         return metajax.Episode(*[metajax.Examples(inputs, None, jnp.full(8, counts))] * 2)
 
     state = outer.init(jax.random.key(0), task(0))
-    update = worlds.jit(outer.update)
+    update = jax.jit(outer.update)
     one, _ = update(state, worlds.stack([task(0), task(1, counts=False)]))
     alone, _ = update(state, worlds.stack([task(0), task(0)]))
     np.testing.assert_allclose(one.params, alone.params, rtol=1e-6)
@@ -159,7 +159,7 @@ def test_outputs_bring_accuracy():
         learner = metajax.bilevel(base, outer_loss, predict=predict)
         outer = metajax.outer_update(learner, optax.sgd(0.1), hypergrad=hypergrad.unrolled(), before=False)
         state = outer.init(jax.random.key(0), LABELS, jnp.array(0.1))
-        found.append(float(worlds.jit(outer.update)(state, worlds.stack([LABELS]))[1]["accuracy"]))
+        found.append(float(jax.jit(outer.update)(state, worlds.stack([LABELS]))[1]["accuracy"]))
     assert found[0] > 0.8
     np.testing.assert_allclose(found[1:], 1 - found[0], rtol=1e-5)  # what outer_loss says of itself comes first
     learner = metajax.bilevel(base, plain)

@@ -59,7 +59,7 @@ def test_the_error_is_that_of_the_mean_over_tasks(found):
     start = one.init(jax.random.split(jax.random.key(0))[0], tasks.support.inputs[0])
 
     def mean(estimator):
-        fn = worlds.jit(hypergrad.value_and_grad(one, estimator))
+        fn = jax.jit(hypergrad.value_and_grad(one, estimator))
         grads = [fn(start, jax.tree.map(lambda leaf, task=task: leaf[task], tasks))[1] for task in range(2)]
         return jax.tree.map(lambda *leaves: sum(leaves) / 2, *grads)
 

@@ -22,7 +22,7 @@ def test_outer_sgd_moves_towards_the_mean_of_the_adapted_weights(x64):
     row = worlds.LEARNERS["reptile"]
     params, tasks = worlds.parameters(row), [worlds.episode(row, seed) for seed in range(3)]
     outer = metajax.outer_update(row.learner, optax.sgd(0.25), hypergrad=hypergrad.displacement(), before=False)
-    state, _ = worlds.jit(outer.update)(outer.init(jax.random.key(0), tasks[0], params=params), worlds.stack(tasks))
+    state, _ = jax.jit(outer.update)(outer.init(jax.random.key(0), tasks[0], params=params), worlds.stack(tasks))
     adapted = [worlds.by_hand("reptile", seed=seed)[0] for seed in range(3)]
     expected = jax.tree.map(lambda start, *ends: start + 0.25 * (sum(ends) / 3 - start), params, *adapted)
     assert worlds.relative_distance(state.params, expected) < 1e-12

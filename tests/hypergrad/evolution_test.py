@@ -97,7 +97,7 @@ def test_antithetic_pairs_vary_less(x64):
 
 def test_value_and_predictions_are_those_without_perturbation(x64):
     meta, key = jnp.array(TARGET), jax.random.key(0)
-    (loss, aux), _ = worlds.jit(hypergrad.value_and_grad(quadratic(4), BOTH))(meta, task(), key=key)
+    (loss, aux), _ = jax.jit(hypergrad.value_and_grad(quadratic(4), BOTH))(meta, task(), key=key)
     end = end_of(ORIGIN, TARGET, 4)
     np.testing.assert_allclose(aux["outputs"], end, rtol=1e-12)
     np.testing.assert_allclose(loss, loss_of(end), rtol=1e-12)
@@ -112,7 +112,7 @@ def test_small_perturbations_follow_the_gradient(name, x64):
 
     def estimate(learner, chunk=None):
         fn = hypergrad.value_and_grad(learner, hypergrad.evolution(sigma=sigma, pairs=4, chunk=chunk))
-        return worlds.jit(fn)(params, episode, key=jax.random.key(3))[1]
+        return jax.jit(fn)(params, episode, key=jax.random.key(3))[1]
 
     grads = estimate(row.learner)
     tangent = linear(row.learner, worlds.compiled(name, "unrolled")(params, episode)[1])
@@ -137,7 +137,7 @@ def test_an_inner_rule_without_derivative(x64):
     _, nothing = hypergrad.value_and_grad(one, hypergrad.first_order())(meta, task())
     assert worlds.dot(nothing, nothing) == 0
     fn = hypergrad.value_and_grad(one, hypergrad.evolution(sigma=SIGMA, pairs=20_000))
-    _, grads = worlds.jit(fn)(meta, task(), key=jax.random.key(1))
+    _, grads = jax.jit(fn)(meta, task(), key=jax.random.key(1))
     density = np.exp(-0.5 * (np.asarray(meta) / SIGMA) ** 2) / (2 * np.pi) ** 0.5
     np.testing.assert_allclose(grads, 2 * density / SIGMA, rtol=0.06)
 
@@ -146,7 +146,7 @@ def test_only_the_trained_part_is_perturbed(x64):
     row = worlds.LEARNERS["anil"]
     params, episode = worlds.parameters(row), worlds.episode(row)
     picked, rest = metajax.core._tree.split(params, "head")
-    (loss, _), grads, _ = worlds.jit(
+    (loss, _), grads, _ = jax.jit(
         lambda picked, rest: BOTH.value_and_grad(
             row.learner, picked, (), episode, key=jax.random.key(0), frozen=rest
         )
@@ -159,7 +159,7 @@ def test_nan_in_one_inner_loop_is_not_hidden(x64):
     """Only meta-parameters that a perturbation moved far give NaN."""
     one = quadratic(2, outer=lambda adapted, goal: jnp.where(adapted[0] > 1.2, jnp.nan, jnp.sum(adapted)))
     for estimator in (hypergrad.evolution(sigma=2.0, pairs=50), persistent(50, 2, sigma=2.0)):
-        fn = worlds.jit(hypergrad.value_and_grad(one, estimator))
+        fn = jax.jit(hypergrad.value_and_grad(one, estimator))
         (loss, _), grads = fn(jnp.array(TARGET), task(), key=jax.random.key(0))
         assert np.isfinite(loss)
         assert np.isnan(grads).all()
@@ -220,7 +220,7 @@ def test_carried_states_and_perturbations(chunk, x64):
     """
     pairs, steps = 3, 2
     episodes = worlds.stack([task(seed) for seed in range(5)])
-    run = worlds.jit(lambda key: run_segments(persistent(pairs, steps, chunk=chunk), quadratic(6), 5, key, episodes))
+    run = jax.jit(lambda key: run_segments(persistent(pairs, steps, chunk=chunk), quadratic(6), 5, key, episodes))
     losses, grads, states, outputs = jax.tree.map(np.asarray, run(jax.random.key(0)))
     middle, ends, drawn = ORIGIN, np.broadcast_to(ORIGIN, (pairs, 2, 3)), []
     for number in range(5):
@@ -259,7 +259,7 @@ def test_carried_through_outer_update(devices, stream, x64):
         if devices > 1:
             outer = metajax.parallel.shard(outer, metajax.parallel.make_mesh(devices=jax.devices()[:devices]))
         state = outer.init(jax.random.key(0), task(), num_tasks=2)
-        update, types = worlds.jit(outer.update), jax.tree.map(jnp.shape, state)
+        update, types = jax.jit(outer.update), jax.tree.map(jnp.shape, state)
         for batch in batches:
             state, metrics = update(state, batch)
         assert jax.tree.map(jnp.shape, state) == types
@@ -282,7 +282,7 @@ def test_carried_through_outer_update(devices, stream, x64):
 
 def test_nothing_is_compiled_again(x64):
     estimator, one, meta = persistent(2, 2), quadratic(4), jnp.array(TARGET)
-    fn = worlds.jit(lambda state, key: estimator.value_and_grad(one, meta, state, task(), key=key))
+    fn = jax.jit(lambda state, key: estimator.value_and_grad(one, meta, state, task(), key=key))
     state = estimator.init(one, meta, task(), jax.random.key(0))
     types = jax.tree.map(jax.typeof, state)
     for seed in range(2):

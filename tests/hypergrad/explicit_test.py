@@ -29,7 +29,7 @@ def test_the_frozen_part_is_not_differentiated_and_changes_nothing_else(estimato
     kept = {name: value if name == trained else jax.tree.map(lambda _: None, value) for name, value in params.items()}
     frozen = {name: jax.tree.map(lambda _: None, value) if name == trained else value for name, value in params.items()}
     entry = worlds.ESTIMATORS[estimator]
-    _, grads, _ = worlds.jit(
+    _, grads, _ = jax.jit(
         lambda kept, frozen: entry.value_and_grad(row.learner, kept, (), episode, frozen=frozen)
     )(kept, frozen)  # fmt: skip
     assert jax.tree.structure(grads) == jax.tree.structure(kept)
@@ -48,12 +48,12 @@ def test_a_frozen_table_of_integers(estimator):
     examples = worlds.examples(0, 6, 0, dtype=np.float32)
     weights, order = jnp.ones([4, worlds.WAYS]), jnp.array([3, 1, 0, 2])
     episode, entry = metajax.Episode(examples, examples), worlds.ESTIMATORS[estimator]
-    _, grads, _ = worlds.jit(
+    _, grads, _ = jax.jit(
         lambda kept, frozen: entry.value_and_grad(learner, kept, (), episode, frozen=frozen)
     )({"w": weights, "order": None}, {"w": None, "order": order})  # fmt: skip
     moved = examples._replace(inputs=examples.inputs[:, order])
     plain = metajax.learners.maml(metajax.Model(lambda key, x: None, lambda w, x: x @ w), optax.sgd(0.1), 2)
-    _, expected = worlds.jit(hypergrad.value_and_grad(plain, entry))(weights, metajax.Episode(moved, moved))
+    _, expected = jax.jit(hypergrad.value_and_grad(plain, entry))(weights, metajax.Episode(moved, moved))
     np.testing.assert_allclose(grads["w"], expected, rtol=1e-5, atol=1e-7)
     assert grads["order"] is None
 
@@ -68,7 +68,7 @@ def test_first_order_is_exact_without_curvature(x64):
     examples = metajax.Examples(inputs, targets, jnp.ones(5, bool))
     episode = metajax.Episode(examples, examples)
     estimators = [worlds.ESTIMATORS[name] for name in EXPLICIT]
-    grads = [worlds.jit(hypergrad.value_and_grad(learner, entry))(weights, episode)[1] for entry in estimators]
+    grads = [jax.jit(hypergrad.value_and_grad(learner, entry))(weights, episode)[1] for entry in estimators]
     for other in grads[1:]:
         np.testing.assert_allclose(other, grads[0], rtol=1e-12)
 
@@ -80,7 +80,7 @@ def test_the_exact_hypergradient_can_be_differentiated(x64):
 
     def curvature(name):
         grads = lambda params: worlds.ESTIMATORS[name].value_and_grad(row.learner, params, (), episode)[1]  # noqa: E731
-        return worlds.jit(lambda params: jax.jvp(grads, (params,), (params,))[1])(params)
+        return jax.jit(lambda params: jax.jvp(grads, (params,), (params,))[1])(params)
 
     assert worlds.relative_distance(curvature("mixed_mode"), curvature("unrolled")) < 1e-10
 
@@ -102,7 +102,7 @@ def test_exact_estimators_agree_whatever_they_keep(rule, x64):
     params, episode = worlds.parameters(row), worlds.episode(row)
 
     def grads(estimator):
-        return worlds.jit(hypergrad.value_and_grad(learner, estimator))(params, episode)[1]
+        return jax.jit(hypergrad.value_and_grad(learner, estimator))(params, episode)[1]
 
     plain, weighted = grads(hypergrad.unrolled()), grads(hypergrad.unrolled(step_weights=WEIGHTS))
     assert worlds.relative_distance(plain, weighted) > 1e-3
@@ -127,10 +127,10 @@ def test_step_weights_weigh_the_outer_loss_after_each_step(x64):
             parts.append(weight * row.learner.outer_loss(adapted, params, episode.query)[0])
         return sum(parts)
 
-    expected, slope = worlds.jit(jax.value_and_grad(loss))(params)
+    expected, slope = jax.jit(jax.value_and_grad(loss))(params)
     for name in ("unrolled", "mixed_mode", "first_order"):
         estimator = getattr(hypergrad, name)(step_weights=(0.3, 0.7))
-        (value, _), grads = worlds.jit(hypergrad.value_and_grad(row.learner, estimator))(params, episode)
+        (value, _), grads = jax.jit(hypergrad.value_and_grad(row.learner, estimator))(params, episode)
         np.testing.assert_allclose(value, expected, rtol=1e-12)
         if name != "first_order":
             assert worlds.relative_distance(grads, slope) < 1e-12
@@ -168,7 +168,7 @@ def test_recomputing_estimators_keep_less():
     params = learner.init(jax.random.key(0), examples.inputs)
 
     def temporaries(name):
-        fn = worlds.jit(hypergrad.value_and_grad(learner, worlds.ESTIMATORS[name]))
+        fn = jax.jit(hypergrad.value_and_grad(learner, worlds.ESTIMATORS[name]))
         return worlds.temporary_bytes(fn, params, metajax.Episode(examples, examples))
 
     plain, remat, mixed = (temporaries(name) for name in worlds.EXACT)
@@ -196,7 +196,7 @@ def test_keys_reach_the_learner(estimator):
     learner = metajax.learners.reptile(model, optax.sgd(0.1), 2, batch_size=2)
     examples = worlds.examples(0, 6, 1, dtype=np.float32)
     params = learner.init(jax.random.key(0), examples.inputs)
-    fn = worlds.jit(hypergrad.value_and_grad(learner, worlds.ESTIMATORS[estimator]))
+    fn = jax.jit(hypergrad.value_and_grad(learner, worlds.ESTIMATORS[estimator]))
     episode = metajax.Episode(examples, examples)
     first, again, other = (fn(params, episode, key=jax.random.key(seed))[1] for seed in (1, 1, 2))
     assert worlds.relative_distance(first, again) == 0
@@ -216,7 +216,7 @@ def test_steps_written_out_change_nothing(make, unroll, x64):
     function = hypergrad.value_and_grad(row.learner, make(unroll=unroll))
     (_, expected), (_, found) = (
         worlds.compiled("maml", "unrolled")(params, episode),
-        worlds.jit(function)(params, episode),
+        jax.jit(function)(params, episode),
     )
     assert worlds.relative_distance(found, expected) < 1e-12
     with pytest.raises(ValueError, match="unroll must be an integer of at least 1, got 0"):

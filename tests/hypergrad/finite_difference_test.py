@@ -16,7 +16,7 @@ BOTH = {"finite_difference": hypergrad.finite_difference(), "sama": hypergrad.sa
 
 
 def gradient(learner, estimator):
-    return worlds.jit(hypergrad.value_and_grad(learner, estimator))
+    return jax.jit(hypergrad.value_and_grad(learner, estimator))
 
 
 @functools.cache
@@ -262,11 +262,11 @@ def test_the_frozen_part(estimator, x64):
     def grads(trained, frozen):
         return BOTH[estimator].value_and_grad(row.learner, trained, (), episode, frozen=frozen)[1]
 
-    got = worlds.jit(grads)(body, head)
+    got = jax.jit(grads)(body, head)
     assert jax.tree.structure(got) == jax.tree.structure(body)
     assert worlds.relative_distance(got["layer_0"], whole["layer_0"]) < 1e-12
     if estimator == "finite_difference":
-        assert worlds.relative_distance(worlds.jit(grads)(head, body)["head"], whole["head"]) < 1e-12
+        assert worlds.relative_distance(jax.jit(grads)(head, body)["head"], whole["head"]) < 1e-12
     else:
         with pytest.raises(ValueError, match="would be zero"):
             jax.eval_shape(grads, head, body)
@@ -278,8 +278,8 @@ def test_tasks_under_vmap_and_scan_agree(estimator, x64):
     row = worlds.LEARNERS["anil"]
     params, tasks = worlds.parameters(row), worlds.stack([worlds.episode(row, seed) for seed in range(3)])
     one = lambda episode: hypergrad.value_and_grad(row.learner, BOTH[estimator])(params, episode)  # noqa: E731
-    together = worlds.jit(jax.vmap(one))(tasks)
-    apart = worlds.jit(lambda tasks: jax.lax.map(one, tasks))(tasks)
+    together = jax.jit(jax.vmap(one))(tasks)
+    apart = jax.jit(lambda tasks: jax.lax.map(one, tasks))(tasks)
     assert worlds.relative_distance(together, apart) < 1e-10
 
 

@@ -54,7 +54,7 @@ def task(seed=0, size=4):
 def both(one, estimator, params, episode):
     """Value and gradient, and those of `unrolled`."""
     entries = (hypergrad.value_and_grad(one, entry) for entry in (estimator, hypergrad.unrolled()))
-    return [worlds.jit(fn)(params, episode) for fn in entries]
+    return [jax.jit(fn)(params, episode) for fn in entries]
 
 
 @pytest.mark.parametrize("rule", worlds.few_by_default(RULES, lambda rule: rule in ("adam", "schedule")))
@@ -74,7 +74,7 @@ def test_exact_for_learned_rates_and_weights(rule, x64):
 def test_chunks_change_nothing(chunk, x64):
     params, episode, one = jax.tree.map(jnp.array, META), task(), tuned("adam")
     whole, parts = (
-        worlds.jit(hypergrad.value_and_grad(one, hypergrad.forward_mode(chunk=size)))(params, episode)
+        jax.jit(hypergrad.value_and_grad(one, hypergrad.forward_mode(chunk=size)))(params, episode)
         for size in (None, chunk)
     )
     for first, second in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
@@ -85,16 +85,16 @@ def test_chunks_change_nothing(chunk, x64):
 def test_exact_for_whole_networks(name, x64):
     row = worlds.LEARNERS[name]
     params, episode = worlds.parameters(row), worlds.episode(row)
-    _, grads = worlds.jit(hypergrad.value_and_grad(row.learner, hypergrad.forward_mode()))(params, episode)
+    _, grads = jax.jit(hypergrad.value_and_grad(row.learner, hypergrad.forward_mode()))(params, episode)
     assert worlds.relative_distance(grads, worlds.compiled(name, "unrolled")(params, episode)[1]) < 1e-12
 
 
 def test_step_weights(x64):
     params, episode, one, weights = jax.tree.map(jnp.array, META), task(), tuned("sgd", 3), (0.2, 0.3, 0.5)
-    (loss, _), grads = worlds.jit(
+    (loss, _), grads = jax.jit(
         hypergrad.value_and_grad(one, hypergrad.forward_mode(chunk=4, step_weights=weights))
     )(params, episode)  # fmt: skip
-    (value, _), expected = worlds.jit(hypergrad.value_and_grad(one, hypergrad.unrolled(step_weights=weights)))(
+    (value, _), expected = jax.jit(hypergrad.value_and_grad(one, hypergrad.unrolled(step_weights=weights)))(
         params, episode
     )
     np.testing.assert_allclose(loss, value, rtol=1e-14)
@@ -123,7 +123,7 @@ def test_the_trained_part_through_outer_update(devices, x64):
         if devices > 1:
             outer = metajax.parallel.shard(outer, metajax.parallel.make_mesh(devices=jax.devices()[:devices]))
         state = outer.init(jax.random.key(0), task(), params=META)
-        return worlds.jit(outer.update)(state, worlds.stack([task(1), task(2)]))[0].params
+        return jax.jit(outer.update)(state, worlds.stack([task(1), task(2)]))[0].params
 
     assert worlds.relative_distance(
         run(hypergrad.forward_mode(max_params=2), devices), run(hypergrad.unrolled(), 1)
@@ -136,7 +136,7 @@ def test_memory_does_not_grow_with_the_number_of_steps():
     params = {name: jnp.array(leaf, jnp.float32) for name, leaf in META.items()}
 
     def temporaries(num_steps, estimator):
-        fn = worlds.jit(hypergrad.value_and_grad(tuned("adam", num_steps, size), estimator))
+        fn = jax.jit(hypergrad.value_and_grad(tuned("adam", num_steps, size), estimator))
         return worlds.temporary_bytes(fn, params, episode)
 
     few, many = (temporaries(steps, hypergrad.forward_mode()) for steps in (8, 64))

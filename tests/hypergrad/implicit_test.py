@@ -22,7 +22,7 @@ LINEAR = metajax.Model(lambda key, x: jnp.zeros([x.shape[-1], 1]), lambda w, x: 
 
 
 def gradient(learner, estimator):
-    return worlds.jit(hypergrad.value_and_grad(learner, estimator))
+    return jax.jit(hypergrad.value_and_grad(learner, estimator))
 
 
 def learner_of(loss, *, start=None, outer_loss=None, rule=None, num_steps=1):
@@ -103,7 +103,7 @@ def dense(name, ridge):
     point, unravel = ravel_pytree(end)
     flat, unravel_meta = ravel_pytree(params)
 
-    @worlds.jit
+    @jax.jit
     def parts(point, flat):
         def inner(point, flat):
             return problem.loss(unravel(point), unravel_meta(flat), episode.support, 0, None)
@@ -179,7 +179,7 @@ def test_converges_to_the_exact_hypergradient_at_the_rate_of_the_inner_problem(x
         (_, aux), grads = gradient(learner, estimator)({"start": start}, episode)
         return aux, grads["start"]
 
-    @worlds.jit
+    @jax.jit
     def hessian_at_the_end(params):
         inner = lambda params: loss(params, {"start": start}, episode.support)  # noqa: E731
         step = lambda _, params: params - rate * jax.grad(inner)(params)  # noqa: E731
@@ -342,7 +342,7 @@ def test_the_frozen_part(x64):
     def grads(trained, frozen):
         return estimator.value_and_grad(row.learner, trained, (), episode, frozen=frozen)[1]
 
-    got = worlds.jit(grads)(body, head)
+    got = jax.jit(grads)(body, head)
     assert jax.tree.structure(got) == jax.tree.structure(body)
     assert worlds.relative_distance(got["layer_0"], whole["layer_0"]) < 1e-12
     with pytest.raises(ValueError, match=ZERO):
@@ -354,8 +354,8 @@ def test_tasks_under_vmap_and_scan_agree(x64):
     row, estimator = worlds.LEARNERS["anil"], hypergrad.implicit(steps=100, tol=1e-3, ridge=1.0)
     params, tasks = worlds.parameters(row), worlds.stack([worlds.episode(row, seed) for seed in range(4)])
     one = lambda episode: hypergrad.value_and_grad(row.learner, estimator)(params, episode)  # noqa: E731
-    together = worlds.jit(jax.vmap(one))(tasks)
-    apart = worlds.jit(lambda tasks: jax.lax.map(one, tasks))(tasks)
+    together = jax.jit(jax.vmap(one))(tasks)
+    apart = jax.jit(lambda tasks: jax.lax.map(one, tasks))(tasks)
     assert worlds.relative_distance(together, apart) < 1e-12
     assert len(set(np.asarray(together[0][1]["solver_residual"]).tolist())) == 4
 

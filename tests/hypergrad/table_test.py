@@ -36,7 +36,7 @@ KEY = jax.random.key(0)
 
 @functools.cache
 def compiled(name, estimator):
-    return worlds.jit(hypergrad.value_and_grad(worlds.LEARNERS[name].learner, ESTIMATORS[estimator]))
+    return jax.jit(hypergrad.value_and_grad(worlds.LEARNERS[name].learner, ESTIMATORS[estimator]))
 
 
 @pytest.mark.parametrize(("name", "estimator"), PAIRS)
@@ -53,7 +53,7 @@ def test_rows(name, estimator):
     assert float(again) == float(loss)
     assert worlds.relative_distance(same, grads) == 0
     if estimator == "forward_mode":
-        exact = worlds.jit(hypergrad.value_and_grad(row.learner, hypergrad.mixed_mode()))(params, episode, key=KEY)[1]
+        exact = jax.jit(hypergrad.value_and_grad(row.learner, hypergrad.mixed_mode()))(params, episode, key=KEY)[1]
         assert worlds.relative_distance(grads, exact) < 1e-9
 
 
@@ -71,7 +71,7 @@ def test_content_of_padding(name, estimator):
 def test_one_compilation_in_the_meta_step(estimator):
     row, params, episode = worlds.world("anil")
     outer = metajax.outer_update(row.learner, metajax.inner.adam(1e-2), hypergrad=ESTIMATORS[estimator])
-    update, state = worlds.jit(outer.update), outer.init(KEY, episode, params=params, num_tasks=2)
+    update, state = jax.jit(outer.update), outer.init(KEY, episode, params=params, num_tasks=2)
     losses = []
     for _ in range(3):
         state, metrics = update(state, worlds.stack([episode, episode]))

@@ -53,7 +53,7 @@ def as_float64(meta):
 
 
 def gradient(learner, estimator, params, episode):
-    return worlds.jit(hypergrad.value_and_grad(learner, estimator))(params, episode)
+    return jax.jit(hypergrad.value_and_grad(learner, estimator))(params, episode)
 
 
 @pytest.mark.parametrize("start", worlds.few_by_default(["identity", "constant"], lambda start: start == "identity"))
@@ -159,7 +159,7 @@ def test_memory_does_not_grow_with_the_number_of_steps():
     part = metajax.Examples(jnp.ones(size), jnp.ones(size), jnp.ones(size, bool))
 
     def temporaries(num_steps):
-        fn = worlds.jit(hypergrad.value_and_grad(quadratic(num_steps), hypergrad.truncated(2)))
+        fn = jax.jit(hypergrad.value_and_grad(quadratic(num_steps), hypergrad.truncated(2)))
         return worlds.temporary_bytes(fn, meta, metajax.Episode(part, part))
 
     assert abs(temporaries(64) - temporaries(8)) < 4 * size  # less than one copy of the fast weights
@@ -258,7 +258,7 @@ def test_carried_state_through_outer_update(batching, options, x64):
     )
     state = outer.init(jax.random.key(0), task(99), params=as_float64(META), num_tasks=2)
     assert state.hypergrad_state.inner.params.shape == (2, 3)
-    update, types = worlds.jit(outer.update), jax.tree.map(jax.typeof, state)
+    update, types = jax.jit(outer.update), jax.tree.map(jax.typeof, state)
     for number in range(6):
         tasks = [task(10 * number + place) for place in range(2)]
         state, metrics = update(state, worlds.stack(tasks))
@@ -288,7 +288,7 @@ def test_carried_state_over_devices(x64):
         if devices > 1:
             outer = metajax.parallel.shard(outer, metajax.parallel.make_mesh(devices=jax.devices()[:devices]))
         state = outer.init(jax.random.key(0), task(99), params=as_float64(META), num_tasks=2)
-        update = worlds.jit(outer.update)
+        update = jax.jit(outer.update)
         for batch in batches:
             state, _ = update(state, batch)
         return state.params, state.hypergrad_state.inner.params
@@ -308,7 +308,7 @@ def test_one_segment_is_the_whole_loop(x64):
 def test_nan_lasts_until_the_next_start(x64):
     estimator, meta, episode = hypergrad.persistent_truncation(2), as_float64(META), task(0)
     one = quadratic(4)
-    fn = worlds.jit(lambda state, episode: estimator.value_and_grad(one, meta, state, episode))
+    fn = jax.jit(lambda state, episode: estimator.value_and_grad(one, meta, state, episode))
     state = estimator.init(one, meta, episode, None)
     state = state._replace(started=jnp.array(True), inner=state.inner._replace(params=jnp.full(3, jnp.nan)))
     seen = []

@@ -95,11 +95,9 @@ def test_exact_hypergradients_at_dead_inputs(name, x64):
     apply, params, episode = dead_inputs()
     model = metajax.Model(lambda key, inputs: params, apply)
     learner = metajax.learners.maml(model, RULES[name], 2, loss=metajax.core.squared_error)
-    loss = worlds.jit(
-        lambda params: learner.outer_loss(learner.adapt(params, episode.support), params, episode.query)[0]
-    )
+    loss = jax.jit(lambda params: learner.outer_loss(learner.adapt(params, episode.support), params, episode.query)[0])
     estimators = [hypergrad.mixed_mode()] + [hypergrad.unrolled()] * (name == "adam")
-    grads, *others = [worlds.jit(hypergrad.value_and_grad(learner, each))(params, episode)[1] for each in estimators]
+    grads, *others = [jax.jit(hypergrad.value_and_grad(learner, each))(params, episode)[1] for each in estimators]
     assert all(worlds.relative_distance(other, grads) < 1e-10 for other in others)
     assert float(jnp.min(jnp.abs(grads["dead"]))) > 1e-4  # the query set has these inputs
     for seed in range(3):
@@ -121,7 +119,7 @@ def test_the_rules_of_optax_give_nan_there(x64):
                 metajax.inner_init(problem)(params, episode.support), params, episode.support
             ).params["first"]
         )
-        assert np.any(np.isnan(worlds.jit(jax.grad(loss))(params)["first"]))
+        assert np.any(np.isnan(jax.jit(jax.grad(loss))(params)["first"]))
 
 
 def test_a_support_set_of_padding_adapts_nothing(x64):
@@ -133,10 +131,10 @@ def test_a_support_set_of_padding_adapts_nothing(x64):
     def loss(params):
         return metajax.core.squared_error(apply(params, episode.query.inputs), episode.query.targets).mean()
 
-    expected = worlds.jit(jax.grad(loss))(params)
+    expected = jax.jit(jax.grad(loss))(params)
     for rule in (optax.chain(inner.clip_by_global_norm(0.5), inner.adam(0.1)), inner.muon(0.1)):
         learner = metajax.learners.maml(model, rule, 2, loss=metajax.core.squared_error)
-        _, grads = worlds.jit(hypergrad.value_and_grad(learner, hypergrad.unrolled()))(params, episode)
+        _, grads = jax.jit(hypergrad.value_and_grad(learner, hypergrad.unrolled()))(params, episode)
         assert worlds.relative_distance(grads, expected) < 1e-12
 
 
@@ -153,9 +151,9 @@ def test_the_derivative_at_zero_is_the_true_one(rule, eps, factor, x64):
     rule = rule(eps)
     step = lambda gradient: rule.update(gradient, rule.init(gradient))[0]  # noqa: E731
     zero = jnp.zeros([])
-    np.testing.assert_allclose(worlds.jit(jax.grad(step))(zero), factor, rtol=1e-12)
+    np.testing.assert_allclose(jax.jit(jax.grad(step))(zero), factor, rtol=1e-12)
     np.testing.assert_allclose((step(zero + 1e-9) - step(zero - 1e-9)) / 2e-9, factor, rtol=1e-6)
-    assert np.isfinite(worlds.jit(jax.grad(jax.grad(step)))(zero))
+    assert np.isfinite(jax.jit(jax.grad(jax.grad(step)))(zero))
 
 
 def test_the_derivative_of_muon_at_zero_is_the_true_one(x64):
@@ -184,7 +182,7 @@ def test_numbers_may_be_meta_parameters(x64):
         return jnp.sum(params**2)
 
     numbers = jax.tree.map(jnp.asarray, numbers)
-    found, end = worlds.jit(jax.grad(end))(numbers), worlds.jit(end)
+    found, end = jax.jit(jax.grad(end))(numbers), jax.jit(end)
     for name in numbers:
         direction = {other: float(other == name) for other in numbers}
         np.testing.assert_allclose(found[name], worlds.finite_difference(end, numbers, direction, 1e-5), rtol=1e-6)

@@ -30,7 +30,7 @@ def test_what_pretrain_learned_serves_finetune(head):
     batch = clouds(0, [0, 1, 2, 3, 4], 8)
     episode = metajax.Episode(batch, batch)
     state = outer.init(jax.random.key(0), episode)
-    update = worlds.jit(outer.update)
+    update = jax.jit(outer.update)
     for _ in range(60):
         state, metrics = update(state, jax.tree.map(lambda leaf: leaf[None], episode))
     assert metrics["accuracy"] > 0.95

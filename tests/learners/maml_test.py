@@ -17,7 +17,7 @@ LINEAR = metajax.Model(lambda key, x: jnp.zeros([4, 4]), lambda w, x: x @ w)
 def test_adaptation_is_the_loop_written_out(name, x64):
     row = worlds.LEARNERS[name]
     params, episode = worlds.parameters(row), worlds.episode(row)
-    adapted = worlds.jit(row.learner.adapt)(params, episode.support)
+    adapted = jax.jit(row.learner.adapt)(params, episode.support)
     expected, _, _ = worlds.by_hand(name)
     assert worlds.relative_distance(adapted.params, expected) < 1e-10
 
@@ -65,7 +65,7 @@ def test_the_proximal_term_holds_back(x64):
 def test_support_statistics_are_those_of_the_adapted_network(x64):
     row = worlds.LEARNERS["maml_support_statistics"]
     params, episode = worlds.parameters(row), worlds.episode(row)
-    adapted = worlds.jit(row.learner.adapt)(params, episode.support)
+    adapted = jax.jit(row.learner.adapt)(params, episode.support)
     kept = episode.support.inputs[:6]
     _, expected = row.model.apply(adapted.params, kept, mask=None, stats=None)
     for found, value in zip(*map(jax.tree.leaves, (adapted.stats, expected)), strict=True):

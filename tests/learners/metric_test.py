@@ -65,7 +65,7 @@ def test_cosine_of_a_zero_vector_has_a_finite_gradient():
     model = metajax.Model(lambda key, x: {}, lambda params, x: x * params)
     learner = learners.prototypical(model, distance="cosine")
     fn, episode = hypergrad.value_and_grad(learner, hypergrad.unrolled()), metajax.Episode(SUPPORT, SUPPORT)
-    (loss, _), grads = worlds.jit(lambda params: fn(params, episode))(jnp.zeros(2))  # the number of ways is in the data
+    (loss, _), grads = jax.jit(lambda params: fn(params, episode))(jnp.zeros(2))  # the number of ways is in the data
     np.testing.assert_allclose(loss, np.log(2), rtol=1e-6)
     assert np.all(np.isfinite(grads))
 

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import worlds
 
 import metajax
 from metajax import learners
@@ -21,7 +20,7 @@ SUPPORT = metajax.Examples(jnp.eye(8), jnp.arange(8), jnp.arange(8) < 6)
 @functools.cache
 def adapt(steps, batch_size):
     learner = learners.reptile(MODEL, optax.sgd(1.0), steps, batch_size=batch_size)
-    return worlds.jit(lambda support, key: learner.adapt(jnp.zeros([8, 8]), support, key=key).params)
+    return jax.jit(lambda support, key: learner.adapt(jnp.zeros([8, 8]), support, key=key).params)
 
 
 def drawn(key, *, steps=1, batch_size=2, support=SUPPORT):

@@ -75,7 +75,7 @@ def test_second_order(kind, stride, x64):
 
     def derivative(form):
         outer = jax.grad if kind == "reverse" else lambda f: lambda k: jax.jvp(f, (k,), (jnp.cos(k),))[1]
-        return worlds.jit(outer(lambda k: after_a_step(k, form)))(first)
+        return jax.jit(outer(lambda k: after_a_step(k, form)))(first)
 
     for form in FORMS:
         np.testing.assert_allclose(derivative(form), derivative("lax"), rtol=1e-10, atol=1e-14)
@@ -131,7 +131,7 @@ def test_devices_that_share_a_kernel(x64):
         mesh=mesh, in_specs=(jax.P(), jax.P("task")), out_specs=jax.P(),
     )  # fmt: skip
     expected = sum(jax.grad(loss)(kernel, part) for part in images)
-    np.testing.assert_allclose(worlds.jit(spread)(kernel, images), expected, rtol=1e-11)
+    np.testing.assert_allclose(jax.jit(spread)(kernel, images), expected, rtol=1e-11)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ def generic(model, images, seed=0):
 
 def call(model, params, images, mask=None, **rest):
     needed = {"mask": mask} if "mask" in model.needs else {}
-    outputs = worlds.jit(model.apply)(
+    outputs = jax.jit(model.apply)(
         params, images, **needed, **({"stats": None, **rest} if "stats" in model.needs else {})
     )
     return outputs if "stats" in model.needs else (outputs, None)
@@ -58,7 +58,7 @@ def test_forms_agree(pool, x64):
     def loss(model):
         return lambda params: jnp.sum(jnp.sin(model.apply(params, images, mask=None)))
 
-    values, slopes = zip(*(worlds.jit(jax.value_and_grad(loss(model)))(params) for model in models), strict=True)
+    values, slopes = zip(*(jax.jit(jax.value_and_grad(loss(model)))(params) for model in models), strict=True)
     np.testing.assert_allclose(*values, rtol=1e-12)
     assert worlds.relative_distance(*slopes) < 1e-10
 

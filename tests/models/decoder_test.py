@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import worlds
 
 from metajax import models
 
@@ -20,7 +19,7 @@ TOKENS = jnp.array([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])
 
 
 def test_later_tokens_are_not_seen(params):
-    apply = worlds.jit(MODEL.apply)
+    apply = jax.jit(MODEL.apply)
     whole, changed = apply(params, TOKENS), apply(params, TOKENS.at[:, 4].set(7))
     np.testing.assert_allclose(changed[:, :4], whole[:, :4], atol=1e-6)
     assert np.abs(changed[:, 4:] - whole[:, 4:]).max() > 1e-3
@@ -35,7 +34,7 @@ def test_positions_matter(params):
 
 def test_padding_is_not_seen(params):
     mask = jnp.arange(6) < jnp.array([[4], [6]])
-    apply = worlds.jit(MODEL.apply)
+    apply = jax.jit(MODEL.apply)
     whole = apply(params, {"tokens": TOKENS, "mask": mask})
     other = apply(params, {"tokens": jnp.where(mask, TOKENS, 0), "mask": mask})
     np.testing.assert_allclose(other[0, :4], whole[0, :4], atol=1e-6)
@@ -56,7 +55,7 @@ def test_blocks_are_applied_one_after_the_other(params):
 def test_recomputed_blocks_have_the_same_gradient(params):
     plain = models.decoder(20, width=16, depth=3, heads=4, kv_heads=2, remat=False)
     loss = lambda model: lambda params: jnp.sum(jnp.square(model.apply(params, TOKENS)))  # noqa: E731
-    one, other = worlds.jit(jax.grad(loss(MODEL)))(params), worlds.jit(jax.grad(loss(plain)))(params)
+    one, other = jax.jit(jax.grad(loss(MODEL)))(params), jax.jit(jax.grad(loss(plain)))(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), one, other)
 
 

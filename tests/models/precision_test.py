@@ -18,7 +18,7 @@ def gradients(model, estimator):
     episode = metajax.Episode(*(worlds.examples(seed, 20, 0, dtype=np.float32) for seed in (0, 1)))
     params = learner.init(jax.random.key(0), episode.support.inputs)
     function = metajax.hypergrad.value_and_grad(learner, estimator)
-    return function, worlds.jit(function)(params, episode)[1], (params, episode)
+    return function, jax.jit(function)(params, episode)[1], (params, episode)
 
 
 @pytest.mark.parametrize("name", worlds.few_by_default(worlds.EXACT, lambda name: name == "mixed_mode"))

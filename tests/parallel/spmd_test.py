@@ -39,7 +39,7 @@ def _one(episodes):
 
 def _run(outer, episodes, steps=20):
     params = jax.tree.map(lambda leaf: leaf.astype(np.float64), _outer().init(jax.random.key(0), _one(episodes)).params)
-    state, update = outer.init(jax.random.key(0), _one(episodes), params=params), worlds.jit(outer.update)
+    state, update = outer.init(jax.random.key(0), _one(episodes), params=params), jax.jit(outer.update)
     for _ in range(steps):
         state, metrics = update(state, episodes)
     return state, metrics
@@ -84,7 +84,7 @@ def test_parameters_and_moments_lie_where_the_rules_say_and_stay_there():
         traced.append(1)
         return outer.update(state, episodes)
 
-    update = worlds.jit(counted, donate_argnums=0)
+    update = jax.jit(counted, donate_argnums=0)
     for _ in range(2):
         kernels = [state.params["layer_0"]["kernel"], state.opt_state[1][0].mu["layer_0"]["kernel"]]
         assert [kernel.sharding.spec for kernel in kernels] == [P("fsdp", "model")] * 2
@@ -108,7 +108,7 @@ def _bytes(sizes, rules=(), *, num_steps=2, each=1, size=4):
     outer = parallel.shard(_outer(num_steps), mesh, rules)
     state = outer.init(jax.random.key(0), _one(episodes))
     placed = jax.device_put(episodes, parallel.task_sharding(mesh))
-    return parallel.collective_bytes(worlds.jit(outer.update).lower(state, placed).compile().as_text())
+    return parallel.collective_bytes(jax.jit(outer.update).lower(state, placed).compile().as_text())
 
 
 def test_a_data_parallel_step_reduces_the_hypergradient_and_nothing_that_grows():
@@ -154,7 +154,7 @@ def test_a_frozen_base_is_divided_and_gets_no_gradient():
     state = outer.init(jax.random.key(0), _one(episodes))
     before = np.asarray(state.params["layer_0"]["kernel"])
     placed = jax.device_put(episodes, parallel.task_sharding(mesh))
-    compiled = worlds.jit(outer.update).lower(state, placed).compile()
+    compiled = jax.jit(outer.update).lower(state, placed).compile()
     found = parallel.collective_bytes(compiled.as_text())
     assert found["all-gather"] == 4 * 4 * 8
     assert found["all-reduce"] <= 4 * (8 * 2 + 2) + 64

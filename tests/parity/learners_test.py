@@ -81,8 +81,8 @@ def test_maml(task, steps):
         return reference.maml(layers(params), support, query, 0.1, steps, slope, numpy_loss)
 
     expected, adapted_layers = numpy_maml(params)
-    adapted = worlds.jit(learner.adapt)(params, episode.support)
-    (value, _), grads = worlds.jit(hypergrad.value_and_grad(learner, hypergrad.mixed_mode()))(params, episode)
+    adapted = jax.jit(learner.adapt)(params, episode.support)
+    (value, _), grads = jax.jit(hypergrad.value_and_grad(learner, hypergrad.mixed_mode()))(params, episode)
     np.testing.assert_allclose(value, expected, rtol=1e-10)
     assert worlds.relative_distance(adapted.params, as_params(adapted_layers)) < 1e-10
     ways = 2 if task == "regression" else WAYS
@@ -109,7 +109,7 @@ def test_reptile():
             weights, as_params(slopes), second,
         )  # fmt: skip
     episode = metajax.Episode(padded(support), padded(draw(2, 7)))
-    (value, _), grads = worlds.jit(hypergrad.value_and_grad(learner, hypergrad.displacement()))(params, episode)
+    (value, _), grads = jax.jit(hypergrad.value_and_grad(learner, hypergrad.displacement()))(params, episode)
     assert worlds.relative_distance(grads, jax.tree.map(lambda a, b: np.asarray(a) - b, params, weights)) < 1e-10
     outputs = reference.mlp(layers(weights), draw(2, 7)[0])[1][:, :WAYS]
     np.testing.assert_allclose(value, reference.cross_entropy(outputs, draw(2, 7)[1]), rtol=1e-10)
@@ -120,7 +120,7 @@ def test_prototypical(distance):
     model = models.mlp(5, hidden=(6,))
     params, support, query = start(model), draw(1, 7), draw(2, 8)
     learner = learners.prototypical(model, distance=distance)
-    adapted = worlds.jit(learner.adapt)(params, padded(support))
+    adapted = jax.jit(learner.adapt)(params, padded(support))
     found = learner.predict(adapted, padded(query).inputs, mask=padded(query).mask)
 
     def numpy_logits(params):
@@ -131,7 +131,7 @@ def test_prototypical(distance):
     np.testing.assert_allclose(found[:8, :WAYS], numpy_logits(params), rtol=1e-9)
     assert np.all(np.asarray(found)[:, WAYS] == -1e9)
     episode = metajax.Episode(padded(support), padded(query))
-    (value, _), grads = worlds.jit(hypergrad.value_and_grad(learner, hypergrad.unrolled()))(params, episode)
+    (value, _), grads = jax.jit(hypergrad.value_and_grad(learner, hypergrad.unrolled()))(params, episode)
     np.testing.assert_allclose(value, reference.cross_entropy(numpy_logits(params), query[1]), rtol=1e-9)
     for seed in range(2):
         direction = worlds.random_direction(params, seed)
@@ -147,7 +147,7 @@ def test_finetune(head):
     model = models.mlp(5, hidden=(6,))
     params, support, query = start(model), draw(1, 7), draw(2, 8)
     learner = learners.finetune(model, optax.sgd(0.02), 20, head=head)
-    adapted = worlds.jit(learner.adapt)({"backbone": params}, padded(support))
+    adapted = jax.jit(learner.adapt)({"backbone": params}, padded(support))
     found = learner.predict(adapted, padded(query).inputs, mask=padded(query).mask)[:8, :WAYS]
     features, others = (reference.mlp(layers(params), inputs)[1] for inputs in (support[0], query[0]))
     if head == "linear":
@@ -171,7 +171,7 @@ def test_pretrain(head):
     top = {"kernel": jnp.array(kernel)} | ({"bias": jnp.array([0.3, -0.2, 0.1])} if head == "linear" else {})
     params = {"backbone": backbone, "head": top}
     examples = padded(query)._replace(class_mask=None)
-    (value, _), grads = worlds.jit(hypergrad.value_and_grad(learner, hypergrad.unrolled()))(
+    (value, _), grads = jax.jit(hypergrad.value_and_grad(learner, hypergrad.unrolled()))(
         params, metajax.Episode(examples, examples)
     )
     features = reference.mlp(layers(backbone), query[0])[1]

@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -49,7 +50,7 @@ def test_hypergradient_is_that_of_pytorch(case, form, x64):
     adapts = None if options["adapts"] == "all" else options["adapts"]
     learner = learners.maml(model, optax.sgd(RECORD["rate"]), options["steps"], adapts=adapts)
     estimator = hypergrad.mixed_mode() if options["exact"] else hypergrad.first_order()
-    fn = worlds.jit(hypergrad.value_and_grad(learner, estimator))
+    fn = jax.jit(hypergrad.value_and_grad(learner, estimator))
     (loss, aux), grads = fn(nested(known["start"]), metajax.Episode(part("support"), part("query")))
     np.testing.assert_allclose(loss, known["loss"], rtol=1e-10)
     np.testing.assert_allclose(aux["inner_loss"], known["inner_losses"], rtol=1e-10)

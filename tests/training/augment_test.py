@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import worlds
 
 import metajax
 from metajax import Episode, Examples, OuterUpdate, data, training
@@ -60,7 +59,7 @@ def test_over_devices_as_on_one():
         outer = training.augment(outer, transform)
         state = outer.init(jax.random.key(0), data.episode(source, spec, seed=0, index=0))
         episodes = data.episode_batch(source, spec, seed=0, start=0, count=8)
-        found.append(worlds.jit(outer.update)(state, episodes)[1]["loss"])
+        found.append(jax.jit(outer.update)(state, episodes)[1]["loss"])
     assert jax.local_device_count() == 8
     np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
 

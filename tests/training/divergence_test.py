@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import worlds
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -75,7 +74,7 @@ def test_a_step_that_is_not_finite_changes_the_step_alone_and_every_other_step_i
     outer = training.skip_nonfinite(bare)
     if spread:
         bare, outer = (_over_devices(one) for one in (bare, outer))
-    update, unguarded = worlds.jit(outer.update), worlds.jit(bare.update)
+    update, unguarded = jax.jit(outer.update), jax.jit(bare.update)
     good, broken = _episodes(dtype=dtype), _episodes(1, broken=True, dtype=dtype)
     state = expected = outer.init(jax.random.key(0), _one(good), num_tasks=_TASKS)
     for _ in range(2):
@@ -92,7 +91,7 @@ def test_a_step_that_is_not_finite_changes_the_step_alone_and_every_other_step_i
     assert _same(after._replace(step=state.step), state)
     assert int(after.step) == int(state.step) + 1
     if spread:
-        outside, metrics = worlds.jit(training.skip_nonfinite(bare).update)(state, broken)
+        outside, metrics = jax.jit(training.skip_nonfinite(bare).update)(state, broken)
         assert float(metrics["skipped"]) == 1.0
         assert _same(outside, after)
     went_on, metrics = update(after, good)

@@ -25,7 +25,7 @@ def _setup(rate=0.1):
 
 def test_fit_is_the_update_repeated_and_calls_back_after_each_step():
     outer, state, batch = _setup()
-    expected, update = state, worlds.jit(outer.update)
+    expected, update = state, jax.jit(outer.update)
     for _ in range(3):
         expected, _ = update(expected, batch)
     seen = []

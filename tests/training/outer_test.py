@@ -43,7 +43,7 @@ def _make(learner="maml", estimator=None, **options):
 
 
 def _start(outer, dtype=jnp.float64):
-    state = worlds.jit(outer.init)(jax.random.key(0), _task(_episodes()))
+    state = jax.jit(outer.init)(jax.random.key(0), _task(_episodes()))
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), state.params)
     return outer.init(jax.random.key(0), _task(_episodes()), params=params)
 
@@ -69,7 +69,7 @@ def _over_devices(outer, count=4):
 @pytest.fixture(params=worlds.few_by_default(_LEARNERS, lambda name: name == "maml"))
 def reference(request, x64):
     outer = _make(request.param, task_batching="vmap")
-    return request.param, *_run(worlds.jit(outer.update), _start(outer))
+    return request.param, *_run(jax.jit(outer.update), _start(outer))
 
 
 def test_all_ways_to_run_tasks_agree_in_float64(reference):
@@ -82,7 +82,7 @@ def test_all_ways_to_run_tasks_agree_in_float64(reference):
     updates |= {"8 devices": over_devices("auto", 8), "2 devices, chunks": over_devices(2, 2)}
     start = _start(_make(name))
     for label, update in updates.items():
-        state, metrics = _run(worlds.jit(update), start)
+        state, metrics = _run(jax.jit(update), start)
         assert _distance(state.params, expected.params) < 1e-9, label
         for metric in metrics:
             np.testing.assert_allclose(metrics[metric], known[metric], rtol=1e-8, err_msg=label)
@@ -109,7 +109,7 @@ def test_first_gradients_agree_in_float32():
             before=False,
         )  # fmt: skip
         start = _start(outer, jnp.float32)
-        state, _ = _run(worlds.jit(outer.update), start, 1, np.float32)
+        state, _ = _run(jax.jit(outer.update), start, 1, np.float32)
         found[batching] = jax.tree.map(lambda a, b: a - b, start.params, state.params)
     assert _distance(found["scan"], found["vmap"]) < 1e-5
     assert _distance(found[2], found["vmap"]) < 1e-5
@@ -122,22 +122,22 @@ def test_a_task_whose_query_is_padding_weighs_nothing(x64):
     )
     outer = _make()
     start = _start(outer)
-    state, metrics = worlds.jit(outer.update)(start, episodes._replace(query=empty))
-    expected, known = worlds.jit(outer.update)(start, jax.tree.map(lambda leaf: leaf[:3], episodes))
+    state, metrics = jax.jit(outer.update)(start, episodes._replace(query=empty))
+    expected, known = jax.jit(outer.update)(start, jax.tree.map(lambda leaf: leaf[:3], episodes))
     assert _distance(state.params, expected.params) < 1e-12
     np.testing.assert_allclose(metrics["loss"], known["loss"], rtol=1e-12)
     nothing = episodes._replace(query=empty._replace(mask=jnp.zeros_like(empty.mask)))
-    _, metrics = worlds.jit(outer.update)(start, nothing)
+    _, metrics = jax.jit(outer.update)(start, nothing)
     assert metrics["grad_norm"] == 0
 
 
 def test_metrics_before_adaptation_are_those_of_the_start(x64):
     outer = _make()
     start = _start(outer)
-    _, metrics = worlds.jit(outer.update)(start, _episodes())
+    _, metrics = jax.jit(outer.update)(start, _episodes())
     learner = _LEARNERS["maml"]
 
-    @functools.partial(worlds.jit, static_argnums=1)
+    @functools.partial(jax.jit, static_argnums=1)
     def loss(episode, steps):
         adapted = learner.adapt(start.params, episode.support, num_steps=steps)
         return learner.outer_loss(adapted, start.params, episode.query)[0]
@@ -160,7 +160,7 @@ def test_what_is_not_trainable_is_shared_and_may_hold_integers(x64):
     for estimator in (hypergrad.mixed_mode(), hypergrad.displacement()):
         outer = metajax.outer_update(learner, optax.adam(1e-2), hypergrad=estimator, trainable="head")
         start = outer.init(jax.random.key(0), _task(_episodes()))
-        state, _ = worlds.jit(outer.update)(start, _episodes())
+        state, _ = jax.jit(outer.update)(start, _episodes())
         np.testing.assert_array_equal(state.params["shift"], start.params["shift"])
         np.testing.assert_array_equal(
             state.params["network"]["layer_0"]["kernel"], start.params["network"]["layer_0"]["kernel"]
@@ -185,7 +185,7 @@ def test_new_values_of_untrained_meta_parameters_are_averaged_and_written():
     )
     outer = metajax.outer_update(learner, optax.sgd(0.1), hypergrad=hypergrad.unrolled(), trainable="model")
     episodes = _episodes(dtype=np.float32)
-    state, metrics = worlds.jit(outer.update)(outer.init(jax.random.key(0), _task(episodes)), episodes)
+    state, metrics = jax.jit(outer.update)(outer.init(jax.random.key(0), _task(episodes)), episodes)
     np.testing.assert_allclose(state.params["mean"], np.mean(episodes.query.inputs), rtol=1e-5)
     assert "state" not in metrics
 
@@ -203,13 +203,13 @@ def test_it_composes_with_scan_donation_clipping_and_eval_shape():
     assert all(jax.tree.leaves(same))
     before = jax.tree.map(np.asarray, start.params)
     several = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), episodes)
-    state, metrics = worlds.jit(lambda s, e: jax.lax.scan(outer.update, s, e), donate_argnums=0)(start, several)
+    state, metrics = jax.jit(lambda s, e: jax.lax.scan(outer.update, s, e), donate_argnums=0)(start, several)
     assert metrics["loss"].shape == (3,)
     moved = optax.tree.norm(jax.tree.map(lambda a, b: a - b, state.params, before))
     assert 0 < moved <= 3.01e-3
     bad = episodes._replace(query=episodes.query._replace(inputs=episodes.query.inputs * jnp.nan))
     held = jax.tree.map(np.asarray, state.params)
-    after, _ = worlds.jit(outer.update)(state, bad)
+    after, _ = jax.jit(outer.update)(state, bad)
     jax.tree.map(np.testing.assert_array_equal, after.params, held)
     assert jax.tree.map(lambda leaf: leaf.dtype, after.params) == jax.tree.map(lambda leaf: leaf.dtype, before)
 
@@ -226,10 +226,10 @@ def test_task_keys_are_those_of_the_global_task():
     results = []
     for batching in ("vmap", "scan"):
         outer = metajax.outer_update(learner, optax.sgd(0.1), hypergrad=hypergrad.unrolled(), task_batching=batching)
-        results.append(worlds.jit(outer.update)(outer.init(jax.random.key(0), _task(episodes)), episodes)[0].params)
+        results.append(jax.jit(outer.update)(outer.init(jax.random.key(0), _task(episodes)), episodes)[0].params)
     spread = metajax.parallel.shard(outer, metajax.parallel.make_mesh(devices=jax.devices()[:4]))
     start = spread.init(jax.random.key(0), _task(episodes))
-    results.append(worlds.jit(spread.update)(start, episodes)[0].params)
+    results.append(jax.jit(spread.update)(start, episodes)[0].params)
     np.testing.assert_allclose(results[0], results[1], atol=1e-6)
     np.testing.assert_allclose(results[0], results[2], atol=1e-6)
 
@@ -257,8 +257,8 @@ def test_what_starts_the_same_on_all_devices_adapts_on_each(case, x64):
     outer = metajax.outer_update(learner, optax.sgd(0.5), **options)
     spread = metajax.outer_update(learner, optax.sgd(0.5), axis_name="task", **options)
     start = _start(outer)
-    found, metrics = worlds.jit(_over_devices(spread))(start, _episodes())
-    expected, known = worlds.jit(outer.update)(start, _episodes())
+    found, metrics = jax.jit(_over_devices(spread))(start, _episodes())
+    expected, known = jax.jit(outer.update)(start, _episodes())
     assert _distance(expected.params, start.params) > 1e-4
     assert _distance(found.params, expected.params) < 1e-12
     np.testing.assert_allclose(metrics["loss"], known["loss"], rtol=1e-12)
@@ -271,9 +271,9 @@ def test_devices_without_a_task_that_counts(x64):
         mask=episodes.query.mask.at[1:].set(False), inputs=episodes.query.inputs.at[1:].set(jnp.nan)
     )
     start = _start(_make())
-    spread = worlds.jit(_over_devices(_make(axis_name="task", before=False)))
+    spread = jax.jit(_over_devices(_make(axis_name="task", before=False)))
     found, metrics = spread(start, episodes._replace(query=empty))
-    expected, known = worlds.jit(_make(before=False).update)(start, jax.tree.map(lambda leaf: leaf[:1], episodes))
+    expected, known = jax.jit(_make(before=False).update)(start, jax.tree.map(lambda leaf: leaf[:1], episodes))
     assert _distance(found.params, expected.params) < 1e-12
     np.testing.assert_allclose(metrics["accuracy"], known["accuracy"], rtol=1e-12)
 
@@ -292,7 +292,7 @@ def test_batch_statistics_in_float32_drift_little():
             learner, optax.adam(1e-2), hypergrad=hypergrad.mixed_mode(), task_batching=batching, before=False
         )
         episodes = metajax.Episode(examples, examples)
-        state, update = outer.init(jax.random.key(0), _task(episodes)), worlds.jit(outer.update)
+        state, update = outer.init(jax.random.key(0), _task(episodes)), jax.jit(outer.update)
         for _ in range(_STEPS):
             state, metrics = update(state, episodes)
         found.append(float(metrics["loss"]))
@@ -315,7 +315,7 @@ def test_given_parameters_are_copied_so_that_the_state_can_be_donated():
     outer = _make()
     params = _start(outer, jnp.float32).params
     state = outer.init(jax.random.key(0), _task(_episodes()), params=params)
-    update = worlds.jit(outer.update, donate_argnums=0)
+    update = jax.jit(outer.update, donate_argnums=0)
     for step in range(2):
         state, _ = update(state, _episodes(seed=step, dtype=np.float32))
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(params))  # a donated array cannot be read
@@ -331,7 +331,7 @@ def test_new_values_are_not_written_where_no_task_counts():
     learner = base._replace(init=lambda key, inputs: {"w": jnp.eye(4), "mean": jnp.array(7.0)}, outer_loss=outer_loss)
     outer = metajax.outer_update(learner, optax.sgd(0.1), hypergrad=hypergrad.unrolled(), trainable="w")
     episodes = _episodes(dtype=np.float32)
-    start, update = outer.init(jax.random.key(0), _task(episodes)), worlds.jit(outer.update)
+    start, update = outer.init(jax.random.key(0), _task(episodes)), jax.jit(outer.update)
     nothing = episodes.query._replace(mask=jnp.zeros_like(episodes.query.mask))
     state, _ = update(start, episodes._replace(query=nothing))
     assert float(state.params["mean"]) == 7.0
@@ -355,7 +355,7 @@ def test_steps_and_keys():
         learner, optax.sgd(0.1), hypergrad=hypergrad.first_order(), task_batching="scan", before=False
     )
     episodes = _episodes(2, dtype=np.float32)
-    state, update = outer.init(jax.random.key(3), _task(episodes)), worlds.jit(outer.update)
+    state, update = outer.init(jax.random.key(3), _task(episodes)), jax.jit(outer.update)
     for step in (1, 2):
         state, _ = update(state, episodes)
         assert int(state.step) == step
@@ -374,7 +374,7 @@ def test_optimizers_that_ask_for_the_value_get_the_loss(where):
     episode = metajax.Episode(examples, examples)
     episodes = jax.tree.map(lambda leaf: leaf[None], episode)
     state = outer.init(jax.random.key(0), episode)
-    losses, update = [], worlds.jit(outer.update)
+    losses, update = [], jax.jit(outer.update)
     for _ in range(3):
         state, metrics = update(state, episodes)
         losses.append(float(metrics["loss"]))
