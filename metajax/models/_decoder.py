@@ -11,6 +11,7 @@ from flax import nnx
 from metajax.core import _validate
 from metajax.core._types import Model, Params
 from metajax.models import _wrap
+from metajax.models._attention import attend
 from metajax.models._linear import Linear
 
 
@@ -32,9 +33,7 @@ class _Block(nnx.Module):
             part(normed).reshape(*values.shape[:2], -1, self.size) for part in (self.query, self.key, self.value)
         )
         query, key = (rotary(part, self.theta) for part in (query, key))
-        seen = None if mask is None else mask[:, None, None, :]
-        mixed = jax.nn.dot_product_attention(query, key, value, mask=seen, is_causal=True)
-        values = values + self.out(mixed.reshape(*values.shape[:2], -1))
+        values = values + self.out(attend(query, key, value, mask, causal=True))
         normed = self.mlp_norm(values)
         return values + self.down(jax.nn.silu(self.gate(normed)) * self.up(normed))
 
