@@ -85,7 +85,7 @@ def _speed() -> dict[str, Any]:
 
 
 def _checkpoints() -> dict[str, Any]:
-    """100 steps of the default job on one batch, with two checkpoints and without."""
+    """200 steps of the default job on one batch, with four checkpoints and without."""
     _launch.prepare()
     import itertools
     import tempfile
@@ -96,7 +96,7 @@ def _checkpoints() -> dict[str, Any]:
     from experiments.configs import prototypical_glyphs
     from metajax import training
 
-    job, steps = _job.open_job(prototypical_glyphs.get_config()), 100
+    job, steps = _job.open_job(prototypical_glyphs.get_config()), 200
     with tempfile.TemporaryDirectory() as folder, contextlib.closing(job.stream(0)) as stream:
         batch, folders = next(stream), itertools.count()
 

@@ -4,7 +4,7 @@ A learner adapts to a task, an estimator differentiates through that, and `outer
 three are pure functions in NamedTuples, written for one task.
 """
 
-from metajax import adapters, data, evaluation, hypergrad, inner, learners, models, parallel, training
+from metajax import adapters, data, evaluation, hypergrad, inner, learners, models, parallel, pretrained, training
 from metajax.core import (
     Episode,
     Examples,
@@ -19,6 +19,7 @@ from metajax.core import (
     inner_init,
     inner_update,
 )
+from metajax.pretrained import load_pretrained_model
 from metajax.training import load_run, outer_update
 
 __all__ = [
@@ -40,9 +41,11 @@ __all__ = [
     "inner_init",
     "inner_update",
     "learners",
+    "load_pretrained_model",
     "load_run",
     "models",
     "outer_update",
     "parallel",
+    "pretrained",
     "training",
 ]

@@ -102,7 +102,7 @@ def text(
         columns["domain"] = domain
     elif domain is not None:
         by_label = _domains(domain)
-    encoder = _load(tokenizer, max_length)
+    encoder = load_tokenizer(tokenizer, max_length)
     rows = read_rows(paths, columns, parts)
     classes, of_row = _classes(rows, by_label, "domain" in columns)
     if split_by == "domain":
@@ -178,7 +178,7 @@ def _classes(rows: Sequence[Row], by_label: dict[str, str] | None, column: bool)
     return classes, of_row
 
 
-def _load(path: Any, max_length: int) -> Any:
+def load_tokenizer(path: Any, max_length: int) -> Any:
     """The tokenizer of a file, without padding; it truncates."""
     try:
         import tokenizers

@@ -1,0 +1,178 @@
+"""The encoder of the BERT family: attention to both sides in blocks that are scanned."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from metajax.core import _losses, _validate
+from metajax.core._types import Model, Params
+from metajax.models import _wrap
+from metajax.models._attention import attend, heads_of
+from metajax.models._linear import Linear
+
+Head = Literal["mean", "cls", "tokens", "span"]
+HEADS = ("mean", "cls", "tokens", "span")
+
+
+class _Block(nnx.Module):
+    """Attention and a hidden layer with GELU, each added to its input and then normalised."""
+
+    def __init__(self, width: int, heads: int, hidden: int, epsilon: float, *, rngs: nnx.Rngs):
+        self.query, self.key, self.value, self.out = (Linear(width, width, rngs=rngs) for _ in range(4))
+        self.up, self.down = Linear(width, hidden, rngs=rngs), Linear(hidden, width, rngs=rngs)
+        self.attention_norm, self.mlp_norm = _norm(width, epsilon, rngs), _norm(width, epsilon, rngs)
+        self.size = width // heads
+
+    def __call__(self, values: jax.Array, mask: jax.Array | None) -> jax.Array:
+        query, key, value = (heads_of(part(values), self.size) for part in (self.query, self.key, self.value))
+        values = self.attention_norm(values + self.out(attend(query, key, value, mask)))
+        return self.mlp_norm(values + self.down(jax.nn.gelu(self.up(values), approximate=False)))
+
+
+def _norm(width: int, epsilon: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, rngs=rngs)
+
+
+class _Encoder(nnx.Module):
+    def __init__(
+        self, vocab: int, depth: int, positions: int, first_position: int, types: int, head: Head,
+        outputs: int | None, remat: bool, rngs: nnx.Rngs, **block: Any,
+    ):  # fmt: skip
+        @nnx.split_rngs(splits=depth)
+        @nnx.vmap
+        def blocks(rngs: nnx.Rngs) -> _Block:
+            return _Block(**block, rngs=rngs)
+
+        width = block["width"]
+        self.embed, self.position = nnx.Embed(vocab, width, rngs=rngs), nnx.Embed(positions, width, rngs=rngs)
+        self.type = nnx.Embed(types, width, rngs=rngs)
+        for table in (self.embed, self.position, self.type):
+            table.dtype = None  # whichever type the table has in a call, and not the one it is made in
+        self.embed_norm = _norm(width, block["epsilon"], rngs)
+        self.blocks = blocks(rngs)  # every leaf with a leading axis of blocks
+        outputs = 2 if head == "span" else outputs
+        self.head = None if outputs is None else Linear(width, outputs, rngs=rngs)
+        self.pooling, self.first_position, self.remat = head, first_position, remat
+
+    def __call__(self, inputs: Any) -> jax.Array:
+        inputs = inputs if isinstance(inputs, dict) else {"tokens": inputs}
+        tokens, mask, prompt = inputs["tokens"], inputs.get("mask"), inputs.get("prompt")
+        length, first = tokens.shape[1], self.first_position
+        if length > self.position.num_embeddings - first:
+            raise ValueError(
+                f"tokens must be at most {self.position.num_embeddings - first} in a text, which the table of "
+                f"positions holds, got {length}"
+            )
+        values = self.embed(tokens) + self.position(jnp.arange(first, first + length))
+        values = self.embed_norm(values + self.type(inputs.get("types", jnp.zeros_like(tokens))))
+        if prompt is not None:
+            front = jnp.broadcast_to(prompt.astype(values.dtype), (len(tokens), *prompt.shape))
+            values = jnp.concatenate([front, values], axis=1)
+            if mask is not None:
+                mask = jnp.pad(mask, ((0, 0), (len(prompt), 0)), constant_values=True)
+        graph, params = nnx.split(self.blocks)
+
+        def block(values: jax.Array, params: Any) -> tuple[jax.Array, None]:
+            return nnx.merge(graph, params)(values, mask), None
+
+        values, _ = jax.lax.scan(jax.checkpoint(block) if self.remat else block, values, params)
+        if prompt is not None:
+            values = values[:, len(prompt) :]
+        values = values.astype(jnp.promote_types(values.dtype, jnp.float32))  # for the sums of means and softmaxes
+        if self.pooling == "cls":
+            values = values[:, 0]
+        elif self.pooling == "mean":
+            values = _mean(values, inputs.get("mask"))
+        outputs = values if self.head is None else self.head(values)
+        if self.pooling == "span" and "mask" in inputs:
+            outputs = jnp.where(inputs.get("answerable", inputs["mask"])[..., None], outputs, _losses.ABSENT)
+        return outputs
+
+
+def _mean(values: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Means `[n, width]` over the tokens that are not padding; 0 for a text that is all padding."""
+    if mask is None:
+        return values.mean(axis=1)
+    weights = mask[..., None].astype(values.dtype)
+    return (values * weights).sum(axis=1) / jnp.maximum(weights.sum(axis=1), 1)
+
+
+def encoder(
+    vocab: int,
+    outputs: int | None = None,
+    *,
+    width: int = 384,
+    depth: int = 6,
+    heads: int = 12,
+    hidden: int | None = None,
+    positions: int = 512,
+    first_position: int = 0,
+    types: int = 2,
+    norm_epsilon: float = 1e-12,
+    head: Head = "mean",
+    remat: bool = True,
+    dtype: Any = jnp.float32,
+) -> Model:
+    """An encoder of text as BERT, MiniLM, multilingual E5 and XLM-R are.
+
+    The blocks are one scan: the program has the size of one block. With `remat` the backward pass computes each block
+    once more, so that the activations of one block are kept and not those of all.
+
+    Args:
+      vocab: number of tokens.
+      outputs: of a linear layer on top, the leaf group `head`; None has no such layer.
+      width: of the stream.
+      depth: number of blocks.
+      heads: of attention; must divide `width`.
+      hidden: units of the hidden layer of a block; None is 4 times the width.
+      positions: rows of the table of positions.
+      first_position: the row of a text's first token; 0 in BERT, 2 in XLM-R.
+      types: rows of the table of token types.
+      norm_epsilon: of the layer normalisations.
+      head: what comes out for a text: "mean" of its tokens `[n, width]`, that of the first token, "cls", `[n, width]`,
+        all "tokens" `[n, length, width]`, each through the linear layer where there is one; or "span", scores of first
+        and last tokens of an answer `[n, length, 2]`, large negative ones at tokens that are padding, or that
+        `"answerable"` excludes.
+      remat: whether blocks are recomputed in the backward pass.
+      dtype: of the parameters, and of the computation in the blocks; what comes out is float32 at least.
+
+    Returns:
+      A `Model` from `{"tokens": int32 [n, length], "mask": bool [n, length]}`, as `data.text` gives them, or tokens
+      alone. Optional entries: `"types"` int32 `[n, length]`, which are 0; `"answerable"` bool `[n, length]`;
+      `"prompt"` `[k, width]`, which stands behind the embedded tokens' normalisation and in front of all texts.
+
+    Raises:
+      ValueError: a size below 1, heads that do not divide, an unknown head, `outputs` of a span head other than 2, or
+        (in a call) a text with more tokens than there are positions.
+
+    Source: Devlin et al. 2019, arXiv:1810.04805; Conneau et al. 2020 (XLM-R), arXiv:1911.02116.
+
+    >>> import jax, jax.numpy as jnp, metajax
+    >>> model = metajax.models.encoder(100, width=16, depth=2, heads=4)
+    >>> inputs = {"tokens": jnp.arange(10).reshape(2, 5), "mask": jnp.ones([2, 5], bool)}
+    >>> model.apply(model.init(jax.random.key(0), inputs), inputs).shape
+    (2, 16)
+    """
+    sizes = {"vocab": vocab, "width": width, "depth": depth, "heads": heads, "positions": positions, "types": types}
+    for name, value in {**sizes, "outputs": outputs or 1, "hidden": hidden or 1}.items():
+        _validate.positive_int(name, value)
+    _validate.int_at_least("first_position", first_position, 0)
+    _validate.positive_float("norm_epsilon", norm_epsilon)
+    _validate.one_of("head", head, HEADS)
+    if head == "span" and outputs not in (None, 2):
+        raise ValueError(f"outputs must be None or 2 for a span head, got {outputs}")
+    if width % heads:
+        raise ValueError(f"heads must divide width, {width}, got {heads}")
+    if first_position >= positions:
+        raise ValueError(f"first_position must be below positions, {positions}, got {first_position}")
+    block = {"width": width, "heads": heads, "hidden": hidden or 4 * width, "epsilon": norm_epsilon}
+    return _wrap.of_dtype(
+        _wrap.from_nnx(
+            lambda rngs: _Encoder(vocab, depth, positions, first_position, types, head, outputs, remat, rngs, **block)
+        ),
+        dtype,
+    )

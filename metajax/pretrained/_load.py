@@ -1,0 +1,208 @@
+"""Pretrained models from folders in the layout of Hugging Face: config.json, safetensors, tokenizer.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metajax.core import _tree, _validate
+from metajax.core._types import Model, Params
+from metajax.data import _text
+from metajax.pretrained import _architectures
+from metajax.pretrained._tensors import Tensors
+
+_BUFFERS = ("position_ids", "rotary_emb.inv_freq")  # stored by some, computed by all
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Which tensors of a folder went where.
+
+    Attributes:
+      used: names of the tensors that became leaves.
+      missing: paths of the leaves that no tensor was for, which were made anew: those of a new head.
+      unexpected: names of the tensors that no leaf needs, such as a head that was not asked for.
+
+    >>> print(Report(("a", "b"), ("head/kernel",), ("pooler.dense.weight",)))
+    2 tensors used
+    made anew: head/kernel
+    not used: pooler.dense.weight
+    """
+
+    used: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.used)} tensors used"]
+        for title, names in (("made anew", self.missing), ("not used", self.unexpected)):
+            lines += [f"{title}: {', '.join(names)}"] if names else []
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainedModel:
+    """A model with the weights of a folder.
+
+    Attributes:
+      model: a pure `Model`; learners, adapters and estimators take it as they take any other.
+      params: its parameters, arrays on the host until something computes with them.
+      config: what config.json holds.
+      kind: "text" or "image", of its inputs.
+      tokenizer: of the tokenizers library, or None where the folder has none.
+      max_length: the most tokens of a text, None for images.
+      report: which tensors of the folder went where.
+
+    >>> PretrainedModel.__name__
+    'PretrainedModel'
+    """
+
+    model: Model
+    params: Params = dataclasses.field(repr=False)
+    config: dict[str, Any] = dataclasses.field(repr=False)
+    kind: str
+    tokenizer: Any = dataclasses.field(repr=False)
+    max_length: int | None
+    report: Report = dataclasses.field(repr=False)
+
+
+def load_pretrained_model(
+    path: str | os.PathLike[str],
+    *,
+    head: str | None = None,
+    outputs: int | None = None,
+    dtype: Any = jnp.float32,
+    key: jax.Array | None = None,
+) -> PretrainedModel:
+    """Loads a pretrained model from a folder in the layout of Hugging Face.
+
+    The folder holds config.json, model.safetensors (or model.safetensors.index.json and the files that it names) and,
+    for texts, tokenizer.json. Pickled weights are never read. Architectures (`model_type`): bert (BERT, MiniLM, E5),
+    roberta, xlm-roberta.
+
+    Args:
+      path: the folder.
+      head: what comes out; the architecture's own by default. Encoders: "mean" (of a text's tokens), "cls", "tokens" or
+        "span", as `models.encoder` describes them.
+      outputs: of a new linear layer on top, such as the ways of a task; None is features as they are.
+      dtype: of the parameters, a floating-point type; bfloat16 halves a frozen base.
+      key: PRNG key of a new head; None is key 0.
+
+    Returns:
+      A `PretrainedModel`. Its `report` says which tensors were used, made anew and not used.
+
+    Raises:
+      ValueError: the folder has no config or no weights, or pickled ones alone; its architecture is not supported; a
+        tensor is missing or has another shape or no floating-point type; a file is truncated or outside of the folder;
+        the tokenizer has more tokens than the table of embeddings; an argument is out of range.
+      ImportError: the safetensors or tokenizers library is not installed.
+
+    >>> load_pretrained_model("no/such/folder")
+    Traceback (most recent call last):
+      ...
+    ValueError: path must be a folder with a config.json, got 'no/such/folder'
+    """
+    folder = pathlib.Path(path)
+    config = read_config(folder)
+    names = _architectures.ARCHITECTURES
+    if config.get("model_type") not in names:
+        raise ValueError(
+            f"model_type of {str(folder / 'config.json')!r} must be one of {', '.join(sorted(names))}, got "
+            f"{config.get('model_type')!r} ({', '.join(map(str, config.get('architectures') or ['no architectures']))})"
+        )
+    architecture = names[config["model_type"]](config)
+    head = _validate.one_of("head", architecture.heads[0] if head is None else head, architecture.heads)
+    model = architecture.model(head, outputs, dtype)
+    tensors = Tensors(folder)
+    params, report = _read(architecture, model, tensors, jax.random.key(0) if key is None else key)
+    tokenizer = None
+    if architecture.kind == "text" and (folder / "tokenizer.json").is_file():
+        assert architecture.positions is not None
+        tokenizer = _text.load_tokenizer(folder, architecture.positions)
+        size, rows = tokenizer.get_vocab_size(), params["embed"]["embedding"].shape[0]
+        if size > rows:
+            raise ValueError(
+                f"tokenizer.json of {str(folder)!r} must have at most {rows} tokens, the rows of the table of "
+                f"embeddings, got {size}: it is of another model"
+            )
+    return PretrainedModel(model, params, config, architecture.kind, tokenizer, architecture.positions, report)
+
+
+def read_config(folder: pathlib.Path) -> dict[str, Any]:
+    """The config.json of a folder.
+
+    Raises:
+      ValueError: it is not there, or no JSON object.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"path must be a folder with a config.json, got {str(folder)!r}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is no JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{str(path)!r} must hold a JSON object, got a {type(config).__name__}")
+    return config
+
+
+def _read(
+    architecture: _architectures.Architecture, model: Model, tensors: Tensors, key: jax.Array
+) -> tuple[Params, Report]:
+    example = {"text": np.zeros([1, 1], np.int32), "image": None}[architecture.kind]
+    wanted = jax.eval_shape(model.init, key, example)
+    prefix = _prefix(architecture, tensors)
+    used: list[str] = []
+    missing: list[str] = []
+
+    def read(path: str, leaf: Any) -> Any:
+        if path not in architecture.names:
+            missing.append(path)
+            return None
+        name = prefix + architecture.names[path]
+        blocks = leaf.shape[0] if "{}" in name else None
+        shape = leaf.shape if blocks is None else leaf.shape[1:]
+        kernel = path.endswith("kernel")
+        parts = [name.format(block) for block in range(blocks or 1)]
+        for part in parts:
+            _check(part, tensors, path, shape[::-1] if kernel else shape)
+        used.extend(parts)
+        # block after block into the leaf: what is held twice is one tensor
+        whole = np.empty((len(parts), *shape), leaf.dtype)
+        for row, part in zip(whole, parts, strict=True):
+            tensor = tensors.read(part, leaf.dtype)
+            row[...] = tensor.T if kernel else tensor
+        return whole[0] if blocks is None else whole
+
+    params = _tree.map_with_path(read, wanted)
+    if missing:
+        # under jit, what is made and not returned is never made
+        made = jax.jit(lambda key: _tree.split(model.init(key, example), missing.__contains__)[0])(key)
+        params = _tree.merge(params, made)
+    expected = {*used}
+    unexpected = [name for name in tensors if name not in expected and not name.endswith(_BUFFERS)]
+    return params, Report(tuple(used), tuple(missing), tuple(sorted(unexpected)))
+
+
+def _prefix(architecture: _architectures.Architecture, tensors: Tensors) -> str:
+    """What stands in front of the names in this folder; the base of a model with a head has one."""
+    first = next(iter(architecture.names.values()))
+    return next((prefix for prefix in architecture.prefixes if prefix + first in tensors), architecture.prefixes[0])
+
+
+def _check(name: str, tensors: Tensors, path: str, shape: Sequence[int]) -> None:
+    if name not in tensors:
+        raise ValueError(f"the weights must hold the tensor {name!r}, for {path} of shape {tuple(shape)}, and do not")
+    if tensors.shape(name) != tuple(shape):
+        raise ValueError(
+            f"tensor {name!r} must have shape {tuple(shape)}, which config.json says, got {tensors.shape(name)}"
+        )
+
