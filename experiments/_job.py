@@ -44,7 +44,8 @@ class Job(NamedTuple):
         """The state before the first step."""
         import jax
 
-        return self.outer.init(jax.random.key(self.config.seed), self.example)
+        params = None if self.experiment.start is None else self.experiment.start()
+        return self.outer.init(jax.random.key(self.config.seed), self.example, params)
 
     def stream(self, start: int) -> Any:
         """The batches of the pipeline from a position on, each task on the device that trains on it."""

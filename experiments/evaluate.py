@@ -28,7 +28,7 @@ _DATA = flags.DEFINE_string(
 _SPLIT = flags.DEFINE_string(
     "split", "test", "train, val or test; of a folder that is not divided, test is a fifth of its classes."
 )
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "last", "last, or best (by validation).")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "last", "last, best (by validation), or start: the pretrained weights.")
 
 _OUTPUT = flags.DEFINE_string("output", None, "File for the result; evaluation.json in the run folder by default.")
 

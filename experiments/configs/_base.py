@@ -12,7 +12,16 @@ def base() -> ConfigDict:
                 # glyphs, omniglot, image_folder, tfds, sinusoids, cycles; cifar_fs, fc100, mini_imagenet,
                 # tiered_imagenet, cub, meta_dataset
                 "name": "glyphs",
-                "path": "",  # folder of the images; of tfds, where sets are prepared ("": as TFDS does)
+                # folder of the images, file of the texts; of tfds, where sets are prepared ("": as TFDS does)
+                "path": "",
+                "val_path": "",  # text: other files for validation and test; "": as path
+                "test_path": "",
+                "text": "text",  # text: columns
+                "label": "label",
+                "domain": "",  # text: column of domains, or a .json file of labels by domain; "" none
+                "divides": "class",  # text: what splits hold, classes, or whole domains ("domain")
+                "names": {"train": (), "val": (), "test": ()},  # text: those of each split; none: 64, 16 and 20 %
+                "tokenizer": "",  # text: tokenizer.json, or its folder; "": model.path
                 "set": "",  # tfds: name of the set, such as cifar100
                 "splits": "",  # image_folder, tfds: published class lists, such as fc100; "" divides by 64, 16 and 20 %
                 "cache_mib": 0,  # memory for decoded images; 0 holds them all
@@ -23,17 +32,19 @@ def base() -> ConfigDict:
                 "rotations": True,  # omniglot: rotated training classes are new classes
                 "mirrored": False,  # omniglot: mirror images of training classes are new classes
                 "vocab": 256,  # cycles: number of tokens
-                "length": 64,  # cycles: tokens of a text
+                "length": 64,  # text, cycles: tokens of a text, at most
                 "sampler": "pipeline",  # who draws training episodes: tf.data on the host, or the device
             },
             # random affine map of each training image: degrees, fractions; all 0 changes nothing
             "augment": {"rotation": 0.0, "scale": 0.0, "shear": 0.0, "shift": 0.0},
             "model": {
-                "name": "conv4",  # conv4, mlp, or decoder (for cycles)
+                "name": "conv4",  # conv4, mlp, decoder (for cycles), pretrained (for text)
+                "path": "",  # pretrained: a folder with config.json and model.safetensors
+                "head": "",  # pretrained: mean, cls, ...; "" is the one of its architecture
                 "width": 64,
                 "depth": 4,
                 "heads": 8,  # decoder
-                "dtype": "float32",  # decoder: of its parameters, float32 or bfloat16
+                "dtype": "float32",  # decoder, pretrained: of its parameters, float32 or bfloat16
                 "pool": False,  # halve by max pooling instead of stride
                 "normalisation": "batch",  # batch (transductive), support, layer, group, none
                 "hidden": (40, 40),  # mlp
@@ -44,6 +55,7 @@ def base() -> ConfigDict:
             "learner": {
                 "name": "prototypical",  # maml, reptile, prototypical, finetune
                 "distance": "euclidean",  # prototypical: euclidean or cosine
+                "scale": 0.0,  # prototypical: of its logits; 0 is 1 for Euclidean distances and 10 for cosines
                 "adapts": "",  # maml, reptile: path regex of what adapts; "" all
                 "proximal": 0.0,  # maml: weight of the proximal term
                 "batch_size": 0,  # reptile: examples in an inner step; 0 all

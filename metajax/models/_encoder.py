@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from metajax.core import _losses, _validate
-from metajax.core._types import Model, Params
+from metajax.core._types import Model
 from metajax.models import _wrap
 from metajax.models._attention import attend, heads_of
 from metajax.models._linear import Linear

@@ -1,5 +1,5 @@
 """Pretrained weights: from folders in the layout of Hugging Face to a `Model` and its parameters."""
 
-from metajax.pretrained._load import PretrainedModel, Report, load_pretrained_model
+from metajax.pretrained._load import PretrainedModel, Report, load_pretrained_model, open_model
 
-__all__ = ["PretrainedModel", "Report", "load_pretrained_model"]
+__all__ = ["PretrainedModel", "Report", "load_pretrained_model", "open_model"]

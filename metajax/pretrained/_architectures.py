@@ -65,7 +65,8 @@ def bert(config: Config) -> Architecture:
             path: name
             for part, place in {
                 "query": f"{attention}.self.query", "key": f"{attention}.self.key", "value": f"{attention}.self.value",
-                "out": f"{attention}.output.dense", "up": f"{layer}.intermediate.dense", "down": f"{layer}.output.dense",
+                "out": f"{attention}.output.dense", "up": f"{layer}.intermediate.dense",
+                "down": f"{layer}.output.dense",
             }.items()
             for path, name in _linear(f"blocks/{part}", place).items()
         },

@@ -111,16 +111,7 @@ def load_pretrained_model(
     ValueError: path must be a folder with a config.json, got 'no/such/folder'
     """
     folder = pathlib.Path(path)
-    config = read_config(folder)
-    names = _architectures.ARCHITECTURES
-    if config.get("model_type") not in names:
-        raise ValueError(
-            f"model_type of {str(folder / 'config.json')!r} must be one of {', '.join(sorted(names))}, got "
-            f"{config.get('model_type')!r} ({', '.join(map(str, config.get('architectures') or ['no architectures']))})"
-        )
-    architecture = names[config["model_type"]](config)
-    head = _validate.one_of("head", architecture.heads[0] if head is None else head, architecture.heads)
-    model = architecture.model(head, outputs, dtype)
+    config, architecture, model = open_model(folder, head=head, outputs=outputs, dtype=dtype)
     tensors = Tensors(folder)
     params, report = _read(architecture, model, tensors, jax.random.key(0) if key is None else key)
     tokenizer = None
@@ -134,6 +125,26 @@ def load_pretrained_model(
                 f"embeddings, got {size}: it is of another model"
             )
     return PretrainedModel(model, params, config, architecture.kind, tokenizer, architecture.positions, report)
+
+
+def open_model(
+    folder: pathlib.Path, *, head: str | None = None, outputs: int | None = None, dtype: Any = jnp.float32
+) -> tuple[dict[str, Any], _architectures.Architecture, Model]:
+    """What the config of a folder describes, whose weights are not read: `(config, architecture, model)`.
+
+    Raises:
+      ValueError: there is no config, or its architecture or `head` is not supported.
+    """
+    config = read_config(folder)
+    names = _architectures.ARCHITECTURES
+    if config.get("model_type") not in names:
+        raise ValueError(
+            f"model_type of {str(folder / 'config.json')!r} must be one of {', '.join(sorted(names))}, got "
+            f"{config.get('model_type')!r} ({', '.join(map(str, config.get('architectures') or ['no architectures']))})"
+        )
+    architecture = names[config["model_type"]](config)
+    head = _validate.one_of("head", architecture.heads[0] if head is None else head, architecture.heads)
+    return config, architecture, architecture.model(head, outputs, dtype)
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
@@ -205,4 +216,3 @@ def _check(name: str, tensors: Tensors, path: str, shape: Sequence[int]) -> None
         raise ValueError(
             f"tensor {name!r} must have shape {tuple(shape)}, which config.json says, got {tensors.shape(name)}"
         )
-

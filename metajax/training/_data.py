@@ -12,7 +12,11 @@ Config = Mapping[str, Any]
 _Open = Callable[[str, str, dict[str, Any]], data.Source]  # (path, split, fields)
 
 # fields that configs of old do not have
-_LATER = {"set": "", "splits": "", "cache_mib": 0, "vocab": 256, "length": 64}
+_LATER = {
+    "set": "", "splits": "", "cache_mib": 0, "vocab": 256, "length": 64,
+    "test_path": "", "val_path": "", "text": "text", "label": "label", "domain": "", "divides": "class", "names": {},
+    "tokenizer": "",
+}  # fmt: skip
 _MADE, _CHARACTERS = ("glyphs", "sinusoids", "cycles"), ("glyphs", "omniglot")
 _CHARACTER = 28  # pixels, where data.size is 0
 _PUBLISHED = ("cifar_fs", "fc100", "mini_imagenet", "tiered_imagenet", "cub", "meta_dataset")
@@ -34,6 +38,7 @@ def open_source(config: Config, split: str, *, path: str | None = None) -> data.
     'test'
     """
     fields = {**_LATER, **config["data"]}
+    fields["tokenizer"] = fields["tokenizer"] or config["model"].get("path", "")
     name = _validate.one_of("data.name", fields["name"], tuple(_SOURCES))
     if name == "glyphs" and path:  # a run on glyphs, looked at on images from elsewhere
         return data.image_folder(path, split=split, **image_options(config))
@@ -88,6 +93,15 @@ def _published(name: str) -> _Open:
     return opened
 
 
+def _text(path: str, split: str, fields: dict[str, Any]) -> data.Source:
+    names = {split: list(names) for split, names in fields["names"].items() if names}
+    return data.text(
+        fields.get(f"{split}_path") or path, split=split, tokenizer=fields["tokenizer"], text=fields["text"],
+        label=fields["label"], domain=fields["domain"] or None, split_by=fields["divides"], splits=names or None,
+        max_length=fields["length"],
+    )  # fmt: skip
+
+
 def _splits(fields: dict[str, Any]) -> Any:
     return data.class_lists(fields["splits"]) if fields["splits"] else None
 
@@ -103,5 +117,6 @@ _SOURCES: dict[str, _Open] = {
     "tfds": _tfds,
     **{name: _published(name) for name in _PUBLISHED},
     "cycles": lambda path, split, fields: data.cycles(split=split, vocab=fields["vocab"], length=fields["length"]),
+    "text": _text,
     "sinusoids": lambda path, split, fields: data.sinusoids(split=split),
 }

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from metajax import adapters, data, hypergrad, learners, models
+from metajax import adapters, data, hypergrad, learners, models, pretrained
 from metajax.core import _validate
 from metajax.core._losses import squared_error
 from metajax.core._types import Hypergrad, Learner, Loss, Model, Params
@@ -37,6 +40,7 @@ class Experiment(NamedTuple):
       metric: "accuracy" or "mse".
       trainable: path regex of the meta-parameters that are trained, None for all.
       transform: what `augment` does to the training images, None for nothing.
+      start: `() -> meta_params` to begin with, from pretrained weights; None where the learner makes them.
 
     >>> Experiment._fields[0]
     'learner'
@@ -52,6 +56,7 @@ class Experiment(NamedTuple):
     metric: str
     trainable: str | None
     transform: data.Transform | None
+    start: Callable[[], Params] | None = None
 
 
 def build(config: Config, *, num_classes: int | None = None) -> Experiment:
@@ -85,11 +90,12 @@ def build(config: Config, *, num_classes: int | None = None) -> Experiment:
     _validate.int_at_least("seed", config["seed"], 0)
     _validate.int_at_least("evaluation.seed", config["evaluation"]["seed"], 0)
     _validate.one_of("hypergrad.name", config["hypergrad"]["name"], ESTIMATORS)
+    start = functools.partial(_pretrained_params, config, spec.max_ways) if _is_pretrained(config) else None
     eval_steps = _validate.int_at_least("inner.eval_steps", config["inner"]["eval_steps"], 0) or None
     return Experiment(
         learner, trained, getattr(hypergrad, config["hypergrad"]["name"])(), _outer_optimizer(config["outer"]),
         spec, train_spec, eval_steps, "mse" if regression else "accuracy",
-        config["outer"].get("trainable", "") or None, _transform(config),
+        config["outer"].get("trainable", "") or None, _transform(config), start,
     )  # fmt: skip
 
 
@@ -113,6 +119,11 @@ def _learners(
     losses: dict[str, Any] = {} if loss is None else {"loss": loss}
     outputs = {"sinusoids": 1, "cycles": config["data"].get("vocab")}.get(config["data"]["name"], spec.max_ways)
     language = config["data"]["name"] == "cycles"
+    if (config["data"]["name"] == "text") != _is_pretrained(config):
+        raise ValueError(
+            f"model.name must be 'pretrained' for text and for nothing else, got {config['model']['name']!r} for "
+            f"{config['data']['name']!r}"
+        )
     if language != (config["model"]["name"] == "decoder"):
         raise ValueError(
             f"model.name must be 'decoder' for cycles and for nothing else, got {config['model']['name']!r} for "
@@ -138,18 +149,26 @@ def _learners(
         )
     features = _model(config, None)
     if name == "prototypical":
-        built = learners.prototypical(features, distance=learner["distance"])
+        built = learners.prototypical(features, distance=learner["distance"], scale=learner.get("scale") or None)
         return built, built
+    if _is_pretrained(config):
+        raise ValueError(
+            f"learner.name must be 'maml', 'reptile' or 'prototypical' for pretrained models, got {name!r}"
+        )
     head = learner["head"]
     return learners.finetune(features, rule, steps, head=head), learners.pretrain(features, num_classes or 1, head=head)
 
 
 def _model(config: Config, outputs: int | None) -> Model:
     fields = config["model"]
-    name = _validate.one_of("model.name", fields["name"], ("conv4", "mlp", "decoder"))
+    name = _validate.one_of("model.name", fields["name"], ("conv4", "mlp", "decoder", "pretrained"))
     if not fields["hidden"]:
         raise ValueError(f"model.hidden must hold at least one width, got {fields['hidden']!r}")
     adapter = config.get("adapter", {"name": ""})  # runs of old do not have it
+    if name == "pretrained":
+        return _adapted(
+            pretrained.open_model(pathlib.Path(fields["path"]), **_pretrained_options(config, outputs))[2], adapter
+        )
     if adapter["name"] and name != "decoder":
         raise ValueError(
             f"adapter.name must be empty for {name}, whose layers take no adapter, got {adapter['name']!r}"
@@ -172,6 +191,27 @@ def _model(config: Config, outputs: int | None) -> Model:
         outputs, width=fields["width"], depth=fields["depth"], pool=fields["pool"],
         normalisation=fields["normalisation"],
     )  # fmt: skip
+
+
+def _is_pretrained(config: Config) -> bool:
+    return config["model"]["name"] == "pretrained"
+
+
+def _pretrained_options(config: Config, outputs: int | None) -> dict[str, Any]:
+    dtype = _validate.one_of("model.dtype", config["model"]["dtype"], ("float32", "bfloat16"))
+    return {"head": config["model"]["head"] or None, "outputs": outputs, "dtype": jnp.dtype(dtype)}
+
+
+def _pretrained_params(config: Config, ways: int) -> Params:
+    """Pretrained weights, with a new head of `ways` outputs where the learner has one, and new adapters."""
+    outputs = None if config["learner"]["name"] == "prototypical" else ways
+    head_key, adapter_key = jax.random.split(jax.random.key(config["seed"]))
+    loaded = pretrained.load_pretrained_model(
+        config["model"]["path"], key=head_key, **_pretrained_options(config, outputs)
+    )
+    if not config["adapter"]["name"]:
+        return loaded.params
+    return adapters.attach(_adapted(loaded.model, config["adapter"]), loaded.params, key=adapter_key)
 
 
 def _adapted(model: Model, config: Config) -> Model:
@@ -246,7 +286,7 @@ def load_run(workdir: str | pathlib.Path, *, checkpoint: str = "last") -> tuple[
 
     Args:
       workdir: a run folder of `experiments.train`.
-      checkpoint: "last" or "best" (by validation).
+      checkpoint: "last" or "best" (by validation), or "start": the pretrained weights that the run began with.
 
     Returns:
       The learner and its meta-parameters (NumPy arrays), ready for `learner.adapt(params, support)`.
@@ -258,7 +298,14 @@ def load_run(workdir: str | pathlib.Path, *, checkpoint: str = "last") -> tuple[
     Traceback (most recent call last):
     ValueError: workdir must be the folder of a run, with a config.json in it, got 'no such folder'
     """
-    _validate.one_of("checkpoint", checkpoint, ("last", "best"))
+    _validate.one_of("checkpoint", checkpoint, ("last", "best", "start"))
     config = load_config(workdir)
+    experiment = build(config)
+    if checkpoint == "start":
+        if experiment.start is None:
+            raise ValueError(
+                "checkpoint must be 'last' or 'best' for a run that began with no pretrained weights, got 'start'"
+            )
+        return experiment.learner, jax.tree.map(np.asarray, experiment.start())
     params, _ = _checkpoint.restore_params(pathlib.Path(workdir) / "checkpoints", kind=checkpoint)
-    return build(config).learner, params
+    return experiment.learner, params
