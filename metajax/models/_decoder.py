@@ -214,7 +214,8 @@ def decoder(
     >>> tokens = jnp.arange(10).reshape(2, 5)
     >>> for outputs in ("tokens", "features", 3):
     ...     model = metajax.models.decoder(100, width=16, depth=2, heads=4, kv_heads=2, outputs=outputs)
-    ...     model.apply(model.init(jax.random.key(0), tokens), tokens).shape
+    ...     params = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    ...     jax.eval_shape(model.apply, params, tokens).shape
     (2, 5, 100)
     (2, 16)
     (2, 3)
