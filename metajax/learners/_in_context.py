@@ -57,7 +57,7 @@ def in_context(
 
     Raises:
       ValueError: a part of another type, labels that are no tokens or two that are the same, other arguments that are
-        no tokens, or (where it adapts) a model without a cache.
+        no tokens, or (where it adapts) a model without a cache or a task with more classes than labels.
 
     Source: Brown et al. 2020, arXiv:2005.14165; Min et al. 2022, arXiv:2110.15943; Zhao et al. 2021, arXiv:2102.09690.
 
@@ -97,6 +97,10 @@ def in_context(
         meta_params: Params, support: Examples, *, unlabelled: Any = None, num_steps: int | None = None, key: Any = None
     ) -> Adapted:
         del unlabelled, num_steps, key
+        if _losses.count_ways(support, 1) > classes:
+            raise ValueError(
+                f"labels must name each of the {_losses.count_ways(support, 1)} classes of a task, got {classes} labels"
+            )
         kept = _losses.kept_examples(support)
         answers = jnp.asarray(names)[jnp.where(kept, support.targets, 0)]
         texts = _joined(

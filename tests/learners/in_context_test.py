@@ -31,9 +31,11 @@ def examples(texts, targets, *, length=3, spare=0, left=False, filling=0, class_
 
 
 def scattered(model):
-    params = model.init(jax.random.key(0), jnp.zeros([1, 4], jnp.int32))
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf + 0.2 * rng.normal(size=leaf.shape), leaf.dtype), params)
+    """Parameters of which none is zero, or one."""
+    rng, shapes = np.random.default_rng(0), jax.eval_shape(model.init, jax.random.key(0), jnp.zeros([1, 4], jnp.int32))
+    return jax.tree.map_with_path(
+        lambda path, leaf: jnp.asarray(("scale" in str(path)) + 0.3 * rng.normal(size=leaf.shape), leaf.dtype), shapes
+    )
 
 
 def read(model, params, demonstrations, text, labels):
@@ -132,12 +134,13 @@ def test_the_gradient_is_that_of_the_texts_read_whole(params):
     gradient = jax.jit(hypergrad.value_and_grad(learner, hypergrad.unrolled()))
     (loss, _), grads = gradient(params, episode)
 
+    texts = [[*shown([[10], [11], [13]]), *query, *SEPARATOR] for query in QUERIES]
+    tokens = jnp.array([text + [0] * (40 - len(text)) for text in texts])
+    last = np.array([len(text) - 1 for text in texts])
+
     def whole(params):
-        logs = []
-        for query in QUERIES:
-            text = jnp.array([[*shown([[10], [11], [13]]), *query, *SEPARATOR]])
-            logs.append(jax.nn.log_softmax(BASE.apply(params, text)[0, -1, jnp.array([10, 11, 13])]))
-        return -jnp.mean(jnp.stack(logs)[np.arange(3), targets])
+        logits = BASE.apply(params, tokens)[np.arange(3), last][:, np.array([10, 11, 13])]
+        return -jnp.mean(jax.nn.log_softmax(logits)[np.arange(3), targets])
 
     expected, expected_grads = jax.jit(jax.value_and_grad(whole))(params)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
@@ -179,7 +182,9 @@ def test_meta_training_lowers_the_loss_on_other_tasks():
 def test_adapters_alone_are_trained(params):
     model = adapters.lora(BASE, rank=2)
     learner = learners.in_context(model, labels=[10, 11], separator=SEPARATOR)
-    outer = metajax.outer_update(learner, optax.adam(1e-2), hypergrad=hypergrad.unrolled(), trainable="lora")
+    outer = metajax.outer_update(
+        learner, optax.adam(1e-2), hypergrad=hypergrad.unrolled(), before=False, trainable="lora"
+    )
     tasks = worlds.stack([episode_of(seed) for seed in range(3)])
     start = adapters.attach(model, params, key=jax.random.key(1))
     state = outer.init(jax.random.key(0), episode_of(0), params=start)
@@ -210,6 +215,12 @@ def test_adapters_alone_are_trained(params):
 def test_refusals(arguments, message):
     with pytest.raises(ValueError, match=message):
         learners.in_context(**{"model": BASE, "labels": [1, 2], **arguments})
+
+
+def test_every_class_needs_a_label(params):
+    learner = learners.in_context(BASE, labels=[1, 2])
+    with pytest.raises(ValueError, match="labels must name each of the 3 classes of a task, got 2 labels"):
+        learner.adapt(params, examples(TEXTS, TARGETS, class_mask=np.ones(3, bool)))
 
 
 def test_a_model_of_features_is_refused():

@@ -26,10 +26,10 @@ def padded(left):
 
 def scattered(model):
     """Parameters whose texts change from token to token."""
-    params = model.init(jax.random.key(0), jnp.zeros([1, 4], jnp.int32))
-    leaves, treedef = jax.tree.flatten(params)
-    rng = np.random.default_rng(1)
-    return jax.tree.unflatten(treedef, [leaf + 0.3 * rng.normal(size=leaf.shape).astype(leaf.dtype) for leaf in leaves])
+    rng, shapes = np.random.default_rng(1), jax.eval_shape(model.init, jax.random.key(0), jnp.zeros([1, 4], jnp.int32))
+    return jax.tree.map_with_path(
+        lambda path, leaf: jnp.asarray(("scale" in str(path)) + 0.4 * rng.normal(size=leaf.shape), leaf.dtype), shapes
+    )
 
 
 def growing(model, params, prompt, length=LENGTH):
@@ -177,6 +177,6 @@ def test_bad_arguments(params, options, text):
 )
 def test_a_model_without_a_cache_is_refused(model):
     inputs = {"tokens": jnp.array([PROMPTS[1]])}
-    params = model.init(jax.random.key(0), inputs)
+    params = jax.eval_shape(model.init, jax.random.key(0), inputs)
     with pytest.raises(ValueError, match="model must be a decoder with outputs='tokens', which takes a cache"):
-        models.generate(model, params, inputs, length=2)
+        jax.eval_shape(lambda params: models.generate(model, params, inputs, length=2), params)
