@@ -47,20 +47,19 @@ class _Block(nnx.Module):
         return values + self.down(jax.nn.silu(self.gate(normed)) * self.up(normed)), new
 
 
-def rotary(values: jax.Array, theta: float, positions: jax.Array | None = None) -> jax.Array:
+def rotary(values: jax.Array, theta: float, positions: jax.Array) -> jax.Array:
     """Rotary positions (Su et al. 2021, arXiv:2104.09864) of `[n, length, heads, size]`, its halves as two coordinates.
 
     Args:
       values: queries or keys.
       theta: base of the frequencies.
-      positions: `[length]` or `[n, length]`; None counts from 0.
+      positions: `[length]` or `[n, length]`.
 
-    >>> rotary(jnp.ones([1, 3, 2, 4]), 1e4).shape
+    >>> rotary(jnp.ones([1, 3, 2, 4]), 1e4, jnp.arange(3)).shape
     (1, 3, 2, 4)
     """
     half = values.shape[-1] // 2
     rates = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    positions = jnp.arange(values.shape[1]) if positions is None else positions
     angles = positions.astype(jnp.float32)[..., None, None] * rates
     first, second = values[..., :half], values[..., half:]
     cos, sin = jnp.cos(angles).astype(values.dtype), jnp.sin(angles).astype(values.dtype)

@@ -56,14 +56,12 @@ def params():
     return scattered(BASE)
 
 
-@pytest.mark.parametrize(
-    "name", ["plain", "both", *(pytest.param(n, marks=pytest.mark.slow) for n in list(MODELS)[1:4])]
-)
+@pytest.mark.parametrize("name", ["both", *(pytest.param(name, marks=pytest.mark.slow) for name in list(MODELS)[:-1])])
 def test_the_cache_changes_no_token(name):
     model = MODELS[name]
     params = scattered(model)
     expected = [growing(model, params, prompt)[0] for prompt in PROMPTS]
-    assert len({token for text in expected for token in text}) > 5, "texts of one token test nothing"
+    assert len({token for text in expected for token in text}) > 3, "texts of one token test nothing"
     for left in (False, True):
         found = models.generate(model, params, padded(left), length=LENGTH)
         assert found["tokens"].tolist() == expected
