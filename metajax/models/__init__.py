@@ -8,8 +8,20 @@ from metajax.models._conv import conv4
 from metajax.models._conv_ops import convolution, max_pool
 from metajax.models._decoder import decoder
 from metajax.models._encoder import encoder
+from metajax.models._generate import generate
 from metajax.models._mlp import mlp
 from metajax.models._precision import mixed_precision
 from metajax.models._wrap import from_linen, from_nnx
 
-__all__ = ["conv4", "convolution", "decoder", "encoder", "from_linen", "from_nnx", "max_pool", "mixed_precision", "mlp"]
+__all__ = [
+    "conv4",
+    "convolution",
+    "decoder",
+    "encoder",
+    "from_linen",
+    "from_nnx",
+    "generate",
+    "max_pool",
+    "mixed_precision",
+    "mlp",
+]

@@ -25,7 +25,8 @@ def attend(
       key: `[n, more + length, kv_heads, size]`, where `more` positions stand in front that every query sees, such as
         a learned prefix; `kv_heads` divides `heads`.
       value: as `key`.
-      mask: `[n, length]` bool, False for padding, which no query sees; None sees all.
+      mask: `[n, length]` bool, False for padding, which no query sees; None sees all. A longer one is of the last of
+        the positions in front too.
       causal: whether a query sees what stands before it alone, and itself.
 
     Returns:
@@ -35,7 +36,10 @@ def attend(
     (2, 5, 32)
     """
     length, more = query.shape[1], key.shape[1] - query.shape[1]
-    seen = None if mask is None else jnp.pad(mask, ((0, 0), (more, 0)), constant_values=True)[:, None, None, :]
+    seen = None
+    if mask is not None:
+        front = key.shape[1] - mask.shape[1]
+        seen = jnp.pad(mask, ((0, 0), (front, 0)), constant_values=True)[:, None, None, :]
     if causal and more:
         before = jnp.tri(length, more + length, more, dtype=bool)
         seen = before if seen is None else seen & before

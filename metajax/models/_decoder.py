@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,44 +14,77 @@ from metajax.models import _wrap
 from metajax.models._attention import attend, heads_of
 from metajax.models._linear import Linear
 
+Outputs = int | Literal["tokens", "features"]
+
 
 class _Block(nnx.Module):
     """RMSNorm and causal attention with rotary positions, RMSNorm and SwiGLU, each added to its input."""
 
-    def __init__(self, width: int, heads: int, kv_heads: int, hidden: int, theta: float, *, rngs: nnx.Rngs):
-        size = width // heads
-        linear = lambda inputs, outputs: Linear(inputs, outputs, use_bias=False, rngs=rngs)  # noqa: E731
-        self.attention_norm, self.mlp_norm = nnx.RMSNorm(width, rngs=rngs), nnx.RMSNorm(width, rngs=rngs)
-        self.query, self.out = linear(width, heads * size), linear(heads * size, width)
-        self.key, self.value = linear(width, kv_heads * size), linear(width, kv_heads * size)
+    def __init__(
+        self, width: int, heads: int, kv_heads: int, size: int, hidden: int, theta: float, epsilon: float, bias: bool,
+        *, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        linear = lambda inputs, outputs, bias=False: Linear(inputs, outputs, use_bias=bias, rngs=rngs)  # noqa: E731
+        self.attention_norm, self.mlp_norm = (nnx.RMSNorm(width, epsilon=epsilon, rngs=rngs) for _ in range(2))
+        self.query, self.out = linear(width, heads * size, bias), linear(heads * size, width)
+        self.key, self.value = linear(width, kv_heads * size, bias), linear(width, kv_heads * size, bias)
         self.gate, self.up, self.down = linear(width, hidden), linear(width, hidden), linear(hidden, width)
         self.size, self.theta = size, theta
 
-    def __call__(self, values: jax.Array, mask: jax.Array | None) -> jax.Array:
+    def __call__(
+        self, values: jax.Array, positions: jax.Array, mask: jax.Array | None, before: dict[str, jax.Array] | None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Args: mask: of the keys, those `before` included, which are `[n or 1, ..., kv_heads, size]`."""
         normed = self.attention_norm(values)
         query, key, value = (heads_of(part(normed), self.size) for part in (self.query, self.key, self.value))
-        query, key = (rotary(part, self.theta) for part in (query, key))
-        values = values + self.out(attend(query, key, value, mask, causal=True))
+        query, key = (rotary(part, self.theta, positions) for part in (query, key))
+        new = {"key": key, "value": value}
+        seen = new if before is None else {name: after(before[name], new[name]) for name in new}
+        values = values + self.out(attend(query, seen["key"], seen["value"], mask, causal=True))
         normed = self.mlp_norm(values)
-        return values + self.down(jax.nn.silu(self.gate(normed)) * self.up(normed))
+        return values + self.down(jax.nn.silu(self.gate(normed)) * self.up(normed)), new
 
 
-def rotary(values: jax.Array, theta: float) -> jax.Array:
+def rotary(values: jax.Array, theta: float, positions: jax.Array) -> jax.Array:
     """Rotary positions (Su et al. 2021, arXiv:2104.09864) of `[n, length, heads, size]`, its halves as two coordinates.
 
-    >>> rotary(jnp.ones([1, 3, 2, 4]), 1e4).shape
+    Args:
+      values: queries or keys.
+      theta: base of the frequencies.
+      positions: `[length]` or `[n, length]`.
+
+    >>> rotary(jnp.ones([1, 3, 2, 4]), 1e4, jnp.arange(3)).shape
     (1, 3, 2, 4)
     """
     half = values.shape[-1] // 2
     rates = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = jnp.arange(values.shape[1], dtype=jnp.float32)[:, None, None] * rates
+    angles = positions.astype(jnp.float32)[..., None, None] * rates
     first, second = values[..., :half], values[..., half:]
     cos, sin = jnp.cos(angles).astype(values.dtype), jnp.sin(angles).astype(values.dtype)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
+def after(old: jax.Array, new: jax.Array) -> jax.Array:
+    """What is new `[n, length, ...]` behind what is old `[n or 1, more, ...]`.
+
+    >>> after(jnp.zeros([1, 3]), jnp.zeros([2, 5])).shape
+    (2, 8)
+    """
+    old = jnp.broadcast_to(old, (new.shape[0], *old.shape[1:]))
+    return jnp.concatenate([old.astype(new.dtype), new], axis=1)
+
+
+def last_kept(mask: jax.Array) -> jax.Array:
+    """The place of the last True of each row of `[n, length]`; `length - 1` where there is none.
+
+    >>> last_kept(jnp.array([[True, True, False], [False, True, True]])).tolist()
+    [1, 2]
+    """
+    return mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+
+
 class _Decoder(nnx.Module):
-    def __init__(self, vocab: int, depth: int, remat: bool, rngs: nnx.Rngs, **block: Any):
+    def __init__(self, vocab: int, depth: int, outputs: Outputs, tied: bool, remat: bool, rngs: nnx.Rngs, **block: Any):
         @nnx.split_rngs(splits=depth)
         @nnx.vmap
         def blocks(rngs: nnx.Rngs) -> _Block:
@@ -61,29 +94,55 @@ class _Decoder(nnx.Module):
         self.embed = nnx.Embed(vocab, width, rngs=rngs)
         self.embed.dtype = None  # whichever type the table has in a call, and not the one it is made in
         self.blocks = blocks(rngs)  # every leaf with a leading axis of blocks
-        self.norm = nnx.RMSNorm(width, rngs=rngs)
-        self.head = Linear(width, vocab, use_bias=False, rngs=rngs)
-        self.remat = remat
+        self.norm = nnx.RMSNorm(width, epsilon=block["epsilon"], rngs=rngs)
+        if outputs == "tokens" and not tied:
+            self.head = Linear(width, vocab, use_bias=False, rngs=rngs)
+        elif isinstance(outputs, int):
+            self.head = Linear(width, outputs, use_bias=False, rngs=rngs)
+        self.outputs, self.remat = outputs, remat
 
-    def __call__(self, inputs: Any) -> jax.Array:
+    def __call__(self, inputs: Any) -> Any:
         inputs = inputs if isinstance(inputs, dict) else {"tokens": inputs}
-        tokens, mask, prompt = inputs["tokens"], inputs.get("mask"), inputs.get("prompt")
-        values = self.embed(tokens)
+        tokens, mask, cache, read = (inputs.get(name) for name in ("tokens", "mask", "cache", "read"))
+        # what stands in padding is not even looked up: it may be no token of this vocabulary
+        values = self.embed(tokens if mask is None else jnp.where(mask, tokens, 0))
+        prompt = None if cache else inputs.get("prompt")  # it is in the cache
         if prompt is not None:
             front = jnp.broadcast_to(prompt.astype(values.dtype), (len(tokens), *prompt.shape))
             values = jnp.concatenate([front, values], axis=1)
             if mask is not None:
                 mask = jnp.pad(mask, ((0, 0), (len(prompt), 0)), constant_values=True)
+        # padding takes no position, wherever it stands
+        positions = jnp.arange(values.shape[1]) if mask is None else jnp.cumsum(mask, axis=1) - 1
+        own = jnp.ones(values.shape[:2], bool) if mask is None else mask
+        if cache:
+            positions = positions + jnp.sum(cache["mask"], axis=1)[:, None]
+            mask = after(cache["mask"], own)
+        before = {name: cache[name] for name in ("key", "value")} if cache else None
         graph, params = nnx.split(self.blocks)
 
-        def block(values: jax.Array, params: Any) -> tuple[jax.Array, None]:
-            return nnx.merge(graph, params)(values, mask), None
+        def block(values: jax.Array, block: Any) -> tuple[jax.Array, Any]:
+            params, before = block
+            values, new = nnx.merge(graph, params)(values, positions, mask, before)
+            return values, None if cache is None else new
 
-        values, _ = jax.lax.scan(jax.checkpoint(block) if self.remat else block, values, params)
-        if prompt is not None:
+        values, new = jax.lax.scan(jax.checkpoint(block) if self.remat else block, values, (params, before))
+        if self.outputs != "tokens":
+            read = last_kept(own)[:, None]
+        elif prompt is not None:
             values = values[:, len(prompt) :]
-        logits = self.head(self.norm(values))
-        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))  # for the sums of a softmax
+        if read is not None:
+            values = jnp.take_along_axis(values, read[..., None], axis=1)
+        outputs = self._head(self.norm(values))
+        outputs = outputs if self.outputs == "tokens" else outputs[:, 0]
+        return outputs if cache is None else (outputs, {**new, "mask": own})
+
+    def _head(self, values: jax.Array) -> jax.Array:
+        if hasattr(self, "head"):
+            values = self.head(values)
+        elif self.outputs == "tokens":
+            values = values @ self.embed.embedding.get_value().T
+        return values.astype(jnp.promote_types(values.dtype, jnp.float32))  # for the sums of a softmax or a distance
 
 
 def decoder(
@@ -93,53 +152,89 @@ def decoder(
     depth: int = 6,
     heads: int = 8,
     kv_heads: int | None = None,
+    head_size: int | None = None,
     hidden: int | None = None,
     theta: float = 1e4,
+    norm_epsilon: float = 1e-6,
+    qkv_bias: bool = False,
+    tied: bool = False,
+    outputs: Outputs = "tokens",
     remat: bool = True,
     dtype: Any = jnp.float32,
 ) -> Model:
-    """A decoder with RMSNorm, rotary positions, grouped-query attention and SwiGLU, as in Llama.
+    """A decoder with RMSNorm, rotary positions, grouped-query attention and SwiGLU, as in Llama and Qwen2.
 
     The blocks are one scan: the program has the size of one block. With `remat` the backward pass computes each block
     once more, so that the activations of one block are kept and not those of all.
+
+    The model takes tokens, int32 `[n, length]`, or a dict of
+
+    - `"tokens"`: int32 `[n, length]`.
+    - `"mask"`: bool `[n, length]`, as `data.text` gives it. False is padding, anywhere in the text: no token sees it,
+      and it takes no position.
+    - `"prompt"`: `[k, width]`, stands in front of all texts as embeddings do, and gets no outputs (see
+      `adapters.prompt`).
+    - `"read"`: int32 `[n, k]`, the places in a text that get logits, in place of all: logits `[n, k, vocab]`.
+    - `"cache"`: what the texts continue: `{}` for nothing, or `{"key", "value"}` `[depth, n or 1, more, kv_heads,
+      head_size]` and `"mask"` `[n or 1, more]`. The model then returns `(outputs, cache)`, where the cache has the same
+      entries for these tokens alone (and for the prompt, where it is the first): the caller puts it behind what it has.
 
     Args:
       vocab: number of tokens.
       width: of the stream.
       depth: number of blocks.
-      heads: of attention; must divide `width` into even parts.
+      heads: of attention; must divide `width` into even parts where `head_size` is None.
       kv_heads: heads of keys and values, which must divide `heads`; None is as many.
+      head_size: of a head of attention, even; None is `width / heads`.
       hidden: of SwiGLU; None is 8/3 of the width, rounded up to a multiple of 32.
       theta: base of the rotary frequencies.
+      norm_epsilon: what RMSNorm adds to the mean square.
+      qkv_bias: whether queries, keys and values have a bias, as in Qwen2.
+      tied: whether the table of embeddings gives the logits of tokens too, in place of a head.
+      outputs: "tokens", the logits of the next token at each place; a number of classes, whose logits a head without
+        bias gives of the last token of a text that is no padding; or "features", the normalised state of that token.
       remat: whether blocks are recomputed in the backward pass.
-      dtype: of the parameters, and of the computation; logits are float32 at least. bfloat16 halves a frozen base; what
-        takes gradient steps should be float32 (`models.mixed_precision`, or adapters, whose leaves are).
+      dtype: of the parameters, and of the computation; outputs are float32 at least. bfloat16 halves a frozen base;
+        what takes gradient steps should be float32 (`models.mixed_precision`, or adapters, whose leaves are).
 
     Returns:
-      A `Model` from tokens, int32 `[n, length]` (or `{"tokens": ..., "mask": bool [n, length]}`, as `data.text` gives
-      them, where False is padding behind the text), to logits `[n, length, vocab]`. A third entry, `"prompt"`
-      `[k, width]`, stands in front of all texts as embeddings do, and gets no logits (see `adapters.prompt`).
+      A `Model` from tokens to logits `[n, length, vocab]`, logits `[n, outputs]` or features `[n, width]`.
 
     Raises:
-      ValueError: a size below 1, heads that do not divide, or a `dtype` that is no floating-point type.
+      ValueError: a size below 1, heads that do not divide, other `outputs`, or a `dtype` that is no floating-point
+        type.
 
-    Source: Touvron et al. 2023, arXiv:2302.13971; Ainslie et al. 2023 (grouped queries), arXiv:2305.13245.
+    Source: Touvron et al. 2023, arXiv:2302.13971; Qwen2, Yang et al. 2024, arXiv:2407.10671; Ainslie et al. 2023
+    (grouped queries), arXiv:2305.13245; Press and Wolf 2017 (tied embeddings), arXiv:1608.05859.
 
     >>> import jax, jax.numpy as jnp, metajax
-    >>> model = metajax.models.decoder(100, width=16, depth=2, heads=4, kv_heads=2)
     >>> tokens = jnp.arange(10).reshape(2, 5)
-    >>> model.apply(model.init(jax.random.key(0), tokens), tokens).shape
+    >>> for outputs in ("tokens", "features", 3):
+    ...     model = metajax.models.decoder(100, width=16, depth=2, heads=4, kv_heads=2, outputs=outputs)
+    ...     params = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    ...     jax.eval_shape(model.apply, params, tokens).shape
     (2, 5, 100)
+    (2, 16)
+    (2, 3)
     """
     sizes = {"vocab": vocab, "width": width, "depth": depth, "heads": heads}
     for name, value in {**sizes, "kv_heads": kv_heads or heads, "hidden": hidden or 1}.items():
         _validate.positive_int(name, value)
-    if width % (2 * heads):
+    if head_size is None and width % (2 * heads):
         raise ValueError(f"heads must divide width, {width}, into even parts, got {heads}")
+    size = _validate.positive_int("head_size", width // heads if head_size is None else head_size)
+    if size % 2:
+        raise ValueError(f"head_size must be even, got {head_size}")
     if heads % (kv_heads or heads):
         raise ValueError(f"kv_heads must divide heads, {heads}, got {kv_heads}")
     _validate.positive_float("theta", theta)
-    hidden = hidden or -(-8 * width // 96) * 32
-    block = {"width": width, "heads": heads, "kv_heads": kv_heads or heads, "hidden": hidden, "theta": theta}
-    model = _wrap.from_nnx(lambda rngs: _Decoder(vocab, depth, remat, rngs, **block))
+    _validate.positive_float("norm_epsilon", norm_epsilon)
+    classes = isinstance(outputs, int) and not isinstance(outputs, bool) and outputs > 0
+    if not classes and outputs not in ("tokens", "features"):
+        raise ValueError(f"outputs must be 'tokens', 'features' or a number of classes, got {outputs!r}")
+    block = {
+        "width": width, "heads": heads, "kv_heads": kv_heads or heads, "size": size,
+        "hidden": hidden or -(-8 * width // 96) * 32, "theta": theta, "epsilon": norm_epsilon, "bias": qkv_bias,
+    }  # fmt: skip
+    model = _wrap.from_nnx(lambda rngs: _Decoder(vocab, depth, outputs, tied, remat, rngs, **block))
     return _wrap.of_dtype(model, dtype)

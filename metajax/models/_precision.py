@@ -40,17 +40,15 @@ def mixed_precision(model: Model, dtype: Any = jnp.bfloat16) -> Model:
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be a floating-point type, got {dtype!r}")
 
-    def narrow(tree: Any) -> Any:
-        def cast(leaf: Any) -> Any:
-            return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
-
-        return jax.tree.map(cast, tree)
+    def cast(tree: Any, dtype: Any) -> Any:
+        floating = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)  # noqa: E731
+        return jax.tree.map(lambda leaf: leaf.astype(dtype) if floating(leaf) else leaf, tree)
 
     def apply(params: Any, inputs: Any, **needed: Any) -> Any:
         wide = jnp.result_type(*jax.tree.leaves(params))
-        outputs = model.apply(narrow(params), narrow(as_floats(inputs)), **needed)
+        outputs = model.apply(cast(params, dtype), cast(as_floats(inputs), dtype), **needed)
         outputs, *stats = outputs if "stats" in model.needs else (outputs,)
-        outputs = jax.tree.map(lambda leaf: leaf.astype(wide), outputs)
+        outputs = cast(outputs, wide)
         return (outputs, *stats) if stats else outputs
 
     return Model(model.init, apply, model.needs)
