@@ -144,6 +144,7 @@ class ClassSource:
       length_buckets: lengths that this axis is cut to, by the longest example of a batch; ascending, the last is its
         size.
       length_axis: which axis of the inputs `[n, ...]` that is: 1, or 2 where an example is several sequences.
+      truncated: how many examples were cut, as they were longer than the last of the buckets, where it was counted.
       dropped: how many examples the classes had that `at_least` left out.
 
     Raises:
@@ -169,6 +170,7 @@ class ClassSource:
     lengths: np.ndarray | None = None
     length_buckets: tuple[int, ...] = ()
     length_axis: int = 1
+    truncated: int = 0
     dropped: Mapping[str, int] = dataclasses.field(default_factory=dict)
     counts: np.ndarray = dataclasses.field(init=False, repr=False)
     _rows: np.ndarray = dataclasses.field(init=False, repr=False)  # class after class

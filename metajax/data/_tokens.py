@@ -54,7 +54,7 @@ def load_tokenizer(path: Any, max_length: int, *, user: str, pair: bool = False)
     try:
         encoder = tokenizers.Tokenizer.from_str(read_content(file))
         special = encoder.num_special_tokens_to_add(pair)
-        encoder.encode(*[""] * (1 + pair))  # special tokens that are not in the vocabulary show here
+        encoder.encode("", "" if pair else None)  # special tokens that are not in the vocabulary show here
     except BaseException as error:  # the library has no errors of its own, and panics are no Exception
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise

@@ -4,6 +4,7 @@ Normalisation is an explicit policy: "batch" (statistics of the call: transducti
 support set, reused for the query: inductive), "layer", "group" or "none".
 """
 
+from metajax.models._choices import score_choices
 from metajax.models._conv import conv4
 from metajax.models._conv_ops import convolution, max_pool
 from metajax.models._decoder import decoder
@@ -11,4 +12,14 @@ from metajax.models._mlp import mlp
 from metajax.models._precision import mixed_precision
 from metajax.models._wrap import from_linen, from_nnx
 
-__all__ = ["conv4", "convolution", "decoder", "from_linen", "from_nnx", "max_pool", "mixed_precision", "mlp"]
+__all__ = [
+    "conv4",
+    "convolution",
+    "decoder",
+    "from_linen",
+    "from_nnx",
+    "max_pool",
+    "mixed_precision",
+    "mlp",
+    "score_choices",
+]
