@@ -157,21 +157,22 @@ def _encode(
     encodings = _tokens.encode_pairs(encoder, pairs, [rows[line].where for line, _ in places])
     for (line, choice), encoding in zip(places, encodings, strict=True):
         (begin, end), scored = _tokens.span_of(encoding, 0), _tokens.span_of(encoding, 1)
-        surplus = max(len(encoding.ids) - max_length, 0)
+        tokens, types = encoding.ids, encoding.type_ids  # each access makes a new list
+        surplus = max(len(tokens) - max_length, 0)
         for what, missing in (("question", begin == end), (f"choice {choice}", scored[0] == scored[1])):
             if missing:
                 raise ValueError(f"the {what} of {rows[line].where} gives no tokens")
         if surplus >= end - begin:
             raise ValueError(
                 f"max_length, {max_length}, must leave room for a token of the question beside choice {choice} of "
-                f"{rows[line].where}, which takes {len(encoding.ids) - (end - begin)} with special tokens"
+                f"{rows[line].where}, which takes {len(tokens) - (end - begin)} with special tokens"
             )
         if surplus:
             cut.add(line)
-        kept = [*range(begin), *range(begin + surplus, len(encoding.ids))]
+        kept = [*range(begin), *range(begin + surplus, len(tokens))]
         here = (line, choice, slice(len(kept)))
-        inputs["tokens"][here] = [encoding.ids[place] for place in kept]
-        inputs["types"][here] = [encoding.type_ids[place] for place in kept]
+        inputs["tokens"][here] = [tokens[place] for place in kept]
+        inputs["types"][here] = [types[place] for place in kept]
         inputs["choice"][here] = [scored[0] <= place < scored[1] for place in kept]
         inputs["mask"][here] = True
         lengths[line] = max(lengths[line], len(kept))

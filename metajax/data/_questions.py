@@ -220,8 +220,9 @@ def _rows(encoder: Any, questions: Sequence[Question], max_length: int, overlap:
         first, behind = _tokens.span_of(encoding, 1)
         if first == behind:
             raise ValueError(f"the context of {question.where} gives no tokens")
-        answer = _answer_tokens(encoding.offsets[first:behind], question)
-        room = max_length - (len(encoding.ids) - (behind - first))
+        tokens, types, offsets = encoding.ids, encoding.type_ids, encoding.offsets  # each access makes a new list
+        answer = _answer_tokens(offsets[first:behind], question)
+        room = max_length - (len(tokens) - (behind - first))
         if room < behind - first and room <= overlap:
             raise ValueError(
                 f"max_length, {max_length}, must leave room for more than overlap, {overlap}, tokens of context beside "
@@ -231,14 +232,14 @@ def _rows(encoder: Any, questions: Sequence[Question], max_length: int, overlap:
         best = _best_window(starts, room, behind - first, answer)
         for start in starts:
             kept = [*range(first), *range(first + start, min(first + start + room, behind))]
-            kept += range(behind, len(encoding.ids))
+            kept += range(behind, len(tokens))
             rows.append(
                 _Row(
                     number,
-                    [encoding.ids[place] for place in kept],
-                    [encoding.type_ids[place] for place in kept],
+                    [tokens[place] for place in kept],
+                    [types[place] for place in kept],
                     [first <= place < behind for place in kept],
-                    [encoding.offsets[place] for place in kept],
+                    [offsets[place] for place in kept],
                     (first + answer[0] - start, first + answer[1] - start) if start == best else (-1, -1),
                 )
             )
