@@ -33,6 +33,7 @@ def base() -> ConfigDict:
                 "mirrored": False,  # omniglot: mirror images of training classes are new classes
                 "vocab": 256,  # cycles: number of tokens
                 "length": 64,  # text, cycles: tokens of a text, at most
+                "buckets": (),  # text: lengths that batches come in; (): a quarter of it, a half and all of it
                 "sampler": "pipeline",  # who draws training episodes: tf.data on the host, or the device
             },
             # random affine map of each training image: degrees, fractions; all 0 changes nothing

@@ -2,7 +2,7 @@
 
 from metajax.core._bilevel import bilevel
 from metajax.core._inner import InnerState, inner_init, inner_update
-from metajax.core._losses import accuracy, cross_entropy, squared_error
+from metajax.core._losses import accuracy, cross_entropy, span_cross_entropy, squared_error
 from metajax.core._types import (
     Episode,
     Examples,
@@ -29,5 +29,6 @@ __all__ = [
     "cross_entropy",
     "inner_init",
     "inner_update",
+    "span_cross_entropy",
     "squared_error",
 ]

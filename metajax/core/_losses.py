@@ -42,6 +42,48 @@ def cross_entropy(outputs: jax.Array, targets: jax.Array) -> jax.Array:
     return total / jnp.maximum(jnp.sum(kept, axis=axes), 1).astype(total.dtype)
 
 
+def span_cross_entropy(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    """Loss of extractive question answering: softmax cross-entropies of the first and the last position, averaged.
+
+    Positions that can hold no answer (padding) must have large negative logits, as the span heads of models give them.
+
+    Args:
+      outputs: `[n, length, 2]` logits, of each position to be the first and to be the last of the span.
+      targets: `[n, 2]` integers, the first and the last position, both of the span; a negative one is left out.
+
+    Returns:
+      `[n]` losses; 0 for an example whose two targets are left out.
+
+    Raises:
+      ValueError: the shapes do not match.
+
+    Source: Devlin et al. 2019, section 4.2 (arXiv:1810.04805).
+
+    >>> import jax.numpy as jnp
+    >>> span_cross_entropy(jnp.zeros([1, 4, 2]), jnp.array([[1, 2]])).shape
+    (1,)
+    """
+    if not _is_span(outputs, targets):
+        raise ValueError(
+            f"targets of spans must be [n, 2] for outputs [n, length, 2], got {targets.shape} and {outputs.shape}"
+        )
+    return cross_entropy(jnp.swapaxes(outputs, 1, 2), targets)
+
+
+def _is_span(outputs: Any, targets: Any) -> bool:
+    return outputs.ndim == 3 and outputs.shape[2] == 2 and targets.shape == (outputs.shape[0], 2)
+
+
+def by_target(outputs: Any, targets: Any) -> Any:
+    """Logits with one row for each target: those of spans, `[n, length, 2]`, become `[n, 2, length]`; others pass.
+
+    >>> by_target(jnp.zeros([3, 7, 2]), jnp.zeros([3, 2], int)).shape
+    (3, 2, 7)
+    """
+    rows = outputs.shape[:-1] == targets.shape
+    return jnp.swapaxes(outputs, 1, 2) if not rows and _is_span(outputs, targets) else outputs
+
+
 def squared_error(outputs: jax.Array, targets: jax.Array) -> jax.Array:
     """Squared error, averaged over the positions of each example: `[n, ...]` and `[n, ...]` to `[n]`.
 
@@ -141,15 +183,15 @@ def accuracy(outputs: jax.Array, examples: Examples) -> jax.Array:
     """Fraction of kept targets whose largest logit is right, averaged over the kept examples.
 
     Args:
-      outputs: `[n, ..., c]` logits.
-      examples: with integer targets `[n, ...]`.
+      outputs: `[n, ..., c]` logits, or those of spans, `[n, length, 2]`, whose two ends count one half each.
+      examples: with integer targets `[n, ...]`; `[n, 2]` for spans.
 
     >>> import numpy as np
     >>> examples = Examples(np.zeros(2), np.array([0, 1]), np.ones(2, bool))
     >>> float(accuracy(jnp.array([[1.0, 0.0], [1.0, 0.0]]), examples))
     0.5
     """
-    right = jnp.argmax(outputs, axis=-1) == examples.targets
+    right = jnp.argmax(by_target(outputs, examples.targets), axis=-1) == examples.targets
 
     def fraction(hits: jax.Array, targets: jax.Array) -> jax.Array:
         kept, axes = targets >= 0, tuple(range(1, targets.ndim))

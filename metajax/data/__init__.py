@@ -9,6 +9,7 @@ from metajax.data._glyphs import glyphs
 from metajax.data._image_folder import image_folder
 from metajax.data._inspect import Description, describe, show
 from metajax.data._mixture import mixture
+from metajax.data._multiple_choice import multiple_choice
 from metajax.data._omniglot import omniglot
 from metajax.data._pipeline import EpisodeIterator, batches, episodes
 from metajax.data._prefetch import prefetch_to_device
@@ -21,10 +22,12 @@ from metajax.data._published import (
     mini_imagenet,
     tiered_imagenet,
 )
+from metajax.data._questions import AnswerSource, question_answering
 from metajax.data._sampler_source import from_sampler
 from metajax.data._sinusoids import sinusoids
 from metajax.data._sources import ClassSource, Drawn, Source
 from metajax.data._spec import Bucket, EpisodeSpec, Imbalanced
+from metajax.data._squad import Question
 from metajax.data._text import text
 from metajax.data._tfds import tfds_source
 from metajax.data._transformed import transformed
@@ -42,6 +45,7 @@ from metajax.data._transforms import (
 )
 
 __all__ = [
+    "AnswerSource",
     "Bucket",
     "ClassSource",
     "Description",
@@ -50,6 +54,7 @@ __all__ = [
     "EpisodeIterator",
     "EpisodeSpec",
     "Imbalanced",
+    "Question",
     "Source",
     "Transform",
     "arrays",
@@ -72,11 +77,13 @@ __all__ = [
     "meta_dataset",
     "mini_imagenet",
     "mixture",
+    "multiple_choice",
     "normalise",
     "omniglot",
     "per_class",
     "per_episode",
     "prefetch_to_device",
+    "question_answering",
     "random_affine",
     "random_crop",
     "random_flip",

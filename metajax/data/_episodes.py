@@ -11,7 +11,7 @@ import numpy as np
 
 from metajax.core import _validate
 from metajax.core._types import Episode, Examples, PyTree
-from metajax.data._sources import SPLITS, Drawn, Source, Take, has_length, read
+from metajax.data._sources import SPLITS, Drawn, Source, Take, cut_to, read
 from metajax.data._spec import EpisodeSpec
 
 EPISODES, BATCHES = 0, 1  # kinds of stream, which share no random numbers
@@ -109,7 +109,7 @@ def taker(source: Source, length: Any) -> Take:
     """Reads rows into NumPy arrays, with sequences cut to `length`."""
 
     def take(examples: PyTree, rows: np.ndarray) -> PyTree:
-        return jax.tree.map(lambda leaf: read(leaf[:, :length] if has_length(source, leaf) else leaf, rows), examples)
+        return jax.tree.map(lambda leaf: read(cut_to(source, leaf, leaf, length), rows), examples)
 
     return take
 

@@ -26,9 +26,9 @@ class Description:
     Attributes:
       rows: of each source (a mixture has several), in order: `name`, `split`, `classes`, `examples`, `per_class` (the
         smallest, the median and the largest class), `nodes` (name to number of classes), `inputs` and `targets` (dtype
-        and shape of one), `lengths` (shortest, median, longest) and `length_buckets`, `weight` in a mixture, `bytes`
-        decoded, `kept_bytes` in memory, `left_out` (classes that `at_least` left out, and their examples). What a
-        source does not have is None.
+        and shape of one), `lengths` (shortest, median, longest), `length_buckets`, `truncated` (examples that were
+        cut), `weight` in a mixture, `bytes` decoded, `kept_bytes` in memory, `left_out` (classes that `at_least` left
+        out, and their examples). What a source does not have is None.
 
     >>> Description(({"name": "toy", "classes": 2},))
     name      toy
@@ -89,6 +89,7 @@ def _row(source: Any, weight: float | None) -> dict[str, Any]:
         "targets": _forms(targets),
         "lengths": _spread(lengths),
         "length_buckets": source.length_buckets or None,
+        "truncated": getattr(source, "truncated", 0) or None,
         "bytes": sum(leaf.nbytes for leaf in leaves) if leaves else None,
         "kept_bytes": sum(getattr(leaf, "kept_bytes", leaf.nbytes) for leaf in leaves) if leaves else None,
         "left_out": dict(getattr(source, "dropped", {})) or None,
@@ -120,6 +121,7 @@ def _table(row: Mapping[str, Any]) -> str:
     told |= {name: row.get(name) for name in ("inputs", "targets")}
     if row.get("lengths"):
         told["lengths"] = f"{_range(row['lengths'])}, cut to {', '.join(map(str, row['length_buckets'] or ()))}"
+    told["truncated"] = row.get("truncated")
     if row.get("bytes") is not None:
         held = row["kept_bytes"] == row["bytes"]
         told["memory"] = size_text(row["bytes"]) + ("" if held else f" decoded, {size_text(row['kept_bytes'])} kept")

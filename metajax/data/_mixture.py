@@ -39,6 +39,10 @@ class _Mixture:
         return self.sources[0].length_buckets
 
     @property
+    def length_axis(self) -> int:
+        return getattr(self.sources[0], "length_axis", 1)
+
+    @property
     def host_only(self) -> bool:
         return any(getattr(source, "host_only", False) for source in self.sources)
 
@@ -192,7 +196,7 @@ def mixture(sources: Sequence[Source], weights: Sequence[float] | None = None, *
       A source. Where all have classes, so has it: `SOURCE/CLASS`, for `metajax.data.batches`.
 
     Raises:
-      ValueError: no sources, sources of different splits or length buckets, weights of another number, that are not
+      ValueError: no sources, sources of different splits or lengths, weights of another number, that are not
         positive or do not sum to 1; or (when used) inputs of different form.
 
     >>> from metajax.data._glyphs import glyphs
@@ -208,6 +212,7 @@ def mixture(sources: Sequence[Source], weights: Sequence[float] | None = None, *
     for what, found in (
         ("split", {source.split for source in sources}),
         ("length_buckets", {source.length_buckets for source in sources}),
+        ("length_axis", {getattr(source, "length_axis", 1) for source in sources}),
     ):
         if len(found) > 1:
             raise ValueError(f"sources must have one {what}, got {', '.join(map(repr, sorted(found)))}")

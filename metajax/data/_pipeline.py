@@ -16,7 +16,7 @@ import numpy as np
 from metajax.core import _validate
 from metajax.core._types import Episode
 from metajax.data import _episodes
-from metajax.data._sources import Source, Take, has_length, read
+from metajax.data._sources import Source, Take, cut_to, read
 from metajax.data._spec import EpisodeSpec
 
 _PREFETCH = 4  # batches that wait, ready
@@ -283,7 +283,7 @@ def _graph_taker(tf: ModuleType, source: Source, guarded: Callable[..., Any]) ->
             else:
                 values = tf.numpy_function(guarded(lambda rows: read(leaf, rows)), [rows], tf.as_dtype(leaf.dtype))
                 values = tf.ensure_shape(values, [*rows.shape, *leaf.shape[1:]])
-            return values[:, :, :length] if has_length(source, leaf) else values
+            return cut_to(source, leaf, values, length, leading=1)
 
         return lambda examples, rows: jax.tree.map(lambda leaf: one(leaf, rows), examples)
 

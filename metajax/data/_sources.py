@@ -140,8 +140,11 @@ class ClassSource:
         rule of Meta-Dataset for ImageNet); else their number is drawn.
       targets: leaves `[n, ...]`, or None where the class is the target. With own targets a class is a task:
         episodes have one way, no class mask, and these targets (regression, labels of tokens).
-      lengths: `[n]` integers, how much of axis 1 of the inputs an example fills, or None where they have no length.
-      length_buckets: lengths that axis 1 is cut to, by the longest example of a batch; ascending, the last is its size.
+      lengths: `[n]` integers, how much of its length axis an example fills, or None where examples have no length.
+      length_buckets: lengths that this axis is cut to, by the longest example of a batch; ascending, the last is its
+        size.
+      length_axis: which axis of the inputs `[n, ...]` that is: 1, or 2 where an example is several sequences.
+      truncated: how many examples were cut, as they were longer than the last of the buckets, where it was counted.
       dropped: how many examples the classes had that `at_least` left out.
 
     Raises:
@@ -166,6 +169,8 @@ class ClassSource:
     targets: PyTree = None
     lengths: np.ndarray | None = None
     length_buckets: tuple[int, ...] = ()
+    length_axis: int = 1
+    truncated: int = 0
     dropped: Mapping[str, int] = dataclasses.field(default_factory=dict)
     counts: np.ndarray = dataclasses.field(init=False, repr=False)
     _rows: np.ndarray = dataclasses.field(init=False, repr=False)  # class after class
@@ -237,7 +242,8 @@ class ClassSource:
         if self.length_buckets:
             if self.lengths is None:
                 raise ValueError(f"lengths must be given with length_buckets, {self.length_buckets}, got None")
-            widest = {leaf.shape[1] for leaf in jax.tree.leaves(self.inputs) if len(leaf.shape) > 1}
+            axis = self.length_axis
+            widest = {leaf.shape[axis] for leaf in jax.tree.leaves(self.inputs) if len(leaf.shape) > axis}
             if list(self.length_buckets) != sorted(set(self.length_buckets)) or {self.length_buckets[-1]} != widest:
                 raise ValueError(
                     f"length_buckets must ascend and end with the length of the inputs, {sorted(widest)}, "
@@ -430,12 +436,22 @@ def read(leaf: Any, rows: np.ndarray) -> np.ndarray:
     return values
 
 
-def has_length(source: Source, leaf: Any) -> bool:
-    """Whether axis 1 of a leaf of the examples is that of sequences.
+def cut_to(source: Source, leaf: Any, values: Any, length: Any, *, leading: int = 0) -> Any:
+    """Cuts values of a leaf of the examples to `length`, where the leaf has the length axis of its source.
 
-    >>> options = {"lengths": [3, 4], "length_buckets": (4,)}
+    Args:
+      source: of the leaf.
+      leaf: `[n, ...]`.
+      values: the leaf itself, or what was read of it, with `leading` axes more.
+      length: a length, or a scalar of TensorFlow.
+      leading: see `values`.
+
+    >>> options = {"lengths": [3, 4], "length_buckets": (2, 4)}
     >>> source = ClassSource("toy", "train", np.zeros([2, 4]), np.zeros(2, int), ("a",), **options)
-    >>> has_length(source, source.inputs), has_length(source, source.labels)
-    (True, False)
+    >>> cut_to(source, source.inputs, source.inputs, 2).shape, cut_to(source, source.labels, source.labels, 2).shape
+    ((2, 2), (2,))
     """
-    return bool(source.length_buckets) and leaf.shape[1:2] == source.length_buckets[-1:]
+    axis = getattr(source, "length_axis", 1)
+    if not source.length_buckets or leaf.shape[axis : axis + 1] != source.length_buckets[-1:]:
+        return values
+    return values[(slice(None),) * (axis + leading) + (slice(length),)]

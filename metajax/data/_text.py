@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from metajax.core import _validate
+from metajax.data import _tokens
 from metajax.data._class_splits import Splits, divide
 from metajax.data._sources import SPLITS, ClassSource
-from metajax.data._text_files import Row, read_content, read_json, read_rows, regular_file, text_files
+from metajax.data._text_files import Row, read_json, read_rows, regular_file, text_files
 
 Path = str | os.PathLike[str]
-
-_BLOCK = 1024  # texts tokenised at once
 
 
 def text(
@@ -93,7 +91,7 @@ def text(
     _validate.one_of("split_by", split_by, ("class", "domain"))
     if split_by == "domain" and domain is None:
         raise ValueError("domain must name the domains where split_by is 'domain', got None")
-    buckets = _buckets(max_length, length_buckets)
+    buckets = _tokens.buckets_of(max_length, length_buckets)
     paths = text_files(files)
     name = name or "+".join(map(str, paths))
     by_label = None
@@ -102,7 +100,8 @@ def text(
         columns["domain"] = domain
     elif domain is not None:
         by_label = _domains(domain)
-    encoder = load_tokenizer(tokenizer, max_length)
+    encoder = _tokens.load_tokenizer(tokenizer, max_length, user="text")
+    encoder.enable_truncation(max_length)
     rows = read_rows(paths, columns, parts)
     classes, of_row = _classes(rows, by_label, "domain" in columns)
     if split_by == "domain":
@@ -126,16 +125,6 @@ def text(
         lengths=lengths,
         length_buckets=buckets,
     )
-
-
-def _buckets(max_length: int, length_buckets: Sequence[int] | None) -> tuple[int, ...]:
-    _validate.positive_int("max_length", max_length)
-    if length_buckets is None:
-        return tuple(sorted({-(-max_length // part) for part in (4, 2, 1)}))
-    buckets = tuple(_validate.positive_int("a length of length_buckets", length) for length in length_buckets)
-    if list(buckets) != sorted(set(buckets)) or buckets[-1:] != (max_length,):
-        raise ValueError(f"length_buckets must ascend and end with max_length, {max_length}, got {buckets}")
-    return buckets
 
 
 def _domains(domain: Any) -> dict[str, str]:
@@ -178,39 +167,11 @@ def _classes(rows: Sequence[Row], by_label: dict[str, str] | None, column: bool)
     return classes, of_row
 
 
-def load_tokenizer(path: Any, max_length: int) -> Any:
-    """The tokenizer of a file, without padding; it truncates."""
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise ImportError("text() needs the tokenizers library: pip install 'metajax[text]'") from error
-    if isinstance(path, str | os.PathLike) and os.path.isdir(path):
-        path = pathlib.Path(path) / "tokenizer.json"
-    file = regular_file("tokenizer", path)
-    try:
-        encoder = tokenizers.Tokenizer.from_str(read_content(file))
-        special = encoder.num_special_tokens_to_add(False)
-        encoder.encode("")  # special tokens that are not in the vocabulary show here
-    except BaseException as error:  # the library has no errors of its own, and panics are no Exception
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
-        raise ValueError(
-            f"tokenizer must be a file of the tokenizers library (tokenizer.json), got {str(file)!r} ({error})"
-        ) from error
-    if max_length <= special:
-        raise ValueError(
-            f"max_length must leave room beside the {special} special tokens of {str(file)!r}, got {max_length}"
-        )
-    encoder.no_padding()
-    encoder.enable_truncation(max_length)
-    return encoder
-
-
 def _encode(encoder: Any, rows: Sequence[Row], max_length: int) -> tuple[np.ndarray, np.ndarray]:
     """Tokens `[n, max_length]`, and how many each text has `[n]`."""
     tokens, lengths = np.zeros([len(rows), max_length], np.int32), np.zeros(len(rows), np.int32)
-    for first in range(0, len(rows), _BLOCK):
-        for place, ids in enumerate(_ids(encoder, rows[first : first + _BLOCK]), first):
+    for first in range(0, len(rows), _tokens.BLOCK):
+        for place, ids in enumerate(_ids(encoder, rows[first : first + _tokens.BLOCK]), first):
             if not ids:
                 raise ValueError(f"the text in {rows[place].where} gives no tokens")
             tokens[place, : len(ids)] = ids

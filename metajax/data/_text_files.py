@@ -129,6 +129,43 @@ def read_json(path: pathlib.Path) -> Any:
     return _json(read_content(path), repr(str(path)))
 
 
+def json_lines(content: str, file: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The place of each line and its JSON object.
+
+    Raises:
+      ValueError: a line is no JSON object.
+
+    >>> list(json_lines('{"a": 1}', "'x.jsonl'"))
+    [("line 1 of 'x.jsonl'", {'a': 1})]
+    """
+    for number, line in _lines(content):
+        where = f"line {number} of {file}"
+        record = _json(line, where)
+        if not isinstance(record, dict):
+            raise ValueError(f"{where} must be a JSON object, got a {type(record).__name__}")
+        yield where, record
+
+
+def a_text(where: str, value: Any, what: str) -> str:
+    """Returns `value` if it is a text that is not empty.
+
+    Raises:
+      ValueError: it is none, with its place and what it should be.
+
+    >>> a_text("line 1", "hello", "question")
+    'hello'
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"{where} must hold a text as {what}, got a {type(value).__name__}")
+    if not value.strip():
+        raise ValueError(f"{where} has an empty {what}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a character
+        raise ValueError(f"{where} has a {what} that is not Unicode ({error.reason})") from error
+    return value
+
+
 def _kind(path: pathlib.Path) -> str:
     name = path.name.lower().removesuffix(".gz")
     return os.path.splitext(name)[1]
@@ -185,11 +222,7 @@ def _table(
 
 
 def _jsonl(content: str, file: str, columns: Mapping[str, str], parts: object) -> Iterator[tuple[str, list[Any]]]:
-    for number, line in _lines(content):
-        where = f"line {number} of {file}"
-        record = _json(line, where)
-        if not isinstance(record, dict):
-            raise ValueError(f"{where} must be a JSON object, got a {type(record).__name__}")
+    for where, record in json_lines(content, file):
         for argument, column in columns.items():
             if column not in record:
                 raise ValueError(f"{argument} is {column!r}, which is not among the keys of {where}, {list(record)}")
@@ -232,15 +265,7 @@ def _json(content: str, where: str) -> Any:
 def _value(where: str, argument: str, name: str, value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool) and argument != "text":
         value = str(value)
-    if not isinstance(value, str):
-        raise ValueError(f"{where} must hold a text as {argument} ({name!r}), got a {type(value).__name__}")
-    if not value.strip():
-        raise ValueError(f"{where} has an empty {argument} ({name!r})")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a character
-        raise ValueError(f"{where} has a {argument} ({name!r}) that is not Unicode ({error.reason})") from error
-    return value
+    return a_text(where, value, f"{argument} ({name!r})")
 
 
 _READERS: dict[str, _Reader] = {".jsonl": _jsonl, ".csv": _csv, ".tsv": _tsv, ".json": _lists}

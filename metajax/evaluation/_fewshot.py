@@ -156,7 +156,7 @@ def evaluate(
     if num_steps is not None:
         _validate.int_at_least("num_steps", num_steps, 0)
     batch = min(_validate.positive_int("batch", batch), episodes)
-    params = jax.tree.map(_settled, params)
+    params = jax.tree.map(settled, params)
 
     chunk = episode_batch(source, spec, seed=seed, start=0, count=batch)
     first: Episode = jax.tree.map(lambda leaf: leaf[0], chunk)
@@ -164,7 +164,7 @@ def evaluate(
     # Also the first trace: what does not fit raises here, before anything is computed.
     transductive = _is_transductive(learner, params, first, num_steps, key)
     run = functools.partial(
-        _scores, learner=learner, num_steps=num_steps, metric=metric, side_by_side=_side_by_side(first)
+        _scores, learner=learner, num_steps=num_steps, metric=metric, side_by_side=side_by_side(first)
     )
     name = f"{source.name} ({source.split})"
     pending: list[Any] = []
@@ -217,7 +217,7 @@ def predict(
     """
     if mask is None:
         mask = np.ones(jax.tree.leaves(inputs)[0].shape[0], bool)
-    params = jax.tree.map(_settled, params)
+    params = jax.tree.map(settled, params)
     return _predict(params, support, inputs, mask, key, learner=learner, num_steps=num_steps)
 
 
@@ -256,10 +256,10 @@ def predict_query(
 def _predict(
     params: Params, support: Examples, inputs: Any, mask: Any, key: Any, *, learner: Learner, num_steps: int | None
 ) -> Any:
-    return _adapt_and_predict(learner, num_steps)(params, support, inputs, mask, key)
+    return adapt_and_predict(learner, num_steps)(params, support, inputs, mask, key)
 
 
-def _settled(leaf: Any) -> Any:
+def settled(leaf: Any) -> Any:
     """A parameter on the device, and no weak type: a weak type and a strong one would be two compilations."""
     if hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return leaf
@@ -267,7 +267,7 @@ def _settled(leaf: Any) -> Any:
     return jnp.asarray(leaf, leaf.dtype)
 
 
-def _adapt_and_predict(learner: Learner, num_steps: int | None) -> Callable[..., Any]:
+def adapt_and_predict(learner: Learner, num_steps: int | None) -> Callable[..., Any]:
     def outputs(params: Params, support: Examples, inputs: Any, mask: Any, key: Any) -> Any:
         adapt_key, predict_key = _rng.split(key, 2)
         adapted = learner.adapt(params, support, num_steps=num_steps, key=adapt_key)
@@ -282,7 +282,7 @@ def _scores(
     learner: Learner, num_steps: int | None, metric: _metrics.Metric, side_by_side: bool,
 ) -> jax.Array:  # fmt: skip
     """`[batch]` scores of the episodes `start` and on. What is adapted stays inside the loop over tasks."""
-    outputs = _adapt_and_predict(learner, num_steps)
+    outputs = adapt_and_predict(learner, num_steps)
 
     def one(task: tuple[jax.Array, Episode]) -> jax.Array:
         index, (support, query) = task
@@ -293,7 +293,7 @@ def _scores(
     return jax.vmap(one)(tasks) if side_by_side else jax.lax.map(one, tasks)
 
 
-def _side_by_side(episode: Episode) -> bool:
+def side_by_side(episode: Episode) -> bool:
     size = sum(np.size(leaf) for leaf in jax.tree.leaves((episode.support.inputs, episode.query.inputs)))
     return choose_task_batching(jax.default_backend(), size) == "vmap"
 

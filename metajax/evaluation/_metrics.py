@@ -32,7 +32,7 @@ def score(metric: Metric, outputs: Any, query: Examples) -> jax.Array:
 
     Args:
       metric: "accuracy" or "mse".
-      outputs: `[n, ..., c]` logits, or `[n, ...]` regression outputs.
+      outputs: `[n, ..., c]` logits, `[n, length, 2]` logits of spans, or `[n, ...]` regression outputs.
       query: with targets `[n, ...]`.
 
     Raises:
@@ -45,6 +45,7 @@ def score(metric: Metric, outputs: Any, query: Examples) -> jax.Array:
     """
     if metric == "mse":
         return _losses.mean_loss(_losses.squared_error, outputs, query)
+    outputs = _losses.by_target(outputs, query.targets)
     if outputs.shape[:-1] != query.targets.shape:
         raise ValueError(
             f"outputs must have one row of logits for each of the targets {query.targets.shape}, got {outputs.shape}"

@@ -4,6 +4,7 @@ Normalisation is an explicit policy: "batch" (statistics of the call: transducti
 support set, reused for the query: inductive), "layer", "group" or "none".
 """
 
+from metajax.models._choices import score_choices
 from metajax.models._conv import conv4
 from metajax.models._conv_ops import convolution, max_pool
 from metajax.models._decoder import decoder
@@ -24,4 +25,5 @@ __all__ = [
     "max_pool",
     "mixed_precision",
     "mlp",
+    "score_choices",
 ]

@@ -89,7 +89,7 @@ class _Encoder(nnx.Module):
             values = _mean(values, inputs.get("mask"))
         outputs = values if self.head is None else self.head(values)
         if self.pooling == "span" and "mask" in inputs:
-            outputs = jnp.where(inputs.get("answerable", inputs["mask"])[..., None], outputs, _losses.ABSENT)
+            outputs = jnp.where(inputs.get("context", inputs["mask"])[..., None], outputs, _losses.ABSENT)
         return outputs
 
 
@@ -136,13 +136,13 @@ def encoder(
       head: what comes out for a text: "mean" of its tokens `[n, width]`, that of the first token, "cls", `[n, width]`,
         all "tokens" `[n, length, width]`, each through the linear layer where there is one; or "span", scores of first
         and last tokens of an answer `[n, length, 2]`, large negative ones at tokens that are padding, or that
-        `"answerable"` excludes.
+        `"context"` excludes.
       remat: whether blocks are recomputed in the backward pass.
       dtype: of the parameters, and of the computation in the blocks; what comes out is float32 at least.
 
     Returns:
       A `Model` from `{"tokens": int32 [n, length], "mask": bool [n, length]}`, as `data.text` gives them, or tokens
-      alone. Optional entries: `"types"` int32 `[n, length]`, which are 0; `"answerable"` bool `[n, length]`;
+      alone. Optional entries: `"types"` int32 `[n, length]`, which are 0; `"context"` bool `[n, length]`;
       `"prompt"` `[k, width]`, which stands behind the embedded tokens' normalisation and in front of all texts.
 
     Raises:

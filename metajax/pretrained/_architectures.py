@@ -43,7 +43,7 @@ def bert(config: Config) -> Architecture:
     _require(config, "hidden_act", ("gelu",))
     _require(config, "position_embedding_type", ("absolute", None))
     first = 0 if family == "bert" else _number(config, "pad_token_id", 1) + 1
-    sizes = {
+    sizes: dict[str, Any] = {
         "width": _number(config, "hidden_size"), "depth": _number(config, "num_hidden_layers"),
         "heads": _number(config, "num_attention_heads"), "hidden": _number(config, "intermediate_size"),
         "positions": _number(config, "max_position_embeddings"), "types": _number(config, "type_vocab_size", 2),

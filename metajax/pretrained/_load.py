@@ -15,7 +15,7 @@ import numpy as np
 
 from metajax.core import _tree, _validate
 from metajax.core._types import Model, Params
-from metajax.data import _text
+from metajax.data import _tokens
 from metajax.pretrained import _architectures
 from metajax.pretrained._tensors import Tensors
 
@@ -117,7 +117,7 @@ def load_pretrained_model(
     tokenizer = None
     if architecture.kind == "text" and (folder / "tokenizer.json").is_file():
         assert architecture.positions is not None
-        tokenizer = _text.load_tokenizer(folder, architecture.positions)
+        tokenizer = _tokens.load_tokenizer(folder, architecture.positions, user="load_pretrained_model")
         size, rows = tokenizer.get_vocab_size(), params["embed"]["embedding"].shape[0]
         if size > rows:
             raise ValueError(

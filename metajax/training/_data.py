@@ -15,7 +15,7 @@ _Open = Callable[[str, str, dict[str, Any]], data.Source]  # (path, split, field
 _LATER = {
     "set": "", "splits": "", "cache_mib": 0, "vocab": 256, "length": 64,
     "test_path": "", "val_path": "", "text": "text", "label": "label", "domain": "", "divides": "class", "names": {},
-    "tokenizer": "",
+    "tokenizer": "", "buckets": (),
 }  # fmt: skip
 _MADE, _CHARACTERS = ("glyphs", "sinusoids", "cycles"), ("glyphs", "omniglot")
 _CHARACTER = 28  # pixels, where data.size is 0
@@ -98,7 +98,7 @@ def _text(path: str, split: str, fields: dict[str, Any]) -> data.Source:
     return data.text(
         fields.get(f"{split}_path") or path, split=split, tokenizer=fields["tokenizer"], text=fields["text"],
         label=fields["label"], domain=fields["domain"] or None, split_by=fields["divides"], splits=names or None,
-        max_length=fields["length"],
+        max_length=fields["length"], length_buckets=tuple(fields["buckets"]) or None,
     )  # fmt: skip
 
 

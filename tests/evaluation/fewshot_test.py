@@ -77,7 +77,7 @@ def test_side_by_side_and_one_after_the_other_agree(source, monkeypatch):
     params = learner.init(jax.random.key(0), source.inputs[:2])
     found = []
     for side_by_side in (True, False):
-        monkeypatch.setattr(_fewshot, "_side_by_side", lambda episode, choice=side_by_side: choice)
+        monkeypatch.setattr(_fewshot, "side_by_side", lambda episode, choice=side_by_side: choice)
         found.append(evaluate(learner, params, source, SPEC, episodes=20).values)
     np.testing.assert_allclose(*found, atol=1e-6)
 

@@ -1,0 +1,93 @@
+"""Logits of choices, from a model of single sequences."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metajax.core import _losses, _validate
+from metajax.core._types import Model, Params
+
+_LEAVES = ("tokens", "mask", "types")  # of each choice; whatever else stands beside them is one for all
+
+
+def score_choices(model: Model, *, length_normalised: bool = True) -> Model:
+    """A `Model` of multiple-choice questions (`data.multiple_choice`), from one that reads a single sequence.
+
+    A language model scores a choice by the log-likelihood of its tokens after the prompt (the mean over its tokens, so
+    that long choices are not at a loss). A model with one output a sequence, such as an encoder's head, scores it by
+    that output. The scores are logits: cross-entropy trains both, and every learner and adapter takes the result.
+
+    Args:
+      model: tokens to logits `[n, length, vocab]` of the next token, or to `[n, 1]`. Its inputs are `{"tokens": ...,
+        "mask": ..., "types": ...}`.
+      length_normalised: whether the log-likelihood is divided by the number of tokens of the choice.
+
+    Returns:
+      A `Model` from `{"tokens": int32 [n, choices, length], "mask": bool, "choice": bool, ...}` to logits `[n,
+      choices]`, with the parameters of `model`. A choice whose mask is all False is absent.
+
+    Raises:
+      ValueError: a part of another type, or (when used) inputs or outputs of another form.
+
+    Source: Brown et al. 2020, section 2.4 (arXiv:2005.14165); Radford et al. 2018 (one output a sequence).
+
+    >>> import jax, jax.numpy as jnp, metajax
+    >>> model = metajax.models.score_choices(metajax.models.decoder(100, width=16, depth=2, heads=4))
+    >>> tokens, there = jnp.arange(24).reshape(2, 3, 4), jnp.ones([2, 3, 4], bool)
+    >>> inputs = {"tokens": tokens, "mask": there, "choice": there.at[..., :2].set(False)}
+    >>> model.apply(model.init(jax.random.key(0), inputs), inputs).shape
+    (2, 3)
+    """
+    _validate.instance("model", model, Model)
+    _validate.instance("length_normalised", length_normalised, bool)
+
+    def apply(params: Params, inputs: Any, **needed: Any) -> Any:
+        lines = _lines(inputs)
+        size, choices = inputs["tokens"].shape[:2]
+        if needed.get("mask") is not None:
+            needed["mask"] = jnp.repeat(needed["mask"], choices, axis=0)
+        outputs = model.apply(params, lines, **needed)
+        outputs, stats = outputs if "stats" in model.needs else (outputs, None)
+        scores = _score(outputs, lines["tokens"], _flat(inputs["choice"]), length_normalised).reshape(size, choices)
+        there = jnp.any(inputs["mask"], axis=-1)
+        scores = jnp.where(there, scores, jnp.asarray(_losses.ABSENT, scores.dtype))
+        return (scores, stats) if "stats" in model.needs else scores
+
+    return Model(lambda key, inputs: model.init(key, _lines(inputs)), apply, model.needs)
+
+
+def _lines(inputs: Any) -> dict[str, Any]:
+    """One sequence for each choice."""
+    if not isinstance(inputs, dict) or not {"tokens", "mask", "choice"} <= set(inputs) or inputs["tokens"].ndim != 3:
+        raise ValueError(
+            "inputs must be those of data.multiple_choice, a dict of 'tokens', 'mask' and 'choice', each [n, choices, "
+            f"length], got {jax.tree.map(jnp.shape, inputs)}"
+        )
+    rest = {name: leaf for name, leaf in inputs.items() if name != "choice"}
+    lines = rest | {name: _flat(rest[name]) for name in _LEAVES if name in rest}
+    # an absent choice is read as a text of one token: attention to nothing may be NaN, and so would the gradient be
+    lines["mask"] = lines["mask"].at[:, 0].set(True)
+    return lines
+
+
+def _flat(leaf: Any) -> jax.Array:
+    return jnp.reshape(leaf, (math.prod(leaf.shape[:2]), *leaf.shape[2:]))
+
+
+def _score(outputs: jax.Array, tokens: jax.Array, choice: jax.Array, length_normalised: bool) -> jax.Array:
+    if outputs.shape == (len(tokens), 1):
+        return outputs[:, 0]
+    if outputs.shape[:-1] != tokens.shape:
+        raise ValueError(
+            f"model must give logits [n, length, vocab] or one output [n, 1] for tokens {tokens.shape}, "
+            f"got outputs of shape {outputs.shape}"
+        )
+    losses = optax.softmax_cross_entropy_with_integer_labels(outputs[:, :-1], tokens[:, 1:])
+    scored = choice[:, 1:]  # the token before it predicts it
+    total = -jnp.sum(jnp.where(scored, losses, 0), axis=-1)
+    return total / jnp.maximum(jnp.sum(scored, axis=-1), 1).astype(total.dtype) if length_normalised else total
