@@ -46,6 +46,7 @@ def base() -> ConfigDict:
                 "depth": 4,
                 "heads": 8,  # decoder
                 "dtype": "float32",  # decoder, pretrained: of its parameters, float32 or bfloat16
+                "remat": True,  # pretrained: blocks are computed again in the backward pass, to save memory
                 "pool": False,  # halve by max pooling instead of stride
                 "normalisation": "batch",  # batch (transductive), support, layer, group, none
                 "hidden": (40, 40),  # mlp

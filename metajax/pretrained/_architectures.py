@@ -20,7 +20,7 @@ class Architecture:
     """What a config describes.
 
     Attributes:
-      model: `(head, outputs, dtype) -> Model`.
+      model: `(head, outputs, dtype, remat) -> Model`.
       heads: the heads that `model` knows; the first is the one of the pretrained model.
       names: names of tensors by the path of the leaf that they become; `{}` is the number of a block, whose tensors are
         stacked. The kernel of a linear layer is stored transposed.
@@ -49,9 +49,9 @@ def bert(config: Config) -> Architecture:
         "positions": _number(config, "max_position_embeddings"), "types": _number(config, "type_vocab_size", 2),
     }  # fmt: skip
 
-    def model(head: str, outputs: int | None, dtype: Any) -> Model:
+    def model(head: str, outputs: int | None, dtype: Any, remat: bool) -> Model:
         return models.encoder(
-            _number(config, "vocab_size"), outputs, head=head, dtype=dtype, first_position=first,  # type: ignore[arg-type]
+            _number(config, "vocab_size"), outputs, head=head, dtype=dtype, remat=remat, first_position=first,  # type: ignore[arg-type]
             norm_epsilon=config.get("layer_norm_eps", 1e-12), **sizes,
         )  # fmt: skip
 

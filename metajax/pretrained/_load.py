@@ -80,6 +80,7 @@ def load_pretrained_model(
     head: str | None = None,
     outputs: int | None = None,
     dtype: Any = jnp.float32,
+    remat: bool = True,
     key: jax.Array | None = None,
 ) -> PretrainedModel:
     """Loads a pretrained model from a folder in the layout of Hugging Face.
@@ -94,6 +95,7 @@ def load_pretrained_model(
         "span", as `models.encoder` describes them.
       outputs: of a new linear layer on top, such as the ways of a task; None is features as they are.
       dtype: of the parameters, a floating-point type; bfloat16 halves a frozen base.
+      remat: whether the backward pass computes blocks once more instead of keeping their activations.
       key: PRNG key of a new head; None is key 0.
 
     Returns:
@@ -111,7 +113,7 @@ def load_pretrained_model(
     ValueError: path must be a folder with a config.json, got 'no/such/folder'
     """
     folder = pathlib.Path(path)
-    config, architecture, model = open_model(folder, head=head, outputs=outputs, dtype=dtype)
+    config, architecture, model = open_model(folder, head=head, outputs=outputs, dtype=dtype, remat=remat)
     tensors = Tensors(folder)
     params, report = _read(architecture, model, tensors, jax.random.key(0) if key is None else key)
     tokenizer = None
@@ -128,7 +130,12 @@ def load_pretrained_model(
 
 
 def open_model(
-    folder: pathlib.Path, *, head: str | None = None, outputs: int | None = None, dtype: Any = jnp.float32
+    folder: pathlib.Path,
+    *,
+    head: str | None = None,
+    outputs: int | None = None,
+    dtype: Any = jnp.float32,
+    remat: bool = True,
 ) -> tuple[dict[str, Any], _architectures.Architecture, Model]:
     """What the config of a folder describes, whose weights are not read: `(config, architecture, model)`.
 
@@ -144,7 +151,7 @@ def open_model(
         )
     architecture = names[config["model_type"]](config)
     head = _validate.one_of("head", architecture.heads[0] if head is None else head, architecture.heads)
-    return config, architecture, architecture.model(head, outputs, dtype)
+    return config, architecture, architecture.model(head, outputs, dtype, remat)
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:

@@ -199,7 +199,12 @@ def _is_pretrained(config: Config) -> bool:
 
 def _pretrained_options(config: Config, outputs: int | None) -> dict[str, Any]:
     dtype = _validate.one_of("model.dtype", config["model"]["dtype"], ("float32", "bfloat16"))
-    return {"head": config["model"]["head"] or None, "outputs": outputs, "dtype": jnp.dtype(dtype)}
+    return {
+        "head": config["model"]["head"] or None,
+        "outputs": outputs,
+        "dtype": jnp.dtype(dtype),
+        "remat": config["model"]["remat"],
+    }
 
 
 def _pretrained_params(config: Config, ways: int) -> Params:
