@@ -9,6 +9,19 @@ from metajax.models._conv_ops import convolution, max_pool
 from metajax.models._decoder import decoder
 from metajax.models._mlp import mlp
 from metajax.models._precision import mixed_precision
+from metajax.models._resnet import resnet12
+from metajax.models._vit import vit
 from metajax.models._wrap import from_linen, from_nnx
 
-__all__ = ["conv4", "convolution", "decoder", "from_linen", "from_nnx", "max_pool", "mixed_precision", "mlp"]
+__all__ = [
+    "conv4",
+    "convolution",
+    "decoder",
+    "from_linen",
+    "from_nnx",
+    "max_pool",
+    "mixed_precision",
+    "mlp",
+    "resnet12",
+    "vit",
+]

@@ -6,6 +6,15 @@ import jax
 import jax.numpy as jnp
 
 
+def heads_of(values: jax.Array, size: int) -> jax.Array:
+    """`[n, length, heads * size]` as `[n, length, heads, size]`.
+
+    >>> heads_of(jnp.ones([2, 5, 32]), 8).shape
+    (2, 5, 4, 8)
+    """
+    return values.reshape(*values.shape[:-1], -1, size)
+
+
 def attend(
     query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None, *, causal: bool = False
 ) -> jax.Array:

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from metajax.core import _validate
-from metajax.core._types import Model, Params
+from metajax.core._types import Model
 from metajax.models import _wrap
-from metajax.models._attention import attend
+from metajax.models._attention import attend, heads_of
 from metajax.models._linear import Linear
 
 
@@ -29,9 +29,7 @@ class _Block(nnx.Module):
 
     def __call__(self, values: jax.Array, mask: jax.Array | None) -> jax.Array:
         normed = self.attention_norm(values)
-        query, key, value = (
-            part(normed).reshape(*values.shape[:2], -1, self.size) for part in (self.query, self.key, self.value)
-        )
+        query, key, value = (heads_of(part(normed), self.size) for part in (self.query, self.key, self.value))
         query, key = (rotary(part, self.theta) for part in (query, key))
         values = values + self.out(attend(query, key, value, mask, causal=True))
         normed = self.mlp_norm(values)
@@ -143,13 +141,5 @@ def decoder(
     _validate.positive_float("theta", theta)
     hidden = hidden or -(-8 * width // 96) * 32
     block = {"width": width, "heads": heads, "kv_heads": kv_heads or heads, "hidden": hidden, "theta": theta}
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"dtype must be a floating-point type, got {dtype!r}")
     model = _wrap.from_nnx(lambda rngs: _Decoder(vocab, depth, remat, rngs, **block))
-    if dtype == jnp.float32:
-        return model
-
-    def init(key: jax.Array, inputs: Any) -> Params:
-        return jax.tree.map(lambda leaf: leaf.astype(dtype), model.init(key, inputs))
-
-    return Model(init, model.apply, model.needs)
+    return _wrap.of_dtype(model, dtype)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen, nnx
 
-from metajax.core._types import Model
+from metajax.core._types import Model, Params
 
 
 def as_floats(inputs: Any) -> Any:
@@ -72,6 +72,41 @@ def from_shape(module: Callable[[tuple[int, ...], nnx.Rngs], nnx.Module], *, nee
         return bound(as_floats(inputs), **needed)
 
     return Model(init, apply, needs)
+
+
+def of_dtype(model: Model, dtype: Any) -> Model:
+    """A model whose parameters are made in float32 and kept in another floating-point type.
+
+    Raises:
+      ValueError: `dtype` is no floating-point type.
+    """
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype must be a floating-point type, got {dtype!r}")
+    if dtype == jnp.float32:
+        return model
+
+    def init(key: jax.Array, inputs: Any) -> Params:
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), model.init(key, inputs))
+
+    return Model(init, model.apply, model.needs)
+
+
+def image_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """The height, width and channels of images.
+
+    Args:
+      shape: of one example.
+
+    Raises:
+      ValueError: the examples are no images.
+
+    >>> image_shape((28, 28, 1))
+    (28, 28, 1)
+    """
+    if len(shape) != 3:
+        raise ValueError(f"inputs must be images [n, height, width, channels], got examples of shape {shape}")
+    height, width, channels = shape
+    return height, width, channels
 
 
 def _example_shape(inputs: Any) -> tuple[int, ...]:
