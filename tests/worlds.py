@@ -171,6 +171,12 @@ def stack(episodes: list[metajax.Episode]) -> metajax.Episode:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *episodes)
 
 
+def distances(tree: Any, other: Any) -> dict[str, float]:
+    """The largest difference in each leaf, by path."""
+    largest = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), tree, other)
+    return {path_name(path): distance for path, distance in jax.tree.leaves_with_path(largest)}
+
+
 @functools.cache
 def compiled(name: str, estimator: str) -> Any:
     """The jitted one-task primitive of a pair, shared by all tests."""

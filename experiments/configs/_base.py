@@ -39,20 +39,22 @@ def base() -> ConfigDict:
             # random affine map of each training image: degrees, fractions; all 0 changes nothing
             "augment": {"rotation": 0.0, "scale": 0.0, "shear": 0.0, "shift": 0.0},
             "model": {
-                "name": "conv4",  # conv4, mlp, decoder (for cycles), pretrained (for text)
+                "name": "conv4",  # conv4, resnet12, vit, mlp, decoder (for cycles), pretrained (for text)
                 "path": "",  # pretrained: a folder with config.json and model.safetensors
                 "head": "",  # pretrained: mean, cls, ...; "" is the one of its architecture
-                "width": 64,
-                "depth": 4,
-                "heads": 8,  # decoder
-                "dtype": "float32",  # decoder, pretrained: of its parameters, float32 or bfloat16
+                "width": 64,  # resnet12: of the first block; the others have 2.5, 5 and 10 times as much
+                "depth": 4,  # blocks
+                "heads": 8,  # vit, decoder
+                "patch": 4,  # vit: side of a patch in pixels
+                "dtype": "float32",  # vit, decoder, pretrained: of the parameters, float32 or bfloat16
                 "remat": True,  # pretrained: blocks are computed again in the backward pass, to save memory
-                "pool": False,  # halve by max pooling instead of stride
-                "normalisation": "batch",  # batch (transductive), support, layer, group, none
+                "pool": False,  # conv4: halve by max pooling instead of stride
+                "normalisation": "batch",  # conv4, resnet12: batch (transductive), support, layer, group, none
                 "hidden": (40, 40),  # mlp
             },
-            # decoder: lora or ia3 beside the kernels that a path regex picks ("": those of its paper). What an adapter
-            # adds adapts inside of a task with learner.adapts, and alone is trained with outer.trainable, "lora" both.
+            # vit, decoder: lora or ia3 beside the kernels that a path regex picks ("": those of its paper). What an
+            # adapter adds adapts inside of a task with learner.adapts, and alone is trained with outer.trainable,
+            # "lora" both.
             "adapter": {"name": "", "rank": 8, "where": ""},
             "learner": {
                 "name": "prototypical",  # maml, reptile, prototypical, finetune

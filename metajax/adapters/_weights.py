@@ -67,8 +67,8 @@ def lora(
     under vmap share it.
 
     Args:
-      model: with layers that compute `inputs @ kernel`: those of `models.decoder`, your function's. A layer of flax.nnx
-        works too, but takes the sum first, which is a copy of its kernel for each task.
+      model: with layers that compute `inputs @ kernel`: those of `models.decoder` and `models.vit`, your function's. A
+        layer of flax.nnx works too, but takes the sum first, which is a copy of its kernel for each task.
       rank: of the product, at most the smaller side of each kernel.
       alpha: weight of the product, times `rank`; None is `rank`, so that the weight is 1.
       where: path regex or predicate, among the leaves called `kernel`; None adapts all of them.

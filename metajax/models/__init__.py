@@ -12,6 +12,8 @@ from metajax.models._encoder import encoder
 from metajax.models._generate import generate
 from metajax.models._mlp import mlp
 from metajax.models._precision import mixed_precision
+from metajax.models._resnet import resnet12
+from metajax.models._vit import vit
 from metajax.models._wrap import from_linen, from_nnx
 
 __all__ = [
@@ -25,5 +27,7 @@ __all__ = [
     "max_pool",
     "mixed_precision",
     "mlp",
+    "resnet12",
     "score_choices",
+    "vit",
 ]

@@ -35,7 +35,7 @@ class _ConvNet(nnx.Module):
         self, shape: tuple[int, ...], outputs: int | None, width: int, depth: int, *, pool: bool,
         policy: _norm.Policy, form: Any, rngs: nnx.Rngs,
     ):  # fmt: skip
-        height, breadth, channels = shape
+        height, breadth, channels = _wrap.image_shape(shape)
         self.stats_wanted = policy == "support"
         self.depth = depth
         for index in range(depth):
@@ -49,14 +49,11 @@ class _ConvNet(nnx.Module):
         self.head = nnx.data(head)
 
     def __call__(self, inputs: jax.Array, mask: Any = None, stats: Any = None) -> Any:
-        values, found = inputs, []
-        for index in range(self.depth):
-            given = None if stats is None else stats[index]
-            values, used = getattr(self, f"block_{index}")(values, mask, given)
-            found.append(used)
+        blocks = (getattr(self, f"block_{index}") for index in range(self.depth))
+        values, found = _norm.through(blocks, inputs, mask, stats)
         features = values.reshape(values.shape[0], math.prod(values.shape[1:]))  # also of no examples
         outputs = features if self.head is None else self.head(features)
-        return (outputs, tuple(found)) if self.stats_wanted else outputs
+        return (outputs, found) if self.stats_wanted else outputs
 
 
 def conv4(
@@ -101,9 +98,6 @@ def conv4(
     _validate.one_of("form", form, _conv_ops.FORMS)
 
     def module(shape: tuple[int, ...], rngs: nnx.Rngs) -> nnx.Module:
-        if len(shape) != 3:
-            raise ValueError(f"inputs must be images [n, height, width, channels], got examples of shape {shape}")
         return _ConvNet(shape, outputs, width, depth, pool=pool, policy=normalisation, form=form, rngs=rngs)
 
-    needs = {"batch": ("mask",), "support": ("mask", "stats")}.get(normalisation, ())
-    return _wrap.from_shape(module, needs=needs)
+    return _wrap.from_shape(module, needs=_norm.needs(normalisation))

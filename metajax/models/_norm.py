@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import jax
@@ -24,6 +25,34 @@ Policy = Literal["batch", "support", "layer", "group", "none"]
 POLICIES = ("batch", "support", "layer", "group", "none")
 _GROUPS = 8
 _EPSILON = 1e-5
+
+
+def needs(policy: Policy) -> tuple[str, ...]:
+    """What the `apply` of a model under this policy takes beside inputs.
+
+    >>> needs("support")
+    ('mask', 'stats')
+    """
+    return {"batch": ("mask",), "support": ("mask", "stats")}.get(policy, ())
+
+
+def through(parts: Iterable[Any], values: jax.Array, mask: Any, stats: Any) -> tuple[jax.Array, Any]:
+    """Calls parts `(values, mask, stats) -> (values, stats)` one after the other.
+
+    Args:
+      parts: such as blocks with a `Norm` inside.
+      values: `[n, ..., c]`.
+      mask: `[n]` bool or None.
+      stats: statistics to use in each part, or None.
+
+    Returns:
+      The values, and a tuple of the statistics that were used in each part.
+    """
+    found = []
+    for index, part in enumerate(parts):
+        values, used = part(values, mask, None if stats is None else stats[index])
+        found.append(used)
+    return values, tuple(found)
 
 
 class Norm(nnx.Module):

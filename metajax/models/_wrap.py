@@ -91,6 +91,24 @@ def of_dtype(model: Model, dtype: Any) -> Model:
     return Model(init, model.apply, model.needs)
 
 
+def image_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """The height, width and channels of images.
+
+    Args:
+      shape: of one example.
+
+    Raises:
+      ValueError: the examples are no images.
+
+    >>> image_shape((28, 28, 1))
+    (28, 28, 1)
+    """
+    if len(shape) != 3:
+        raise ValueError(f"inputs must be images [n, height, width, channels], got examples of shape {shape}")
+    height, width, channels = shape
+    return height, width, channels
+
+
 def _example_shape(inputs: Any) -> tuple[int, ...]:
     return tuple(jax.tree.leaves(inputs)[0].shape[1:])
 

@@ -161,7 +161,7 @@ def _learners(
 
 def _model(config: Config, outputs: int | None) -> Model:
     fields = config["model"]
-    name = _validate.one_of("model.name", fields["name"], ("conv4", "mlp", "decoder", "pretrained"))
+    name = _validate.one_of("model.name", fields["name"], ("conv4", "resnet12", "vit", "mlp", "decoder", "pretrained"))
     if not fields["hidden"]:
         raise ValueError(f"model.hidden must hold at least one width, got {fields['hidden']!r}")
     adapter = config.get("adapter", {"name": ""})  # runs of old do not have it
@@ -169,28 +169,34 @@ def _model(config: Config, outputs: int | None) -> Model:
         return _adapted(
             pretrained.open_model(pathlib.Path(fields["path"]), **_pretrained_options(config, outputs))[2], adapter
         )
-    if adapter["name"] and name != "decoder":
+    if adapter["name"] and name not in ("vit", "decoder"):
         raise ValueError(
             f"adapter.name must be empty for {name}, whose layers take no adapter, got {adapter['name']!r}"
         )
-    if name == "decoder":
-        dtype = _validate.one_of("model.dtype", fields["dtype"], ("float32", "bfloat16"))
-        return _adapted(
-            models.decoder(
-                outputs or 1,
-                width=fields["width"],
-                depth=fields["depth"],
-                heads=fields["heads"],
-                dtype=jnp.dtype(dtype),
-            ),
-            adapter,
-        )
+    if name in ("vit", "decoder"):
+        sizes = {size: fields[size] for size in ("width", "depth", "heads")}
+        dtype = jnp.dtype(_validate.one_of("model.dtype", fields["dtype"], ("float32", "bfloat16")))
+        if name == "vit":
+            return _adapted(models.vit(outputs, patch=fields["patch"], dtype=dtype, **sizes), adapter)
+        return _adapted(models.decoder(outputs or 1, dtype=dtype, **sizes), adapter)
     if name == "mlp":
         return models.mlp(outputs or fields["hidden"][-1], hidden=tuple(fields["hidden"]))
+    if name == "resnet12":
+        return models.resnet12(
+            outputs, widths=_resnet_widths(fields["width"], fields["depth"]), normalisation=fields["normalisation"]
+        )
     return models.conv4(
         outputs, width=fields["width"], depth=fields["depth"], pool=fields["pool"],
         normalisation=fields["normalisation"],
     )  # fmt: skip
+
+
+def _resnet_widths(width: int, depth: int) -> tuple[int, ...]:
+    """The first `depth` blocks of ResNet-12 in the published ratio; 64 and 4 are the published network."""
+    _validate.positive_int("model.width", width)
+    if _validate.positive_int("model.depth", depth) > 4:
+        raise ValueError(f"model.depth must be at most 4 for resnet12, got {depth}")
+    return tuple(width * half // 2 for half in (2, 5, 10, 20)[:depth])
 
 
 def _is_pretrained(config: Config) -> bool:
@@ -267,7 +273,7 @@ def normalisation(config: Config) -> str:
     >>> normalisation({"model": {"name": "mlp"}})
     'none'
     """
-    return config["model"]["normalisation"] if config["model"]["name"] == "conv4" else "none"
+    return config["model"]["normalisation"] if config["model"]["name"] in ("conv4", "resnet12") else "none"
 
 
 def load_config(workdir: str | pathlib.Path) -> dict[str, Any]:

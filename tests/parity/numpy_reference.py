@@ -5,6 +5,8 @@ Gradients of inner losses are worked out by hand (`mlp_slope`); hypergradients a
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 EPSILON = 1e-5
@@ -100,6 +102,63 @@ def conv4(params, images, *, policy, pool, stats=None):
         index += 1
     values = values.reshape(len(values), -1)
     return (values @ params["head"]["kernel"] + params["head"]["bias"] if "head" in params else values), found
+
+
+def resnet12(params, images, *, policy, stats=None):
+    """Residual blocks of three convolutions beside one of a single pixel, the mean over the image, the head, if any."""
+
+    def convolve(values, part, given):
+        kernel = part["kernel"]
+        outputs = convolution(values, kernel) if len(kernel) == 3 else np.einsum("nijc,cd->nijd", values, kernel[0, 0])
+        return normalise(outputs, policy, part["norm"].get("scale"), part["norm"]["bias"], given)
+
+    def leaky(values):
+        return np.where(values > 0, values, 0.1 * values)
+
+    values, found, index = images, [], 0
+    while f"block_{index}" in params:
+        block, given = params[f"block_{index}"], [None] * 4 if stats is None else stats[index]
+        path, used = values, []
+        for part in range(3):
+            path, statistics = convolve(leaky(path) if part else path, block[f"conv_{part}"], given[part])
+            used.append(statistics)
+        beside, statistics = convolve(values, block["shortcut"], given[3])
+        values = max_pool(leaky(path + beside))
+        found.append([*used, statistics])
+        index += 1
+    values = values.mean((1, 2))
+    return (values @ params["head"]["kernel"] + params["head"]["bias"] if "head" in params else values), found
+
+
+def layer_norm(values, part, epsilon):
+    mean, variance = values.mean(-1, keepdims=True), values.var(-1, keepdims=True)
+    return (values - mean) / np.sqrt(variance + epsilon) * part["scale"] + part["bias"]
+
+
+def vit(params, images, *, patch, heads, epsilon, pooling):
+    """One image, one head and one block after the other."""
+
+    def linear(values, part):
+        return values @ part["kernel"] + part["bias"]
+
+    outputs = []
+    for image in images:
+        corners = [(i, j) for i in range(0, image.shape[0], patch) for j in range(0, image.shape[1], patch)]
+        patches = np.stack([image[i : i + patch, j : j + patch].ravel() for i, j in corners])
+        values = np.concatenate([params["class_token"][None], linear(patches, params["embed"])]) + params["position"]
+        for index in range(len(params["blocks"]["query"]["bias"])):
+            block = {name: {leaf: a[index] for leaf, a in part.items()} for name, part in params["blocks"].items()}
+            normed = layer_norm(values, block["attention_norm"], epsilon)
+            query, key, value = (np.split(linear(normed, block[n]), heads, axis=1) for n in ("query", "key", "value"))
+            mixed = [softmax(q @ k.T / np.sqrt(q.shape[1])) @ v for q, k, v in zip(query, key, value, strict=True)]
+            values = values + linear(np.concatenate(mixed, axis=1), block["out"])
+            hidden = linear(layer_norm(values, block["mlp_norm"], epsilon), block["up"])
+            hidden = hidden * np.vectorize(lambda x: (1 + math.erf(x / math.sqrt(2))) / 2)(hidden)  # GELU
+            values = values + linear(hidden, block["down"])
+        values = layer_norm(values, params["norm"], epsilon)
+        outputs.append(values[0] if pooling == "cls" else values[1:].mean(0))
+    features = np.stack(outputs)
+    return linear(features, params["head"]) if "head" in params else features
 
 
 def maml(layers, support, query, rate, steps, output_slope, loss):

@@ -1,0 +1,71 @@
+"""From a config to the models that it names."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments.configs import prototypical_glyphs
+from metajax import training
+
+IMAGES = jnp.zeros([1, 28, 28, 1])
+
+
+def build(changes):
+    config = prototypical_glyphs.get_config()
+    config.update_from_flattened_dict(changes)
+    return config, training.build(config)
+
+
+def shapes(changes):
+    """The shapes of the parameters of the learner that a config describes."""
+    _, experiment = build(changes)
+    return jax.tree.map(jnp.shape, jax.eval_shape(experiment.learner.init, jax.random.key(0), IMAGES))
+
+
+def test_resnet12_has_the_published_widths_at_the_default_size():
+    params = shapes({"model.name": "resnet12"})
+    assert [params[f"block_{i}"]["conv_2"]["kernel"][-1] for i in range(4)] == [64, 160, 320, 640]
+    params = shapes({"model.name": "resnet12", "model.width": 8, "model.depth": 2})
+    assert params["block_1"]["conv_0"]["kernel"] == (3, 3, 8, 20)
+    assert "block_2" not in params
+
+
+def test_a_vit_and_its_adapter():
+    changes = {"model.name": "vit", "model.width": 16, "model.depth": 2, "model.heads": 4, "model.patch": 7}
+    params = shapes({**changes, "adapter.name": "lora", "adapter.rank": 3})
+    assert params["position"] == (17, 16)
+    assert "head" not in params
+    assert params["blocks"]["query"] == {
+        "kernel": (2, 16, 16),
+        "bias": (2, 16),
+        "lora_a": (2, 16, 3),
+        "lora_b": (2, 3, 16),
+    }
+    assert shapes({**changes, "learner.name": "maml"})["head"]["kernel"] == (16, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "policy"), [("conv4", "batch"), ("resnet12", "batch"), ("vit", "none"), ("mlp", "none")]
+)
+def test_the_normalisation_that_is_stated(name, policy):
+    config, _ = build({"model.name": name})
+    assert training.normalisation(config) == policy
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model.name": "resnet"},
+            "model.name must be one of 'conv4', 'resnet12', 'vit', 'mlp', 'decoder', got 'resnet'",
+        ),
+        ({"model.name": "resnet12", "model.depth": 5}, "model.depth must be at most 4 for resnet12, got 5"),
+        ({"model.name": "resnet12", "model.width": 0}, "model.width must be an integer of at least 1, got 0"),
+        ({"model.name": "resnet12", "adapter.name": "lora"}, "adapter.name must be empty for resnet12"),
+        ({"model.name": "vit", "model.heads": 5}, "heads must divide width, 64, got 5"),
+        ({"model.name": "vit", "model.dtype": "int8"}, "model.dtype must be one of 'float32', 'bfloat16', got 'int8'"),
+    ],
+)
+def test_refusals(changes, message):
+    with pytest.raises(ValueError, match=message):
+        build(changes)
