@@ -57,7 +57,7 @@ def test_the_normalisation_that_is_stated(name, policy):
     [
         (
             {"model.name": "resnet"},
-            "model.name must be one of 'conv4', 'resnet12', 'vit', 'mlp', 'decoder', got 'resnet'",
+            "model.name must be one of 'conv4', 'resnet12', 'vit', 'mlp', 'decoder', 'pretrained', got 'resnet'",
         ),
         ({"model.name": "resnet12", "model.depth": 5}, "model.depth must be at most 4 for resnet12, got 5"),
         ({"model.name": "resnet12", "model.width": 0}, "model.width must be an integer of at least 1, got 0"),
