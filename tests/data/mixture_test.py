@@ -20,6 +20,7 @@ def toy(name, offset, classes=8, each=6, **options):
 
 
 A, B, C = toy("a", 0), toy("b", 1000, classes=5), toy("c", 2000, classes=20)
+SEVERAL = toy("several", 3000, length_axis=2)
 BOTH = data.mixture([A, B, C], [0.5, 0.3, 0.2])
 
 
