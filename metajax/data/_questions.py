@@ -115,7 +115,7 @@ def question_answering(
       overlap: tokens that neighbouring windows share.
       length_buckets: lengths that batches come in, ascending up to `max_length`; by default a quarter of it, a half and
         all of it.
-      name: what reports call it; by default the files.
+      name: what reports call it; by default the files of the split's languages.
 
     Returns:
       A source with inputs `{"tokens": int32, "mask": bool (False: padding), "types": int32 (what the tokenizer calls
@@ -144,7 +144,7 @@ def question_answering(
         raise ValueError(f"files must map languages to files, got {files!r}")
     paths = {language: regular_file("files", path) for language, path in files.items()}
     chosen = _languages(languages, split, files)
-    name = name or "+".join(map(str, paths.values()))
+    name = name or "+".join(str(paths[language]) for language in chosen)
     encoder = _tokens.load_tokenizer(tokenizer, max_length, user="question_answering", pair=True)
     by_language = read_parallel(paths)
     articles = divide(next(iter(by_language.values())), split, splits, f"{name} (split by article)")

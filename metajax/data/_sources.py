@@ -51,7 +51,8 @@ class Source(Protocol):
       split: "train", "val" or "test".
       examples: what rows point to, leaves `[n, ...]`: arrays, or objects with `shape`, `dtype` and `take(rows,
         axis=0)`. Without leaves where `draw` makes values.
-      length_buckets: the static lengths that sequences come in, () where examples have no length.
+      length_buckets: the static lengths that sequences come in, () where examples have no length. Sequences lie
+        along axis 1 of the examples, or along `length_axis` where the source has that attribute.
 
     A source with classes has also `num_classes`, `class_names`, `label_bits` and `draw_labelled(bits)`, which draws
     single examples from all classes for supervised pre-training (see `batches`).

@@ -76,7 +76,7 @@ def _lines(inputs: Any) -> dict[str, Any]:
 
 
 def _flat(leaf: Any) -> jax.Array:
-    return jnp.reshape(leaf, (math.prod(leaf.shape[:2]), *leaf.shape[2:]))
+    return jnp.asarray(leaf).reshape(math.prod(leaf.shape[:2]), *leaf.shape[2:])
 
 
 def _score(outputs: jax.Array, tokens: jax.Array, choice: jax.Array, length_normalised: bool) -> jax.Array:

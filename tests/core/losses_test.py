@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metajax.core import Examples, accuracy, cross_entropy, squared_error
+from metajax.core import Examples, accuracy, cross_entropy, span_cross_entropy, squared_error
 from metajax.core import _losses as losses
 
 
@@ -31,6 +31,40 @@ def test_cross_entropy_shapes():
     message = r"targets must have the shape of outputs \(2, 3\) without its last axis, got \(3,\)"
     with pytest.raises(ValueError, match=message):
         cross_entropy(jnp.zeros([2, 3]), jnp.zeros([3], int))
+
+
+SPANS = np.log([[[1.0, 2.0], [2.0, 1.0], [5.0, 1.0]], [[1.0, 4.0], [1.0, 1.0], [1.0, 3.0]], np.ones([3, 2])])
+
+
+def test_span_cross_entropy_by_hand():
+    """First positions are softmaxes over 1 2 5 and 1 1 1, last ones over 2 1 1 and 4 1 3."""
+    targets = jnp.array([[1, 2], [-1, 0], [-1, -1]])
+    expected = [(-np.log(2 / 8) - np.log(1 / 4)) / 2, -np.log(4 / 8), 0.0]
+    np.testing.assert_allclose(span_cross_entropy(jnp.array(SPANS), targets), expected, rtol=1e-6)
+
+
+def test_positions_with_large_negative_logits_do_not_count():
+    padded = jnp.concatenate([jnp.array(SPANS), jnp.full([3, 2, 2], losses.ABSENT)], axis=1)
+    targets = jnp.array([[1, 2], [0, 0], [2, 1]])
+    np.testing.assert_allclose(
+        span_cross_entropy(padded, targets), span_cross_entropy(jnp.array(SPANS), targets), rtol=1e-6
+    )
+    gradient = jax.grad(lambda logits: span_cross_entropy(logits, targets).sum())(padded)
+    assert (gradient[:, 3:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("outputs", "targets"), [((2, 5), (2, 2)), ((2, 5, 3), (2, 2)), ((2, 5, 2), (2,)), ((2, 5, 2), (2, 3))]
+)
+def test_span_cross_entropy_shapes(outputs, targets):
+    with pytest.raises(ValueError, match=r"targets of spans must be \[n, 2\] for outputs \[n, length, 2\], got"):
+        span_cross_entropy(jnp.zeros(outputs), jnp.zeros(targets, int))
+
+
+def test_accuracy_of_spans_counts_both_ends():
+    kept = examples([[2, 0], [0, -1], [0, 2]], [True, True, False])
+    assert float(accuracy(jnp.array(SPANS), kept)) == 1
+    assert float(accuracy(jnp.array(SPANS), kept._replace(targets=jnp.array([[2, 1], [1, -1], [0, 2]])))) == 0.25
 
 
 def test_squared_error_by_hand():

@@ -20,6 +20,7 @@ def toy(name, offset, classes=8, each=6, **options):
 
 
 A, B, C = toy("a", 0), toy("b", 1000, classes=5), toy("c", 2000, classes=20)
+SEVERAL = toy("several", 3000, length_axis=2)
 BOTH = data.mixture([A, B, C], [0.5, 0.3, 0.2])
 
 
@@ -116,6 +117,7 @@ def test_regression_mixes_too():
         (([A, B], [1.0]), r"weights must have one entry for each of the 2 sources, got \[1.0\]"),
         (([A, B], [1.5, -0.5]), r"weights\[1\] must be a finite number above 0, got -0.5"),
         (([A, data.sinusoids(split="val")],), "sources must have one split, got 'train', 'val'"),
+        (([A, SEVERAL],), "sources must have one length_axis, got 1, 2"),
     ],
 )
 def test_what_does_not_mix(arguments, message):

@@ -41,6 +41,11 @@ def test_accuracy_of_token_targets_averages_over_examples():
     assert float(found) == pytest.approx((0.5 + 1.0) / 2)
 
 
+def test_a_span_with_an_end_that_is_not_finite_is_half_right():
+    outputs = jnp.zeros([1, 3, 2]).at[0, 1].set(1).at[0, 2, 1].set(jnp.nan)
+    assert float(_metrics.score("accuracy", outputs, _query([[1, 1]]))) == 0.5
+
+
 def test_squared_error_is_the_mean_over_kept_examples_and_keeps_nan():
     outputs = jnp.array([[1.0], [3.0], [9.0]])
     targets = np.zeros([3, 1], np.float32)
