@@ -1,0 +1,41 @@
+"""Records what `transformers` computes with the models of transformers_cases.py, into transformers.json.
+
+    pip install torch transformers safetensors
+    python tests/parity/record_transformers.py
+"""
+
+import json
+import pathlib
+import tempfile
+
+import torch
+import transformers
+import transformers_cases as cases
+
+
+def main() -> None:
+    """Writes the hidden states of encoders, and the logits of decoders."""
+    recorded = {"versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
+    for family, config in cases.CONFIGS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            cases.write(pathlib.Path(folder), family)
+            kind = getattr(transformers, config["architectures"][0])
+            options = {} if family in ("llama", "qwen2") else {"add_pooling_layer": False}
+            model = kind.from_pretrained(folder, attn_implementation="eager", **options).eval()
+        given = cases.inputs(family)
+        with torch.no_grad():
+            if family == "vit":
+                images = torch.tensor(given["images"]).permute(0, 3, 1, 2)
+                found = model(pixel_values=images).last_hidden_state
+            else:
+                found = model(
+                    input_ids=torch.tensor(given["tokens"]).long(), attention_mask=torch.tensor(given["mask"]).long()
+                )
+                found = found.logits if hasattr(found, "logits") else found.last_hidden_state
+        recorded[family] = found.double().numpy().round(7).tolist()
+    path = pathlib.Path(__file__).with_name("transformers.json")
+    path.write_text(json.dumps(recorded) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
