@@ -1,7 +1,8 @@
 """Learners, one family a file."""
 
+from metajax.learners._bayesian import bayesian
 from metajax.learners._finetune import finetune, pretrain
 from metajax.learners._maml import maml, reptile
 from metajax.learners._metric import prototypical
 
-__all__ = ["finetune", "maml", "pretrain", "prototypical", "reptile"]
+__all__ = ["bayesian", "finetune", "maml", "pretrain", "prototypical", "reptile"]
