@@ -61,7 +61,12 @@ LEARNERS = {
     "maml_support_statistics": Row(learners.maml(_CONV, _SGD, 2), True, _CONV, _SGD, class_axes=_HEAD),
     "reptile": Row(learners.reptile(_MLP, _RULE, 3), model=_MLP, rule=_RULE, class_axes=_HEAD),
     "bayesian": Row(
-        learners.bayesian(_MLP, _SGD, 2, adapts="head", beta=0.2, scale=0.5), False, _MLP, _SGD, "head", beta=0.2,
+        learners.bayesian(_MLP, _SGD, 2, adapts="head", beta=0.2, scale=0.5),
+        False,
+        _MLP,
+        _SGD,
+        "head",
+        beta=0.2,
         class_axes={f"{part}/{path}": axis for part in ("mean", "log_scale") for path, axis in _HEAD.items()},
     ),
     "prototypical": Row(learners.prototypical(_BACKBONE)),
