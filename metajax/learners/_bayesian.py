@@ -45,7 +45,7 @@ def bayesian(
 
     with the hyper-prior `h` of the first paper: standard normal means, precisions from Gamma(1, 0.01). Expectations are
     means over weights drawn by reparameterisation from the key. Without a key all is deterministic: the mean stands for
-    the draws, and a log-scale moves by the divergence alone.
+    the draws, and the log-scales stay those of the prior.
 
     `beta` and `gamma` are what the second paper adds to balance fidelity to the prior against reconstruction: the
     divergence sums over weights, many more than the examples of a mean loss. There the mean and the scale of the
