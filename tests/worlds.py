@@ -32,6 +32,7 @@ class Row(NamedTuple):
       model: its network.
       rule: the inner optimizer, where the learner has an inner problem.
       adapts: what adapts, and `proximal`: the weight of the proximal term.
+      beta: weight of the divergence where the parameters are a Gaussian, 0 where they are those of the network.
       class_axes: path of a parameter to the axis that counts classes.
     """
 
@@ -41,6 +42,7 @@ class Row(NamedTuple):
     rule: optax.GradientTransformation | None = None
     adapts: str | None = None
     proximal: float = 0.0
+    beta: float = 0.0
     class_axes: dict[str, int] = {}  # noqa: RUF012 - never written
 
 
@@ -58,6 +60,15 @@ LEARNERS = {
     "maml_proximal": Row(learners.maml(_MLP, _SGD, 2, proximal=0.5), False, _MLP, _SGD, proximal=0.5, class_axes=_HEAD),
     "maml_support_statistics": Row(learners.maml(_CONV, _SGD, 2), True, _CONV, _SGD, class_axes=_HEAD),
     "reptile": Row(learners.reptile(_MLP, _RULE, 3), model=_MLP, rule=_RULE, class_axes=_HEAD),
+    "bayesian": Row(
+        learners.bayesian(_MLP, _SGD, 2, adapts="head", beta=0.2, scale=0.5),
+        False,
+        _MLP,
+        _SGD,
+        "head",
+        beta=0.2,
+        class_axes={f"{part}/{path}": axis for part in ("mean", "log_scale") for path, axis in _HEAD.items()},
+    ),
     "prototypical": Row(learners.prototypical(_BACKBONE)),
     "prototypical_cosine": Row(learners.prototypical(_BACKBONE, distance="cosine")),
     "finetune": Row(learners.finetune(_BACKBONE, optax.sgd(0.5), 3)),
@@ -316,33 +327,47 @@ def by_hand(name: str, steps: int | None = None, seed: int = 0) -> tuple[Any, An
 
 
 def loop_by_hand(row: Row, meta_params: Any, episode: metajax.Episode, steps: int) -> tuple[Any, Any, Any]:
-    """MAML and Reptile as a loop in Python, without the learner, the inner loop or an estimator.
+    """Learners with an inner loop as a loop in Python, without the learner, the inner loop or an estimator.
 
     Padding rows are cut off and the loss is written out. Returns the adapted weights (all of them), the gradient
-    of the query loss there (through support statistics), and the displacement.
+    of the query loss there (through support statistics) as adapted and meta-parameters move together, and the
+    displacement.
     """
-    picks = lambda path: row.adapts is None or path.startswith(row.adapts)  # noqa: E731
+    picks = lambda path: row.adapts is None or row.adapts in path  # noqa: E731
     flat = {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(meta_params)}
     treedef = jax.tree.structure(meta_params)
     start = {path: leaf for path, leaf in flat.items() if picks(path)}
+
+    def tree(weights: dict[str, Any]) -> Any:
+        return jax.tree.unflatten(treedef, [weights[path] for path in flat])
 
     def cut(part: metajax.Examples) -> tuple[Any, Any]:
         kept = np.asarray(part.mask)
         return part.inputs[kept], np.asarray(part.targets)[kept]
 
     def apply(weights: dict[str, Any], inputs: Any, stats: Any = None) -> tuple[Any, Any]:
-        tree = jax.tree.unflatten(treedef, [weights[path] for path in flat])
+        parameters = tree(weights)["mean"] if row.beta else tree(weights)
         if "stats" in row.model.needs:
-            return row.model.apply(tree, inputs, mask=None, stats=stats)
-        return row.model.apply(tree, inputs), None
+            return row.model.apply(parameters, inputs, mask=None, stats=stats)
+        return row.model.apply(parameters, inputs), None
 
     def loss(weights: dict[str, Any], inputs: Any, targets: Any, stats: Any = None) -> Any:
         logits = apply(weights, inputs, stats)[0][:, :PRESENT]
         return jnp.mean(jax.nn.logsumexp(logits, axis=1) - logits[np.arange(len(targets)), targets])
 
+    def divergence(weights: dict[str, Any], prior: dict[str, Any]) -> Any:
+        """Of the Gaussians; 0 without."""
+        total = 0.0
+        for path in [path for path in weights if path.startswith("log_scale")]:
+            ratio, mean = jnp.exp(2 * (weights[path] - prior[path])), path.replace("log_scale", "mean")
+            moved = (weights[mean] - prior[mean]) ** 2 / jnp.exp(2 * prior[path])
+            total += 0.5 * jnp.sum(ratio + moved - 1 - jnp.log(ratio))
+        return total
+
     def support_loss(fast: dict[str, Any]) -> Any:
         away = sum(jnp.sum((fast[path] - start[path]) ** 2) for path in fast)
-        return loss({**flat, **fast}, *cut(episode.support)) + 0.5 * row.proximal * away
+        regulariser = 0.5 * row.proximal * away + row.beta * divergence(fast, start)
+        return loss({**flat, **fast}, *cut(episode.support)) + regulariser
 
     fast, rule_state = start, row.rule.init(start)
     slope = jax.jit(jax.grad(support_loss))
@@ -350,15 +375,15 @@ def loop_by_hand(row: Row, meta_params: Any, episode: metajax.Episode, steps: in
         change, rule_state = row.rule.update(slope(fast), rule_state, fast)
         fast = {path: fast[path] + change[path] for path in fast}
     adapted = {**flat, **fast}
+    moved = {path: adapted[path] - flat[path] for path in flat}
 
-    def query_loss(weights: dict[str, Any]) -> Any:
-        return loss(weights, *cut(episode.query), apply(weights, cut(episode.support)[0])[1])
-
-    def tree(weights: dict[str, Any]) -> Any:
-        return jax.tree.unflatten(treedef, [weights[path] for path in flat])
+    def query_loss(prior: dict[str, Any]) -> Any:
+        weights = {path: prior[path] + moved[path] for path in prior}
+        value = loss(weights, *cut(episode.query), apply(weights, cut(episode.support)[0])[1])
+        return value + row.beta * divergence(weights, prior)
 
     return (
         tree(adapted),
-        tree(jax.jit(jax.grad(query_loss))(adapted)),
-        tree({path: flat[path] - adapted[path] for path in flat}),
+        tree(jax.jit(jax.grad(query_loss))(flat)),
+        tree({path: -moved[path] for path in flat}),
     )

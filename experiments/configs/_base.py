@@ -57,12 +57,15 @@ def base() -> ConfigDict:
             # "lora" both.
             "adapter": {"name": "", "rank": 8, "where": ""},
             "learner": {
-                "name": "prototypical",  # maml, reptile, prototypical, finetune
+                "name": "prototypical",  # maml, reptile, bayesian, prototypical, finetune
                 "distance": "euclidean",  # prototypical: euclidean or cosine
                 "scale": 0.0,  # prototypical: of its logits; 0 is 1 for Euclidean distances and 10 for cosines
-                "adapts": "",  # maml, reptile: path regex of what adapts; "" all
+                "adapts": "",  # maml, reptile, bayesian: path regex of what adapts; "" all
                 "proximal": 0.0,  # maml: weight of the proximal term
                 "batch_size": 0,  # reptile: examples in an inner step; 0 all
+                "beta": 0.01,  # bayesian: weight of the divergence of a task's posterior from the prior
+                "deviation": 0.1,  # bayesian: standard deviation of a weight in the first prior
+                "samples": 1,  # bayesian: draws of the weights in an inner step and in the outer loss
                 "head": "linear",  # finetune: linear or cosine
             },
             # mixed_mode, unrolled, first_order, displacement, finite_difference, forward_mode, implicit, sama

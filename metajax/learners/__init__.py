@@ -1,8 +1,9 @@
 """Learners, one family a file."""
 
+from metajax.learners._bayesian import bayesian
 from metajax.learners._finetune import finetune, pretrain
 from metajax.learners._in_context import in_context
 from metajax.learners._maml import maml, reptile
 from metajax.learners._metric import prototypical
 
-__all__ = ["finetune", "in_context", "maml", "pretrain", "prototypical", "reptile"]
+__all__ = ["bayesian", "finetune", "in_context", "maml", "pretrain", "prototypical", "reptile"]

@@ -20,7 +20,7 @@ from metajax.core._types import Hypergrad, Learner, Loss, Model, Params
 from metajax.training import _checkpoint
 
 Config = Mapping[str, Any]
-LEARNERS = ("maml", "reptile", "prototypical", "finetune")
+LEARNERS = ("maml", "reptile", "bayesian", "prototypical", "finetune")
 ESTIMATORS = (  # those that need no argument
     "displacement", "finite_difference", "first_order", "forward_mode", "implicit", "mixed_mode", "sama", "unrolled"
 )  # fmt: skip
@@ -143,9 +143,16 @@ def _learners(
             batch_size=learner["batch_size"] or None, adapts=learner["adapts"] or None, **losses,
         )  # fmt: skip
         return built, built
+    if name == "bayesian":
+        built = learners.bayesian(
+            _model(config, outputs), rule, steps, adapts=learner["adapts"] or None,
+            beta=learner["beta"], scale=learner["deviation"], samples=learner["samples"], **losses,
+        )  # fmt: skip
+        return built, built
     if regression or language:
         raise ValueError(
-            f"learner.name must be 'maml' or 'reptile' for {config['data']['name']}, which has no classes, got {name!r}"
+            f"learner.name must be 'maml', 'reptile' or 'bayesian' for {config['data']['name']}, which has no classes, "
+            f"got {name!r}"
         )
     features = _model(config, None)
     if name == "prototypical":

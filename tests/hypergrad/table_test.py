@@ -46,7 +46,7 @@ def test_rows(name, estimator):
     assert jax.tree.structure(grads) == jax.tree.structure(params)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
     assert worlds.dot(grads, grads) > 0
-    if estimator not in CARRIED and name != "reptile":  # a key lets Reptile draw minibatches
+    if estimator not in CARRIED and name not in ("reptile", "bayesian"):  # a key draws minibatches, and weights
         np.testing.assert_allclose(loss, worlds.outer_loss(name)(params, episode), rtol=1e-12)
     assert aux["outputs"].shape == (9, worlds.WAYS)
     (again, _), same = compiled(name, estimator)(params, episode, key=KEY)

@@ -1,7 +1,7 @@
 """Records what `transformers` computes with the models of transformers_cases.py, into transformers.json.
 
-    pip install torch transformers safetensors
-    python tests/parity/record_transformers.py
+pip install torch transformers safetensors
+python tests/parity/record_transformers.py
 """
 
 import json
