@@ -6,11 +6,14 @@ python tests/parity/record_transformers.py
 
 import json
 import pathlib
+import sys
 import tempfile
 
 import torch
 import transformers
 import transformers_cases as cases
+
+TEXTS = ["Set an alarm for 7 o'clock, please.", "How much money is in my account?", "Ünïcode: naïve café"]
 
 
 def main() -> None:
@@ -33,8 +36,24 @@ def main() -> None:
                 )
                 found = found.logits if hasattr(found, "logits") else found.last_hidden_state
         recorded[family] = found.double().numpy().round(7).tolist()
+    recorded["minilm"] = _minilm(sys.argv[1])
     path = pathlib.Path(__file__).with_name("transformers.json")
     path.write_text(json.dumps(recorded) + "\n", encoding="utf-8")
+
+
+def _minilm(folder: str) -> dict[str, object]:
+    """Means of the hidden states of real weights."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
+    given = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        hidden = model(**given).last_hidden_state
+    kept = given["attention_mask"][..., None].float()
+    means = (hidden * kept).sum(1) / kept.sum(1)
+    tokens = [
+        ids[: int(mask.sum())].tolist() for ids, mask in zip(given["input_ids"], given["attention_mask"], strict=True)
+    ]
+    return {"texts": TEXTS, "tokens": tokens, "means": means.double().numpy().round(6).tolist()}
 
 
 if __name__ == "__main__":
