@@ -52,9 +52,10 @@ def base() -> ConfigDict:
                 "normalisation": "batch",  # conv4, resnet12: batch (transductive), support, layer, group, none
                 "hidden": (40, 40),  # mlp
             },
-            # vit, decoder: lora or ia3 beside the kernels that a path regex picks ("": those of its paper). What an
-            # adapter adds adapts inside of a task with learner.adapts, and alone is trained with outer.trainable,
-            # "lora" both.
+            # vit, decoder, pretrained: lora, ia3, bitfit, bottleneck or prefix beside the kernels that a path regex
+            # picks ("": those of its paper), or prompt. rank is of lora, units of a bottleneck, positions of a prefix
+            # or prompt. What an adapter adds adapts inside of a task with learner.adapts, and alone is trained with
+            # outer.trainable: "lora" both.
             "adapter": {"name": "", "rank": 8, "where": ""},
             "learner": {
                 "name": "prototypical",  # maml, reptile, bayesian, prototypical, finetune

@@ -1,4 +1,4 @@
-"""Adapters of few parameters for large models: low-rank paths, learned scales, learned prompts.
+"""Adapters of few parameters for large models: low-rank paths, scales, shifts, bottlenecks, prefixes, prompts.
 
 An adapter is an edit of a parameter tree. It wraps a `Model`: `init` gives the tree of the model with small leaves
 beside the kernels, `apply` computes with them, and all else (learners, estimators, checkpoints) sees one more `Model`.
@@ -6,13 +6,14 @@ A path regex then says what adapts inside a task and what is meta-trained:
 
 - `learners.maml(lora(model), inner, steps, adapts="lora")` and `outer_update(..., trainable="lora")`: the base is
   frozen, an argument that all tasks share. It is never copied for a task and has no gradient.
-- `adapts="head"` (ANIL) and `adapts="bias|scale"` (BitFit) pick leaves that a model has already: they need no adapter.
+- `adapts="head"` (ANIL) and `adapts="bias"` (BitFit) pick leaves that a model has already: they need no adapter.
 
 A pretrained model gets its adapters by `attach`, and adapted weights become plain ones by `merge`.
 """
 
 from metajax.adapters._adapter import attach, count, merge
+from metajax.adapters._outputs import bitfit, bottleneck, prefix
 from metajax.adapters._prompt import prompt
 from metajax.adapters._weights import ia3, lora
 
-__all__ = ["attach", "count", "ia3", "lora", "merge", "prompt"]
+__all__ = ["attach", "bitfit", "bottleneck", "count", "ia3", "lora", "merge", "prefix", "prompt"]

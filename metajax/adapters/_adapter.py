@@ -37,13 +37,16 @@ class Apply:
 
 
 class Weight:
-    """A kernel and what an adapter puts beside it, as one leaf of the edited parameters: `inputs @ weight`."""
+    """A kernel and what an adapter puts beside it, as one leaf of the edited parameters: `inputs @ weight`.
+
+    Subclasses of adapters that fold have `merged` too.
+    """
 
     __array_ufunc__ = None  # NumPy inputs leave the product to the weight
 
     def merged(self) -> jax.Array:
         """The one array that does the same."""
-        raise NotImplementedError
+        raise ValueError("model must multiply by its kernels for this adapter, got one that reads them as arrays")
 
     def __getitem__(self, index: Any) -> jax.Array:
         return self.merged()[index]  # how layers of flax.nnx that know nothing of adapters ask for a kernel
@@ -60,7 +63,7 @@ def adapted(apply: Apply) -> Model:
     Raises:
       ValueError: the model has an adapter of this name already.
     """
-    taken = [part.name for part in _chain(apply.model)]
+    taken = names_of(apply.model)
     if apply.name in taken:
         raise ValueError(f"model must have no adapter called {apply.name!r} yet, got one with {', '.join(taken)}")
 
@@ -69,6 +72,11 @@ def adapted(apply: Apply) -> Model:
         return apply.add(apply.model.init(model_key, inputs), key)
 
     return Model(init, apply, apply.model.needs)
+
+
+def names_of(model: Model) -> list[str]:
+    """The names of the adapters of a model, the outermost first."""
+    return [part.name for part in _chain(model)]
 
 
 def _chain(model: Model) -> list[Apply]:
@@ -84,8 +92,8 @@ def _adapters(model: Model) -> list[Apply]:
     chain = _chain(_validate.instance("model", model, Model))
     if not chain:
         raise ValueError(
-            "model must be what lora, ia3 or prompt returned (without a wrapper such as mixed_precision around it), "
-            f"got {model!r}"
+            "model must be what a function of metajax.adapters returned (without a wrapper such as mixed_precision "
+            f"around it), got {model!r}"
         )
     return chain
 
@@ -102,12 +110,12 @@ def attach(model: Model, params: Params, *, key: jax.Array) -> Params:
     """Adds the leaves of a model's adapters to parameters that lack them, such as pretrained ones.
 
     Args:
-      model: what `lora`, `ia3` or `prompt` returned, or several of them one in the other.
+      model: what `lora` or another adapter returned, or several of them one in the other.
       params: parameters of the plain model, or of one that has some of the adapters. No leaf is changed or copied.
       key: PRNG key of the new leaves.
 
     Returns:
-      Parameters of `model`. Its outputs are those of the plain model, unless it has a prompt.
+      Parameters of `model`. Its outputs are those of the plain model, unless it has a prompt or a prefix.
 
     Raises:
       ValueError: a model without adapters, or what `model.init` would refuse.
@@ -138,8 +146,8 @@ def merge(model: Model, params: Params) -> Params:
       Parameters of the plain model that give the same outputs, up to rounding; a weight keeps its type.
 
     Raises:
-      ValueError: a model without adapters, parameters without their leaves, or a prompt among the adapters, which no
-        weight can hold. The leaf of a prompt passes through `merge(lora(plain), params)`.
+      ValueError: a model without adapters, parameters without their leaves, or an adapter that no weight can hold,
+        such as a prompt. The leaf of a prompt passes through `merge(lora(plain), params)`.
 
     >>> import jax, jax.numpy as jnp, metajax
     >>> base = metajax.models.decoder(100, width=16, depth=2, heads=4)

@@ -98,12 +98,12 @@ def lora(
         *depth, inputs, outputs = kernel.shape
         if rank > min(inputs, outputs):
             raise ValueError(f"rank must be at most {min(inputs, outputs)} for {path} {kernel.shape}, got {rank}")
-        dtype = _learned(kernel)
+        dtype = learned(kernel)
         a = jax.random.normal(key, (*depth, inputs, rank), dtype) * inputs**-0.5
         return {f"{name}_a": a, f"{name}_b": jnp.zeros((*depth, rank, outputs), dtype)}
 
     build = lambda kernel, leaves: LowRank(kernel, leaves[f"{name}_a"], leaves[f"{name}_b"], scale)  # noqa: E731
-    return _beside_kernels(model, name, (f"{name}_a", f"{name}_b"), where, make, build)
+    return beside_kernels(model, name, (f"{name}_a", f"{name}_b"), where, make, build)
 
 
 def ia3(model: Model, *, where: _tree.Where = "(key|value|up)/kernel") -> Model:
@@ -134,22 +134,25 @@ def ia3(model: Model, *, where: _tree.Where = "(key|value|up)/kernel") -> Model:
 
     def make(key: jax.Array, path: str, kernel: Any) -> dict[str, jax.Array]:
         del key, path
-        return {"ia3": jnp.ones((*kernel.shape[:-2], kernel.shape[-1]), _learned(kernel))}
+        return {"ia3": jnp.ones((*kernel.shape[:-2], kernel.shape[-1]), learned(kernel))}
 
-    return _beside_kernels(model, "ia3", ("ia3",), where, make, lambda kernel, leaves: Scaled(kernel, leaves["ia3"]))
+    return beside_kernels(model, "ia3", ("ia3",), where, make, lambda kernel, leaves: Scaled(kernel, leaves["ia3"]))
 
 
-def _learned(kernel: Any) -> Any:
+def learned(kernel: Any) -> Any:
+    """The type of what an adapter learns beside a kernel: float32 at least."""
     return jnp.promote_types(kernel.dtype, jnp.float32)
 
 
-def _beside_kernels(
+def beside_kernels(
     model: Model,
     name: str,
     names: tuple[str, ...],
     where: _tree.Where,
     make: Callable[[jax.Array, str, Any], dict[str, jax.Array]],
     build: Callable[[Any, dict[str, jax.Array]], Weight],
+    *,
+    folds: bool = True,
 ) -> Model:
     """An adapter with leaves `names` beside the kernels that `where` picks.
 
@@ -160,6 +163,7 @@ def _beside_kernels(
       where: picks kernels.
       make: `(key, path, kernel) -> leaves`.
       build: `(kernel, leaves) -> weight`, what stands for the kernel while the model computes.
+      folds: whether one array can do what the weight does.
     """
     _validate.instance("model", model, Model)
 
@@ -199,7 +203,7 @@ def _beside_kernels(
             raise absent(name)
         return params, inputs
 
-    return adapted(Apply(name, model, add, edit))
+    return adapted(Apply(name, model, add, edit, folds))
 
 
 def _edit_groups(tree: Any, visit: Callable[[str, dict[str, Any]], dict[str, Any]], path: str = "") -> Any:

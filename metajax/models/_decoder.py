@@ -37,9 +37,13 @@ class _Block(nnx.Module):
         """Args: mask: of the keys, those `before` included, which are `[n or 1, ..., kv_heads, size]`."""
         normed = self.attention_norm(values)
         query, key, value = (heads_of(part(normed), self.size) for part in (self.query, self.key, self.value))
-        query, key = (rotary(part, self.theta, positions) for part in (query, key))
-        new = {"key": key, "value": value}
+        own = slice(key.shape[1] - query.shape[1], None)  # what is in front of them, a learned prefix, has no position
+        new = {"key": rotary(key[:, own], self.theta, positions), "value": value[:, own]}
+        query = rotary(query, self.theta, positions)
         seen = new if before is None else {name: after(before[name], new[name]) for name in new}
+        if own.start:
+            front = {"key": key[:, : own.start], "value": value[:, : own.start]}
+            seen = {name: after(front[name], seen[name]) for name in seen}
         values = values + self.out(attend(query, seen["key"], seen["value"], mask, causal=True))
         normed = self.mlp_norm(values)
         return values + self.down(jax.nn.silu(self.gate(normed)) * self.up(normed)), new

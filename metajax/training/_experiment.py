@@ -236,9 +236,12 @@ def _adapted(model: Model, config: Config) -> Model:
     if not config["name"]:
         return model
     where = {"where": config["where"]} if config["where"] else {}
-    if _validate.one_of("adapter.name", config["name"], ("lora", "ia3")) == "ia3":
-        return adapters.ia3(model, **where)
-    return adapters.lora(model, rank=config["rank"], **where)
+    sizes: dict[str, dict[str, Any]] = {  # the argument that adapter.rank gives
+        "lora": {"rank": config["rank"]}, "ia3": {}, "bitfit": {}, "bottleneck": {"size": config["rank"]},
+        "prefix": {"length": config["rank"]}, "prompt": {"length": config["rank"]},
+    }  # fmt: skip
+    name = _validate.one_of("adapter.name", config["name"], tuple(sizes))
+    return getattr(adapters, name)(model, **sizes[name], **where)
 
 
 def _transform(config: Config) -> data.Transform | None:

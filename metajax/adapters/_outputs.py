@@ -1,0 +1,180 @@
+"""Adapters of what a kernel gives: bottlenecks behind it, shifts, and learned keys and values in front of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from metajax.adapters._adapter import Weight, names_of
+from metajax.adapters._weights import beside_kernels, learned
+from metajax.core import _tree, _validate
+from metajax.core._types import Model
+
+_SPREAD = 0.02  # as the embeddings of transformers start
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Bottleneck(Weight):
+    """A kernel, and a small network behind it that is added to what it gives."""
+
+    kernel: Any
+    down: jax.Array
+    bias: jax.Array
+    up: jax.Array
+
+    def __rmatmul__(self, inputs: Any) -> jax.Array:
+        outputs = inputs @ self.kernel
+        down, bias, up = (leaf.astype(outputs.dtype) for leaf in (self.down, self.bias, self.up))
+        return outputs + jax.nn.gelu(outputs @ down + bias) @ up
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Shifted(Weight):
+    """A kernel whose outputs are shifted."""
+
+    kernel: Any
+    shift: jax.Array
+
+    def __rmatmul__(self, inputs: Any) -> jax.Array:
+        outputs = inputs @ self.kernel
+        return outputs + self.shift.astype(outputs.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Prefixed(Weight):
+    """A kernel with learned rows in front of what it gives for a text."""
+
+    kernel: Any
+    rows: jax.Array
+
+    def __rmatmul__(self, inputs: Any) -> jax.Array:
+        outputs = inputs @ self.kernel
+        front = jnp.broadcast_to(self.rows.astype(outputs.dtype), (*outputs.shape[:-2], *self.rows.shape))
+        return jnp.concatenate([front, outputs], axis=-2)
+
+
+def bottleneck(
+    model: Model, size: int = 16, *, where: _tree.Where = "(out|down)/kernel", name: str = "bottleneck"
+) -> Model:
+    """Adapters behind the two halves of each block (Houlsby et al. 2019): `y + gelu(y @ down + bias) @ up`.
+
+    `y` is what the kernel gives. A bias of the layer is added after that: the adapter's own bias stands for what it
+    would have added inside. The leaves `bottleneck_down` `[..., out, size]`, normal with variance 1 / out,
+    `bottleneck_bias` `[..., size]` and `bottleneck_up` `[..., size, out]`, both zero, stand beside `kernel`, so that
+    the outputs are at first those of `model`.
+
+    Args:
+      model: with layers that compute `inputs @ kernel`: those of `models.decoder`, `encoder` and `vit`, your own.
+      size: units between the two.
+      where: path regex or predicate, among the leaves called `kernel`; the form of Pfeiffer et al. 2021
+        (arXiv:2005.00247) is `"down/kernel"`.
+      name: what the leaves begin with.
+
+    Returns:
+      A `Model`; composes with the other adapters. No weight of the plain model can hold a nonlinearity: `merge` refuses
+      it.
+
+    Raises:
+      ValueError: as `lora`, for `size`.
+
+    Source: Houlsby et al. 2019, arXiv:1902.00751.
+
+    >>> import jax, jax.numpy as jnp, metajax
+    >>> model = metajax.adapters.bottleneck(metajax.models.decoder(100, width=16, depth=2, heads=4), 4)
+    >>> params = model.init(jax.random.key(0), jnp.zeros([1, 5], jnp.int32))
+    >>> metajax.adapters.count(params, "bottleneck")
+    528
+    """
+    _validate.positive_int("size", size)
+    names = (f"{name}_down", f"{name}_bias", f"{name}_up")
+
+    def make(key: jax.Array, path: str, kernel: Any) -> dict[str, jax.Array]:
+        del path
+        depth, outputs, dtype = kernel.shape[:-2], kernel.shape[-1], learned(kernel)
+        down = jax.random.normal(key, (*depth, outputs, size), dtype) * outputs**-0.5
+        leaves = (down, jnp.zeros((*depth, size), dtype), jnp.zeros((*depth, size, outputs), dtype))
+        return dict(zip(names, leaves, strict=True))
+
+    build = lambda kernel, leaves: _Bottleneck(kernel, *(leaves[leaf] for leaf in names))  # noqa: E731
+    return beside_kernels(model, name, names, where, make, build, folds=False)
+
+
+def bitfit(model: Model, *, where: _tree.Where = None) -> Model:
+    """BitFit (Ben Zaken et al. 2022) for layers without biases, as those of Llama are: learned shifts of their outputs.
+
+    Layers that have biases need no adapter: `adapts="bias"` picks them. The leaf `bitfit` `[..., out]`, zero, stands
+    beside `kernel`.
+
+    Args:
+      model: as `bottleneck` takes it.
+      where: path regex or predicate, among the leaves called `kernel`; None shifts what all of them give.
+
+    Returns:
+      A `Model`; composes with the other adapters. A kernel alone holds no shift: `merge` refuses it.
+
+    Raises:
+      ValueError: as `ia3`.
+
+    Source: Ben Zaken, Ravfogel and Goldberg 2022, arXiv:2106.10199.
+
+    >>> import jax, jax.numpy as jnp, metajax
+    >>> model = metajax.adapters.bitfit(metajax.models.decoder(100, width=16, depth=2, heads=4), where="blocks")
+    >>> params = model.init(jax.random.key(0), jnp.zeros([1, 5], jnp.int32))
+    >>> metajax.adapters.count(params, "bitfit")
+    416
+    """
+
+    def make(key: jax.Array, path: str, kernel: Any) -> dict[str, jax.Array]:
+        del key, path
+        return {"bitfit": jnp.zeros((*kernel.shape[:-2], kernel.shape[-1]), learned(kernel))}
+
+    build = lambda kernel, leaves: _Shifted(kernel, leaves["bitfit"])  # noqa: E731
+    return beside_kernels(model, "bitfit", ("bitfit",), where, make, build, folds=False)
+
+
+def prefix(model: Model, length: int, *, where: _tree.Where = "(key|value)/kernel") -> Model:
+    """Prefix tuning (Li and Liang 2021): learned keys and values in front of those of every text, in each block.
+
+    The leaf `prefix` `[..., length, out]` stands beside the kernels of keys and values. All tokens see the prefix,
+    which takes no position: learned keys are not rotated. A layer with a bias adds it to the learned rows too. They
+    start small, normal with deviation 0.02, and take attention at once: outputs differ from those of `model` at first.
+
+    Args:
+      model: `models.decoder`, `encoder` or `vit`, with prompts or none, and no other adapter: put those around it, as
+        in `lora(prefix(model, 8))`.
+      length: of the prefix, in positions.
+      where: path regex or predicate, among the leaves called `kernel`; must pick those of keys and values alike.
+
+    Returns:
+      A `Model`. No weight of the plain model can hold a prefix: `merge` refuses it.
+
+    Raises:
+      ValueError: as `ia3`, or `length` is below 1, or `model` has other adapters.
+
+    Source: Li and Liang 2021, arXiv:2101.00190.
+
+    >>> import jax, jax.numpy as jnp, metajax
+    >>> model = metajax.adapters.prefix(metajax.models.decoder(100, width=16, depth=2, heads=4), 3)
+    >>> params = model.init(jax.random.key(0), jnp.zeros([1, 5], jnp.int32))
+    >>> params["blocks"]["key"]["prefix"].shape
+    (2, 3, 16)
+    """
+    _validate.instance("model", model, Model)
+    _validate.positive_int("length", length)
+    others = [other for other in names_of(model) if other not in ("prompt", "prefix")]
+    if others:
+        raise ValueError(f"model must have no adapter that edits kernels yet, got one with {', '.join(others)}")
+
+    def make(key: jax.Array, path: str, kernel: Any) -> dict[str, jax.Array]:
+        del path
+        shape = (*kernel.shape[:-2], length, kernel.shape[-1])
+        return {"prefix": _SPREAD * jax.random.normal(key, shape, learned(kernel))}
+
+    build = lambda kernel, leaves: _Prefixed(kernel, leaves["prefix"])  # noqa: E731
+    return beside_kernels(model, "prefix", ("prefix",), where, make, build, folds=False)
