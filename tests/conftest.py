@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pathlib
 import sys
@@ -37,8 +38,16 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", f"error::{category}:metajax")
     if getattr(config.option, "dist", "no") == "load":
         config.option.dist = "loadfile"  # tests of a file share what they compiled
+        config.option.loadscopereorder = False  # files with few tests are not the quick ones: the doctests end the run
     if getattr(config, "cache", None) is not None:
         os.environ.setdefault("METAJAX_CACHE", str(config.cache.mkdir("metajax")))
+
+
+def pytest_collection_finish() -> None:
+    """What the imports left is kept out of every garbage collection, and these come less often (5 % of all time)."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
 
 
 @pytest.fixture(scope="session")

@@ -69,11 +69,11 @@ def test_import_brings_neither_tensorflow_nor_torch_nor_pyplot():
 def test_import_is_quick():
     """Under 2 s on an idle machine; processor time and a wide margin, since this one may be busy."""
     code = "import time, metajax; print(time.process_time())"
-    times = [
-        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-        for _ in range(3)
-    ]
-    assert min(times) < 4, times
+    times = []
+    while not times or (times[-1] >= 4 and len(times) < 3):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        times.append(float(done.stdout))
+    assert times[-1] < 4, times
 
 
 def test_the_package_works_without_tensorflow():

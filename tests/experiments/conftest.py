@@ -1,12 +1,12 @@
 """Small trained runs, and launchers as processes of their own."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
 
 import jax
+import launchers
 import numpy as np
 import pytest
 from PIL import Image
@@ -102,17 +102,17 @@ def wave_run(tmp_path_factory):
     )
 
 
-def _environment():
-    return {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-
-
 @pytest.fixture(scope="session")
 def launch():
-    """Runs `python -m experiments.NAME --flags`, and gives the finished process."""
+    """Runs `python -m experiments.NAME --flags`, in a fork or all of it, and gives the finished process."""
 
-    def run(name, *flags):
+    def run(name, *flags, forked=True):
         command = [sys.executable, "-m", f"experiments.{name}", *map(str, flags)]
-        return subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=120)
+        if forked:
+            return launchers.run(command)
+        return subprocess.run(
+            command, cwd=ROOT, env=launchers.environment(), capture_output=True, text=True, timeout=120
+        )
 
     return run
 
@@ -142,7 +142,9 @@ def refusals():
 
     def run(name, flags):
         command = [sys.executable, "-c", _REFUSALS, name, json.dumps([list(map(str, one)) for one in flags])]
-        done = subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            command, cwd=ROOT, env=launchers.environment(), capture_output=True, text=True, timeout=120
+        )
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])
 

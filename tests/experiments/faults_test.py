@@ -2,13 +2,27 @@
 
 import os
 import signal
+import types
 
+import launchers
 import numpy as np
 import pytest
 
 from experiments import _launch, faults
 
 _STEPS = 60
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forks():
+    """Its processes are forks of one that has imported the libraries."""
+
+    def start(command, env, **_):
+        return launchers.Forked(command, env={**env, "XLA_FLAGS": launchers.environment()["XLA_FLAGS"]})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(faults, "subprocess", types.SimpleNamespace(Popen=start, DEVNULL=None, PIPE=None))
+        yield
 
 
 @pytest.fixture(scope="module")

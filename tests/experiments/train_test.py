@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import os
 import pathlib
 import shutil
 import signal
@@ -10,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import launchers
 import pytest
 
 import metajax
@@ -37,7 +37,7 @@ def _results(workdir):
 @pytest.fixture(scope="module")
 def whole_run(launch, pictures, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("train") / "whole"
-    done = launch("train", *_flags(pictures, workdir))
+    done = launch("train", *_flags(pictures, workdir), forked=False)
     assert done.returncode == 0, done.stderr
     return workdir, done
 
@@ -67,10 +67,7 @@ def test_a_run_leaves_everything_about_itself(whole_run):
 def _stopped(workdir, pictures, sent, *more, step=15, **options):
     """Starts a run, sends it a signal when it has taken so many steps, and gives the process and what it told."""
     command = [sys.executable, "-m", "experiments.train", *_flags(pictures, workdir, "--resume", *more, **options)]
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it, with heirs
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    signal.signal(signal.SIGINT, before)
+    process = launchers.Forked(command)
     give_up = time.monotonic() + 100
     while time.monotonic() < give_up and process.poll() is None:
         if any(line["step"] >= step for line in metajax.training.read_metrics(workdir)):
@@ -198,8 +195,7 @@ def device_run(pictures, tmp_path_factory):
     """A run whose episodes are drawn on the device, where TensorFlow is not installed."""
     workdir = tmp_path_factory.mktemp("train") / "device"
     command = [sys.executable, "-c", _WITHOUT_TENSORFLOW, *_flags(pictures, workdir, _ON_DEVICE, steps=300)]
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=_ROOT, env=launchers.environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return workdir, done
 
@@ -380,7 +376,7 @@ def test_a_folder_that_another_process_writes_into_is_refused(whole_run, launch,
 def test_an_interrupt_while_the_first_step_compiles(pictures, tmp_path):
     workdir = tmp_path / "early"
     command = [sys.executable, "-m", "experiments.train", *_flags(pictures, workdir)]
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "0"}
+    environment = launchers.environment(JAX_ENABLE_COMPILATION_CACHE="0")
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it, with heirs
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     signal.signal(signal.SIGINT, before)
