@@ -7,12 +7,26 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from metajax import models
 from metajax.core._types import Model
 
 Config = Mapping[str, Any]
+HEAD = "head/kernel"  # of the pretrained model; a new head of other outputs is made anew
+
+
+class Layout(NamedTuple):
+    """How a leaf is stored: `stored` gives the shape in the file of a leaf's shape, `read` the leaf of a tensor."""
+
+    stored: Callable[[tuple[int, ...]], tuple[int, ...]]
+    read: Callable[[np.ndarray], np.ndarray]
+
+
+PLAIN = Layout(lambda shape: shape, lambda tensor: tensor)
+TRANSPOSED = Layout(lambda shape: shape[::-1], lambda tensor: tensor.T)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +37,12 @@ class Architecture:
       model: `(head, outputs, dtype, remat) -> Model`.
       heads: the heads that `model` knows; the first is the one of the pretrained model.
       names: names of tensors by the path of the leaf that they become; `{}` is the number of a block, whose tensors are
-        stacked. The kernel of a linear layer is stored transposed.
-      prefixes: what may stand in front of all names.
+        stacked.
+      prefixes: what may stand in front of names.
       kind: "text" or "image", of the inputs.
       positions: the most tokens of a text.
+      image: height, width and channels of an image.
+      layouts: by path, of leaves that are stored neither as they are nor, kernels, transposed.
     """
 
     model: Callable[..., Model]
@@ -35,6 +51,12 @@ class Architecture:
     prefixes: tuple[str, ...]
     kind: str
     positions: int | None = None
+    image: tuple[int, int, int] | None = None
+    layouts: dict[str, Layout] = dataclasses.field(default_factory=dict)
+
+    def layout(self, path: str) -> Layout:
+        """How the leaf of a path is stored."""
+        return self.layouts.get(path) or (TRANSPOSED if path.endswith("kernel") else PLAIN)
 
 
 def bert(config: Config) -> Architecture:
@@ -77,6 +99,84 @@ def bert(config: Config) -> Architecture:
     return Architecture(model, ("mean", "cls", "tokens", "span"), names, ("", "bert.", "roberta."), "text", positions)
 
 
+def llama(config: Config) -> Architecture:
+    """Llama, and Qwen2, whose queries, keys and values have biases."""
+    qwen = config["model_type"] == "qwen2"
+    _require(config, "hidden_act", ("silu",))
+    for name in ("attention_bias", "mlp_bias", "use_sliding_window"):
+        _require(config, name, (False,))
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise ValueError(f"rotary positions of config.json must be of type 'default', got {rope!r}")
+    width, heads = _number(config, "hidden_size"), _number(config, "num_attention_heads")
+    tied = bool(config.get("tie_word_embeddings", False))
+    sizes: dict[str, Any] = {
+        "width": width, "depth": _number(config, "num_hidden_layers"), "heads": heads,
+        "kv_heads": _number(config, "num_key_value_heads", heads), "hidden": _number(config, "intermediate_size"),
+        "head_size": config.get("head_dim") or width // heads,
+        "theta": rope.get("rope_theta", config.get("rope_theta", 1e4)),
+    }  # fmt: skip
+
+    def model(head: str, outputs: int | None, dtype: Any, remat: bool) -> Model:
+        return models.decoder(
+            _number(config, "vocab_size"), dtype=dtype, remat=remat, norm_epsilon=config.get("rms_norm_eps", 1e-6),
+            qkv_bias=qwen, tied=tied and outputs is None, outputs=head if outputs is None else outputs,  # type: ignore[arg-type]
+            **sizes,
+        )  # fmt: skip
+
+    layer = "layers.{}"
+    places = {part: f"{layer}.self_attn.{part[0]}_proj" for part in ("query", "key", "value", "out")}
+    places |= {part: f"{layer}.mlp.{part}_proj" for part in ("gate", "up", "down")}
+    names = {"embed/embedding": "embed_tokens.weight", **_norm("norm", "norm", bias=False)}
+    for part, place in places.items():
+        names |= _linear(f"blocks/{part}", place, bias=qwen and part in ("query", "key", "value"))
+    names |= _norm("blocks/attention_norm", f"{layer}.input_layernorm", bias=False)
+    names |= _norm("blocks/mlp_norm", f"{layer}.post_attention_layernorm", bias=False)
+    names[HEAD] = "lm_head.weight"
+    positions = _number(config, "max_position_embeddings")
+    return Architecture(model, ("tokens", "features"), names, ("model.", ""), "text", positions)
+
+
+def vit(config: Config) -> Architecture:
+    """The Vision Transformer."""
+    _require(config, "hidden_act", ("gelu",))
+    _require(config, "qkv_bias", (True,))
+    width, patch = _number(config, "hidden_size"), _number(config, "patch_size", 16)
+    channels, size = _number(config, "num_channels", 3), _number(config, "image_size", 224)
+    sizes: dict[str, Any] = {
+        "patch": patch, "width": width, "depth": _number(config, "num_hidden_layers"),
+        "heads": _number(config, "num_attention_heads"), "hidden": _number(config, "intermediate_size"),
+    }  # fmt: skip
+
+    def model(head: str, outputs: int | None, dtype: Any, remat: bool) -> Model:
+        epsilon = config.get("layer_norm_eps", 1e-12)
+        pooling: Any = head
+        return models.vit(outputs, pooling=pooling, dtype=dtype, remat=remat, norm_epsilon=epsilon, **sizes)
+
+    layer, attention = "encoder.layer.{}", "encoder.layer.{}.attention.attention"
+    places = {part: f"{attention}.{part}" for part in ("query", "key", "value")}
+    places |= {"out": f"{layer}.attention.output.dense", "up": f"{layer}.intermediate.dense"}
+    places |= {"down": f"{layer}.output.dense"}
+    names = {
+        "class_token": "embeddings.cls_token", "position": "embeddings.position_embeddings",
+        **_linear("embed", "embeddings.patch_embeddings.projection"), **_norm("norm", "layernorm"),
+        **_norm("blocks/attention_norm", f"{layer}.layernorm_before"),
+        **_norm("blocks/mlp_norm", f"{layer}.layernorm_after"),
+    }  # fmt: skip
+    for part, place in places.items():
+        names |= _linear(f"blocks/{part}", place)
+    layouts = {
+        "class_token": Layout(lambda shape: (1, 1, *shape), lambda tensor: tensor[0, 0]),
+        "position": Layout(lambda shape: (1, *shape), lambda tensor: tensor[0]),
+        "embed/kernel": Layout(
+            lambda shape: (shape[1], channels, patch, patch),
+            lambda tensor: tensor.transpose(2, 3, 1, 0).reshape(-1, tensor.shape[0]),
+        ),
+    }
+    image = (size, size, channels)
+    return Architecture(model, ("cls", "mean"), names, ("", "vit."), "image", image=image, layouts=layouts)
+
+
 def _linear(path: str, name: str, *, bias: bool = True) -> dict[str, str]:
     return {f"{path}/kernel": f"{name}.weight"} | ({f"{path}/bias": f"{name}.bias"} if bias else {})
 
@@ -99,4 +199,6 @@ def _require(config: Config, name: str, accepted: tuple[Any, ...]) -> None:
         raise ValueError(f"{name} of config.json must be {' or '.join(map(repr, accepted))}, got {value!r}")
 
 
-ARCHITECTURES: dict[str, Callable[[Config], Architecture]] = {"bert": bert, "roberta": bert, "xlm-roberta": bert}
+ARCHITECTURES: dict[str, Callable[[Config], Architecture]] = {
+    "bert": bert, "llama": llama, "qwen2": llama, "roberta": bert, "vit": vit, "xlm-roberta": bert,
+}  # fmt: skip

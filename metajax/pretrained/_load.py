@@ -16,9 +16,12 @@ import numpy as np
 from metajax.core import _tree, _validate
 from metajax.core._types import Model, Params
 from metajax.data import _tokens
+from metajax.models._wrap import as_floats
 from metajax.pretrained import _architectures
 from metajax.pretrained._tensors import Tensors
 
+_PREPROCESSOR = "preprocessor_config.json"
+_MEANS = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 _BUFFERS = ("position_ids", "rotary_emb.inv_freq")  # stored by some, computed by all
 
 
@@ -59,6 +62,7 @@ class PretrainedModel:
       kind: "text" or "image", of its inputs.
       tokenizer: of the tokenizers library, or None where the folder has none.
       max_length: the most tokens of a text, None for images.
+      image: height, width and channels of an image, None for texts.
       report: which tensors of the folder went where.
 
     >>> PretrainedModel.__name__
@@ -71,6 +75,7 @@ class PretrainedModel:
     kind: str
     tokenizer: Any = dataclasses.field(repr=False)
     max_length: int | None
+    image: tuple[int, int, int] | None
     report: Report = dataclasses.field(repr=False)
 
 
@@ -87,12 +92,14 @@ def load_pretrained_model(
 
     The folder holds config.json, model.safetensors (or model.safetensors.index.json and the files that it names) and,
     for texts, tokenizer.json. Pickled weights are never read. Architectures (`model_type`): bert (BERT, MiniLM, E5),
-    roberta, xlm-roberta.
+    roberta, xlm-roberta, llama, qwen2, vit. Images are normalised with the means of preprocessor_config.json, where it
+    is there.
 
     Args:
       path: the folder.
       head: what comes out; the architecture's own by default. Encoders: "mean" (of a text's tokens), "cls", "tokens" or
-        "span", as `models.encoder` describes them.
+        "span", as `models.encoder` describes them. Decoders: logits of "tokens", or "features" of a text. Vision
+        Transformers: "cls" or "mean".
       outputs: of a new linear layer on top, such as the ways of a task; None is features as they are.
       dtype: of the parameters, a floating-point type; bfloat16 halves a frozen base.
       remat: whether the backward pass computes blocks once more instead of keeping their activations.
@@ -115,7 +122,9 @@ def load_pretrained_model(
     folder = pathlib.Path(path)
     config, architecture, model = open_model(folder, head=head, outputs=outputs, dtype=dtype, remat=remat)
     tensors = Tensors(folder)
-    params, report = _read(architecture, model, tensors, jax.random.key(0) if key is None else key)
+    params, report = _read(
+        architecture, model, tensors, jax.random.key(0) if key is None else key, own_head=outputs is None
+    )
     tokenizer = None
     if architecture.kind == "text" and (folder / "tokenizer.json").is_file():
         assert architecture.positions is not None
@@ -126,7 +135,9 @@ def load_pretrained_model(
                 f"tokenizer.json of {str(folder)!r} must have at most {rows} tokens, the rows of the table of "
                 f"embeddings, got {size}: it is of another model"
             )
-    return PretrainedModel(model, params, config, architecture.kind, tokenizer, architecture.positions, report)
+    return PretrainedModel(
+        model, params, config, architecture.kind, tokenizer, architecture.positions, architecture.image, report
+    )
 
 
 def open_model(
@@ -151,7 +162,10 @@ def open_model(
         )
     architecture = names[config["model_type"]](config)
     head = _validate.one_of("head", architecture.heads[0] if head is None else head, architecture.heads)
-    return config, architecture, architecture.model(head, outputs, dtype, remat)
+    model = architecture.model(head, outputs, dtype, remat)
+    if architecture.kind == "image" and (folder / _PREPROCESSOR).is_file():
+        model = _normalised(model, _read_json(folder / _PREPROCESSOR))
+    return config, architecture, model
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
@@ -163,6 +177,22 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"path must be a folder with a config.json, got {str(folder)!r}")
+    return _read_json(path)
+
+
+def _normalised(model: Model, config: dict[str, Any]) -> Model:
+    """A model of images as a preprocessor_config.json wants them."""
+    mean, std = (np.asarray(config.get(name, default), np.float32) for name, default in _MEANS.items())
+    if not (mean.ndim == std.ndim == 1 and (std > 0).all()):
+        raise ValueError(f"{_PREPROCESSOR} must hold means and positive deviations of channels, got {mean} and {std}")
+
+    def apply(params: Params, images: Any, **needed: Any) -> Any:
+        return model.apply(params, (as_floats(images) - mean) / std, **needed)
+
+    return Model(model.init, apply, model.needs)
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -173,31 +203,32 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _read(
-    architecture: _architectures.Architecture, model: Model, tensors: Tensors, key: jax.Array
+    architecture: _architectures.Architecture, model: Model, tensors: Tensors, key: jax.Array, *, own_head: bool
 ) -> tuple[Params, Report]:
-    example = {"text": np.zeros([1, 1], np.int32), "image": None}[architecture.kind]
+    """Parameters of `model`; its head is that of the folder where it has its `own_head`, and else made anew."""
+    example = np.zeros([1, 1], np.int32) if architecture.image is None else np.zeros([1, *architecture.image], np.uint8)
     wanted = jax.eval_shape(model.init, key, example)
     prefix = _prefix(architecture, tensors)
     used: list[str] = []
     missing: list[str] = []
 
     def read(path: str, leaf: Any) -> Any:
-        if path not in architecture.names:
+        if path not in architecture.names or (path == _architectures.HEAD and not own_head):
             missing.append(path)
             return None
-        name = prefix + architecture.names[path]
+        name = architecture.names[path]
+        name = name if name in tensors else prefix + name
         blocks = leaf.shape[0] if "{}" in name else None
         shape = leaf.shape if blocks is None else leaf.shape[1:]
-        kernel = path.endswith("kernel")
+        layout = architecture.layout(path)
         parts = [name.format(block) for block in range(blocks or 1)]
         for part in parts:
-            _check(part, tensors, path, shape[::-1] if kernel else shape)
+            _check(part, tensors, path, layout.stored(shape))
         used.extend(parts)
         # block after block into the leaf: what is held twice is one tensor
         whole = np.empty((len(parts), *shape), leaf.dtype)
         for row, part in zip(whole, parts, strict=True):
-            tensor = tensors.read(part, leaf.dtype)
-            row[...] = tensor.T if kernel else tensor
+            row[...] = layout.read(tensors.read(part, leaf.dtype))
         return whole[0] if blocks is None else whole
 
     params = _tree.map_with_path(read, wanted)
