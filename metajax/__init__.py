@@ -4,7 +4,20 @@ A learner adapts to a task, an estimator differentiates through that, and `outer
 three are pure functions in NamedTuples, written for one task.
 """
 
-from metajax import adapters, data, evaluation, hypergrad, inner, learners, models, parallel, pretrained, training
+from metajax import (
+    adaptation,
+    adapters,
+    data,
+    evaluation,
+    hypergrad,
+    inner,
+    learners,
+    models,
+    parallel,
+    pretrained,
+    training,
+)
+from metajax.adaptation import FewShotClassifier, adapt_model, fast_adapt_model
 from metajax.core import (
     Episode,
     Examples,
@@ -19,12 +32,13 @@ from metajax.core import (
     inner_init,
     inner_update,
 )
-from metajax.pretrained import load_pretrained_model
+from metajax.pretrained import load_pretrained_model, save_pretrained_model
 from metajax.training import load_run, outer_update
 
 __all__ = [
     "Episode",
     "Examples",
+    "FewShotClassifier",
     "Hypergrad",
     "InnerProblem",
     "InnerState",
@@ -32,10 +46,13 @@ __all__ = [
     "MetaState",
     "Model",
     "OuterUpdate",
+    "adapt_model",
+    "adaptation",
     "adapters",
     "bilevel",
     "data",
     "evaluation",
+    "fast_adapt_model",
     "hypergrad",
     "inner",
     "inner_init",
@@ -47,5 +64,6 @@ __all__ = [
     "outer_update",
     "parallel",
     "pretrained",
+    "save_pretrained_model",
     "training",
 ]

@@ -6,12 +6,15 @@ A new one is a function from a config to an `Architecture`, and a row in `ARCHIT
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from metajax import models
+from metajax.core import _tree, _validate
 from metajax.core._types import Model
 
 Config = Mapping[str, Any]
@@ -177,6 +180,41 @@ def vit(config: Config) -> Architecture:
     return Architecture(model, ("cls", "mean"), names, ("", "vit."), "image", image=image, layouts=layouts)
 
 
+# Factories of `metajax.models` that a config of model_type "metajax" may name, and the kind of their inputs.
+FACTORIES: dict[str, tuple[Callable[..., Model], str]] = {
+    "conv4": (models.conv4, "image"), "encoder": (models.encoder, "text"), "resnet12": (models.resnet12, "image"),
+    "vit": (models.vit, "image"),
+}  # fmt: skip
+_GIVEN = ("outputs", "dtype", "remat")  # options that the loading call decides
+
+
+def own(config: Config) -> Architecture:
+    """What `save_pretrained_model` wrote: a factory of `metajax.models`, whose leaves are stored as they are."""
+    name, options = config.get("factory"), config.get("options", {})
+    _validate.one_of("factory of config.json", name, sorted(FACTORIES))
+    factory, kind = FACTORIES[str(name)]
+    known = inspect.signature(factory).parameters
+    accepted = [option for option in known if option not in _GIVEN]
+    if not isinstance(options, dict) or not set(options) <= set(accepted):
+        raise ValueError(f"options of config.json must be among {', '.join(accepted)} for {name}, got {options!r}")
+
+    def model(head: str, outputs: int | None, dtype: Any, remat: bool) -> Model:
+        given = {"dtype": dtype, "remat": remat, **({"head": head} if "head" in known else {})}
+        return factory(outputs=outputs, **{**options, **{key: given[key] for key in given if key in known}})
+
+    image = positions = None
+    if kind == "image":
+        height, width, channels = (_number(config.get("input", {}), part) for part in ("height", "width", "channels"))
+        image = (height, width, channels)
+    else:
+        positions = options.get("positions", known["positions"].default) - options.get("first_position", 0)
+    head = options.get("head", known["head"].default) if "head" in known else "features"
+    example = np.zeros([1, 1], np.int32) if image is None else np.zeros([1, *image], np.float32)
+    leaves = _tree.paths(jax.eval_shape(model(head, None, np.float32, False).init, jax.random.key(0), example))
+    names = {path: path for path in leaves}
+    return Architecture(model, (head,), names, ("",), kind, positions, image, dict.fromkeys(leaves, PLAIN))
+
+
 def _linear(path: str, name: str, *, bias: bool = True) -> dict[str, str]:
     return {f"{path}/kernel": f"{name}.weight"} | ({f"{path}/bias": f"{name}.bias"} if bias else {})
 
@@ -200,5 +238,5 @@ def _require(config: Config, name: str, accepted: tuple[Any, ...]) -> None:
 
 
 ARCHITECTURES: dict[str, Callable[[Config], Architecture]] = {
-    "bert": bert, "llama": llama, "qwen2": llama, "roberta": bert, "vit": vit, "xlm-roberta": bert,
+    "bert": bert, "llama": llama, "metajax": own, "qwen2": llama, "roberta": bert, "vit": vit, "xlm-roberta": bert,
 }  # fmt: skip

@@ -64,6 +64,8 @@ class PretrainedModel:
       max_length: the most tokens of a text, None for images.
       image: height, width and channels of an image, None for texts.
       report: which tensors of the folder went where.
+      options: what else the model is made of, to open it again: `head`, `outputs`, `dtype`, `remat`, and what
+        preprocessor_config.json holds.
 
     >>> PretrainedModel.__name__
     'PretrainedModel'
@@ -77,6 +79,7 @@ class PretrainedModel:
     max_length: int | None
     image: tuple[int, int, int] | None
     report: Report = dataclasses.field(repr=False)
+    options: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
 
 def load_pretrained_model(
@@ -92,8 +95,8 @@ def load_pretrained_model(
 
     The folder holds config.json, model.safetensors (or model.safetensors.index.json and the files that it names) and,
     for texts, tokenizer.json. Pickled weights are never read. Architectures (`model_type`): bert (BERT, MiniLM, E5),
-    roberta, xlm-roberta, llama, qwen2, vit. Images are normalised with the means of preprocessor_config.json, where it
-    is there.
+    roberta, xlm-roberta, llama, qwen2, vit, and metajax, which `save_pretrained_model` writes. Images are normalised
+    with the means of preprocessor_config.json, where it is there.
 
     Args:
       path: the folder.
@@ -135,8 +138,13 @@ def load_pretrained_model(
                 f"tokenizer.json of {str(folder)!r} must have at most {rows} tokens, the rows of the table of "
                 f"embeddings, got {size}: it is of another model"
             )
+    preprocessor = folder / _PREPROCESSOR
+    options = {
+        "head": head, "outputs": outputs, "dtype": jnp.dtype(dtype).name, "remat": remat,
+        "preprocessor": json.loads(preprocessor.read_text(encoding="utf-8")) if preprocessor.is_file() else None,
+    }  # fmt: skip
     return PretrainedModel(
-        model, params, config, architecture.kind, tokenizer, architecture.positions, architecture.image, report
+        model, params, config, architecture.kind, tokenizer, architecture.positions, architecture.image, report, options
     )
 
 

@@ -1,0 +1,284 @@
+"""A classifier of one task from a few examples of each class."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metajax.adaptation import _base, _tasks
+from metajax.adaptation._meta import MetaTrainedModel
+from metajax.core import _tree, _validate
+from metajax.core._types import Examples, Learner, Params, PyTree
+from metajax.data import _tokens
+from metajax.learners._forward import Adapted
+from metajax.pretrained import PretrainedModel, Report, open_model
+from metajax.pretrained._save import named, whole_folder
+from metajax.pretrained._tensors import WEIGHTS, Tensors, write
+
+_SIZES = (8, 16, 32, 48, 64)  # of support sets and of what is predicted at once; then multiples of the last
+_WAYS = 8  # classes come in multiples of it
+_FILE = "fast_model.json"
+_RATE = 2e-3  # of Adam
+
+
+@dataclasses.dataclass(frozen=True)
+class FastModel:
+    """A model adapted to one task by `fast_adapt_model`.
+
+    Attributes:
+      base: the pretrained model.
+      learner: which adapted it, and predicts.
+      rank: of the adapters.
+      adapted: what the learner predicts with: parameters, the mask of classes, and the head.
+      classes_: the labels of the task, sorted.
+
+    >>> FastModel.__name__
+    'FastModel'
+    """
+
+    base: PretrainedModel
+    learner: Learner = dataclasses.field(repr=False)
+    rank: int
+    adapted: Adapted = dataclasses.field(repr=False)
+    classes_: tuple[Any, ...]
+
+    def predict_proba(self, inputs: Any) -> np.ndarray:
+        """Probabilities `[n, ways]` of the classes in the order of `classes_`.
+
+        Args:
+          inputs: a list of texts, or uint8 images `[n, height, width, channels]`.
+
+        Raises:
+          ValueError: something else, an empty text (by its index), or images of another size.
+        """
+        read = _tasks.read_inputs(self.base, inputs)
+        logits = []
+        for first in range(0, len(inputs), _SIZES[-1]):
+            part = jax.tree.map(lambda leaf, first=first: leaf[first : first + _SIZES[-1]], read)
+            padded, mask = _pad(part)
+            found = _predict(self.adapted, padded, mask, learner=self.learner)
+            logits.append(np.asarray(found, np.float64)[mask, : len(self.classes_)])
+        return softmax(np.concatenate(logits))
+
+    def predict(self, inputs: Any) -> list[Any]:
+        """The labels of `inputs`, which are those of `predict_proba`."""
+        return [self.classes_[place] for place in self.predict_proba(inputs).argmax(axis=1)]
+
+    def score(self, inputs: Any, labels: Any) -> float:
+        """Accuracy on labelled inputs.
+
+        Raises:
+          ValueError: as `predict_proba`; labels are of another number, or one is none of `classes_`.
+        """
+        known, labels = set(self.classes_), list(labels)
+        unseen = [label for label in labels if label not in known]
+        if unseen:
+            listed = ", ".join(map(repr, self.classes_))
+            raise ValueError(f"labels must be among the classes of the support set, {listed}, got {unseen[0]!r}")
+        if len(labels) != len(inputs):
+            raise ValueError(f"labels must be one for each of the {len(inputs)} inputs, got {len(labels)}")
+        return float(np.mean([a == b for a, b in zip(self.predict(inputs), labels, strict=True)]))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Saves the model as a folder that `FastModel.load` reads, without the folder of the base.
+
+        It holds safetensors and JSON, all parameters of the base among them, and is there whole or not at all; a folder
+        of an earlier save is replaced.
+
+        Raises:
+          ValueError: another folder or a file is there.
+          ImportError: the safetensors library is not installed.
+        """
+        told = {
+            "classes": list(self.classes_), "rank": self.rank, "ways": len(np.asarray(self.adapted.class_mask)),
+            "options": {key: value for key, value in self.base.options.items() if key != "preprocessor"},
+        }  # fmt: skip
+        with whole_folder(path, _FILE) as folder:
+            (folder / "config.json").write_text(json.dumps(self.base.config, indent=2) + "\n", encoding="utf-8")
+            if self.base.options.get("preprocessor") is not None:
+                text = json.dumps(self.base.options["preprocessor"], indent=2) + "\n"
+                (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
+            if self.base.tokenizer is not None:
+                (folder / "tokenizer.json").write_text(self.base.tokenizer.to_str(), encoding="utf-8")
+            write(folder / WEIGHTS, named(_stored(self.adapted)))
+            (folder / _FILE).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> FastModel:
+        """Loads what `save` wrote.
+
+        Raises:
+          ValueError: the folder is none, or a file of it is damaged, lacks a tensor or holds one of another shape.
+        """
+        folder = pathlib.Path(path)
+        classes, rank, ways, options = _told(folder)
+        config, architecture, model = open_model(folder, **options)
+        base = PretrainedModel(
+            model, {}, config, architecture.kind, None, architecture.positions, architecture.image, Report((), (), ()),
+            {**options, "dtype": jnp.dtype(options["dtype"]).name, "preprocessor": _preprocessor(folder)},
+        )  # fmt: skip
+        shapes = jax.eval_shape(model.init, jax.random.key(0), _base.example_inputs(base))
+        made = _base.adaptable(dataclasses.replace(base, params=shapes), rank)
+        learner = _base.learner_of(made, "proto_maml", 0, _RATE)
+        example = _base.example_inputs(base)
+        support = Examples(example, np.zeros(2, int), np.ones(2, bool), np.arange(ways) < len(classes))
+        like = jax.eval_shape(learner.adapt, _base.abstract(base, made), support)
+        adapted = like._replace(**_read(folder, _stored(like)), class_mask=support.class_mask)
+        plain = _without(adapted.params, shapes)
+        tokenizer = None
+        if (folder / "tokenizer.json").is_file():
+            tokenizer = _tokens.load_tokenizer(
+                folder, architecture.positions or _tasks.MAX_TOKENS, user="FastModel.load"
+            )
+        return cls(dataclasses.replace(base, params=plain, tokenizer=tokenizer), learner, rank, adapted, classes)
+
+
+def fast_adapt_model(
+    model: PretrainedModel | MetaTrainedModel, task: Any, *, steps: int = 10, rate: float = _RATE, rank: int = 8
+) -> FastModel:
+    """Adapts a model to a new task by a few gradient steps on its examples, in one compiled call.
+
+    A pretrained model and a meta-trained one are adapted in the same way (Proto-MAML): a linear head on normalised
+    features starts as the class means, then `steps` steps of Adam train it together with the low-rank adapters, or with
+    the whole model where it has no attention. Examples are padded to a few static sizes, so that the next task of a
+    similar size compiles nothing.
+
+    Args:
+      model: what `load_pretrained_model` or `adapt_model` gives.
+      task: as `adapt_model` takes it, with all its examples as the support set. A source must be a
+        `metajax.data.ClassSource`.
+      steps: of Adam; 0 predicts by the class means.
+      rate: of Adam.
+      rank: of the adapters of a pretrained model; a meta-trained one has its own.
+
+    Returns:
+      A `FastModel` with `predict`, `predict_proba`, `score`, `save` and `classes_`.
+
+    Raises:
+      ValueError: what is given is no task, of another kind than the model, of one class, with an empty text (by its
+        index), or with images of another size; or an argument is out of range.
+
+    Source: Triantafillou et al. 2020, section 3.3, arXiv:1903.03096.
+
+    >>> import pathlib, tempfile, jax, numpy as np, metajax
+    >>> folder, options = pathlib.Path(tempfile.mkdtemp()) / "model", {"width": 8, "normalisation": "layer"}
+    >>> images = np.concatenate([np.full([4, 16, 16, 1], value, np.uint8) for value in (0, 255)])
+    >>> params = metajax.models.conv4(**options).init(jax.random.key(0), images)
+    >>> metajax.save_pretrained_model(folder, params, factory="conv4", options=options, image=(16, 16, 1))
+    >>> fast = fast_adapt_model(metajax.load_pretrained_model(folder), (images, ["dark"] * 4 + ["light"] * 4))
+    >>> fast.classes_, fast.predict_proba(images).shape
+    (('dark', 'light'), (8, 2))
+    """
+    _validate.int_at_least("steps", steps, 0)
+    rate = _validate.positive_float("rate", rate)
+    if isinstance(model, MetaTrainedModel):
+        base, rank, params = model.base, model.rank, model.params
+        made = _base.adaptable(base, rank)
+    else:
+        made = _base.adaptable(model, rank)
+        base, params = model, _base.start(model, made, 0)
+    inputs, labels, classes, _ = _tasks.read_task(base, task)
+    learner = _base.learner_of(made, "proto_maml", steps, rate)
+    padded, mask = _pad(inputs)
+    targets = np.zeros(len(mask), np.int32)
+    targets[: len(labels)] = labels
+    ways = -(-len(classes) // _WAYS) * _WAYS
+    support = Examples(padded, targets, mask, np.arange(ways) < len(classes))
+    moved, head, stats = _adapt(params, support, learner=learner, where=made.where)
+    if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(head)):
+        raise ValueError(f"rate must be low enough for a finite result, got {rate}: the adapted model is not finite")
+    kept = _tree.split(params, made.where)[1]  # the base itself: what comes out of the call is what moved
+    return FastModel(base, learner, rank, Adapted(_tree.merge(moved, kept), support.class_mask, stats, head), classes)
+
+
+@functools.partial(jax.jit, static_argnames=("learner", "where"))
+def _adapt(params: Params, support: Examples, *, learner: Learner, where: str | None) -> tuple[Params, Any, Any]:
+    adapted = learner.adapt(params, support)
+    return _tree.split(adapted.params, where)[0], adapted.head, adapted.stats
+
+
+@functools.partial(jax.jit, static_argnames=("learner",))
+def _predict(adapted: Adapted, inputs: PyTree, mask: Any, *, learner: Learner) -> jax.Array:
+    return learner.predict(adapted, inputs, mask=mask)
+
+
+def padded_size(count: int) -> int:
+    """The static size that holds `count` examples.
+
+    >>> padded_size(25), padded_size(65)
+    (32, 128)
+    """
+    return next((size for size in _SIZES if size >= count), -(-count // _SIZES[-1]) * _SIZES[-1])
+
+
+def _pad(inputs: PyTree) -> tuple[PyTree, np.ndarray]:
+    """Inputs with padding examples, and which are none `[size]`. Padding repeats no example: it is zeros."""
+    count = len(jax.tree.leaves(inputs)[0])
+    size = padded_size(count)
+    padded = jax.tree.map(lambda leaf: np.pad(leaf, [(0, size - count)] + [(0, 0)] * (leaf.ndim - 1)), inputs)
+    return padded, np.arange(size) < count
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities `[n, ways]` of logits."""
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def _stored(adapted: Adapted) -> dict[str, Any]:
+    """What of an adapted model lies in the file of tensors."""
+    return {"params": adapted.params, "stats": adapted.stats, "head": adapted.head}
+
+
+def _told(folder: pathlib.Path) -> tuple[tuple[Any, ...], int, int, dict[str, Any]]:
+    """Classes, rank, ways and the options of the model, as `save` wrote them."""
+    path = folder / _FILE
+    if not path.is_file():
+        raise ValueError(f"path must be a folder that FastModel.save wrote, with {_FILE}, got {str(folder)!r}")
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        classes, options = tuple(told["classes"]), {key: told["options"][key] for key in ("head", "outputs", "remat")}
+        rank, ways = _validate.positive_int("rank", told["rank"]), _validate.positive_int("ways", told["ways"])
+        options["dtype"] = jnp.dtype(told["options"]["dtype"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{str(path)!r} must hold classes, rank, ways and options ({error!r})") from error
+    if not 2 <= len(classes) <= ways or not all(isinstance(label, str | int) for label in classes):
+        raise ValueError(f"{str(path)!r} must hold 2 to {ways} classes, texts or integers, got {classes!r}")
+    return classes, rank, ways, options
+
+
+def _preprocessor(folder: pathlib.Path) -> Any:
+    path = folder / "preprocessor_config.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _read(folder: pathlib.Path, like: dict[str, Any]) -> dict[str, Any]:
+    """Tensors in the form of `like`.
+
+    Raises:
+      ValueError: one is missing or has another shape.
+    """
+    tensors = Tensors(folder)
+
+    def read(path: str, leaf: Any) -> jax.Array:
+        if path not in tensors or tensors.shape(path) != leaf.shape:
+            found = f"shape {tensors.shape(path)}" if path in tensors else "none"
+            raise ValueError(f"{str(folder / WEIGHTS)!r} must hold {path} of shape {leaf.shape}, got {found}")
+        return jnp.asarray(tensors.read(path, leaf.dtype))
+
+    return _tree.map_with_path(read, like)
+
+
+def _without(params: Params, plain: Params) -> Params:
+    """The leaves that a model without adapters has."""
+    if not isinstance(plain, dict):
+        return params
+    return {key: _without(params[key], plain[key]) for key in plain}

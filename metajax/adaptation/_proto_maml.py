@@ -1,0 +1,78 @@
+"""Proto-MAML: gradient steps from a linear head that says at first what prototypes say."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metajax.core import _inner, _losses, _tree
+from metajax.core._types import Examples, InnerProblem, Learner, Model, Params
+from metajax.learners._forward import Adapted, forward, masked, query_loss, support_stats
+from metajax.learners._metric import class_means
+
+_SCALE = 10.0  # of cosines, as in learners.prototypical
+_TINY = 1e-12
+
+
+def proto_maml(
+    model: Model,
+    inner: optax.GradientTransformation,
+    num_steps: int,
+    *,
+    adapts: _tree.Where,
+    distance: Literal["euclidean", "cosine"] = "cosine",
+) -> Learner:
+    """Proto-MAML (Triantafillou et al. 2020): a linear head made of the prototypes of the task, then an inner loop.
+
+    Before the first step it predicts what `learners.prototypical` predicts, so that it takes any ways and a single shot
+    already works. The meta-parameters are those of the model alone. With "cosine" the head acts on normalised features.
+
+    Args:
+      model: from inputs to features `[n, d]`.
+      inner: the inner update rule of the head and of what `adapts` picks.
+      num_steps: inner steps; 0 is possible.
+      adapts: path regex or predicate of the parameters of the model that adapt; None adapts all.
+      distance: of the prototypes.
+
+    Source: Triantafillou et al. 2020, section 3.3 (arXiv:1903.03096).
+    """
+
+    def features(params: Params, inputs: Any, mask: Any, key: Any, stats: Any = None) -> jax.Array:
+        found = forward(model, params, inputs, mask=mask, key=key, stats=stats)[0]
+        if distance == "euclidean":
+            return found
+        return found * jax.lax.rsqrt(jnp.sum(jnp.square(found), axis=-1, keepdims=True) + _TINY)
+
+    def logits(head: dict[str, jax.Array], values: jax.Array) -> jax.Array:
+        return values @ head["kernel"].T + head["bias"]
+
+    def init(meta_params: Params, support: Examples, key: Any) -> Params:
+        ways = _losses.count_ways(support)
+        means, _ = class_means(features(meta_params, support.inputs, support.mask, key), support, ways)
+        squares = jnp.sum(jnp.square(means), axis=-1)
+        if distance == "euclidean":  # -|x - c|^2 without |x|^2, which all classes share
+            head = {"kernel": 2 * means, "bias": -squares}
+        else:
+            head = {"kernel": _SCALE * means * jax.lax.rsqrt(squares + _TINY)[:, None], "bias": jnp.zeros_like(squares)}
+        return {"head": head, "model": _tree.split(meta_params, adapts, name="adapts")[0]}
+
+    def loss(params: Params, meta_params: Params, support: Examples, step: Any, key: Any) -> jax.Array:
+        del step
+        values = features(_tree.merge(params["model"], meta_params), support.inputs, support.mask, key)
+        outputs = masked(logits(params["head"], values), support.class_mask)
+        return _losses.mean_loss(_losses.cross_entropy, outputs, support)
+
+    def finish(params: Params, meta_params: Params, support: Examples, key: Any) -> Adapted:
+        everything = _tree.merge(params["model"], meta_params)
+        return Adapted(everything, support.class_mask, support_stats(model, everything, support, key), params["head"])
+
+    problem = InnerProblem(init, loss, lambda meta_params: inner, num_steps, finish)
+
+    def predict(adapted: Adapted, inputs: Any, *, mask: Any = None, key: Any = None) -> jax.Array:
+        values = features(adapted.params, inputs, mask, key, adapted.stats)
+        return masked(logits(adapted.head, values), adapted.class_mask)
+
+    return Learner(model.init, _inner.adaptation(problem), predict, query_loss(predict, _losses.cross_entropy), problem)
