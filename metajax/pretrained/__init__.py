@@ -1,5 +1,6 @@
 """Pretrained weights: from folders in the layout of Hugging Face to a `Model` and its parameters."""
 
+from metajax.pretrained._features import features
 from metajax.pretrained._load import PretrainedModel, Report, load_pretrained_model, open_model
 
-__all__ = ["PretrainedModel", "Report", "load_pretrained_model", "open_model"]
+__all__ = ["PretrainedModel", "Report", "features", "load_pretrained_model", "open_model"]
