@@ -21,6 +21,8 @@ def base() -> ConfigDict:
                 "domain": "",  # text: column of domains, or a .json file of labels by domain; "" none
                 "divides": "class",  # text: what splits hold, classes, or whole domains ("domain")
                 "names": {"train": (), "val": (), "test": ()},  # text: those of each split; none: 64, 16 and 20 %
+                "prefix": "",  # text: stands before every text, such as E5's "query: "
+                "long": "truncate",  # text: what becomes of texts of more tokens than length, truncate or refuse
                 "tokenizer": "",  # text: tokenizer.json, or its folder; "": model.path
                 "set": "",  # tfds: name of the set, such as cifar100
                 "splits": "",  # image_folder, tfds: published class lists, such as fc100; "" divides by 64, 16 and 20 %
@@ -47,6 +49,7 @@ def base() -> ConfigDict:
                 "heads": 8,  # vit, decoder
                 "patch": 4,  # vit: side of a patch in pixels
                 "dtype": "float32",  # vit, decoder, pretrained: of the parameters, float32 or bfloat16
+                "frozen": False,  # pretrained: nothing of it is trained; its features are computed once, and kept
                 "remat": True,  # pretrained: blocks are computed again in the backward pass, to save memory
                 "pool": False,  # conv4: halve by max pooling instead of stride
                 "normalisation": "batch",  # conv4, resnet12: batch (transductive), support, layer, group, none

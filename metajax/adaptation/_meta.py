@@ -77,10 +77,10 @@ def adapt_model(
 
     Args:
       model: what `load_pretrained_model` gives, or the result of a call before.
-      task: a folder or zip of `CLASS/NAME.png`; a file of texts with the columns `text` and `label` (.jsonl, .csv, .tsv,
-        or .json lists; see `metajax.data.text`); a pair `(inputs, labels)` of uint8 images `[n, height, width, channels]`
-        or a list of texts, and texts or integers; a source of `metajax.data` with classes; or a list of these, which
-        take turns at random. Texts are cut at 128 tokens.
+      task: a folder or zip of `CLASS/NAME.png`; a file of texts with the columns `text` and `label` (.jsonl, .csv,
+        .tsv, or .json lists; see `metajax.data.text`); a pair `(inputs, labels)` of uint8 images `[n, height, width,
+        channels]` or a list of texts, and texts or integers; a source of `metajax.data` with classes; or a list of
+        these, which take turns at random. Texts are cut at 128 tokens.
       steps: outer steps, of 4 episodes each.
       ways: classes of an episode; by default 5, or all where a task has fewer.
       shots: support examples of a class.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,21 @@ from metajax.data._sources import SPLITS, ClassSource
 from metajax.data._text_files import Row, read_json, read_rows, regular_file, text_files
 
 Path = str | os.PathLike[str]
+LONG = ("truncate", "refuse")
+
+
+class Encoded(NamedTuple):
+    """Texts as tokens.
+
+    Attributes:
+      inputs: `{"tokens": int32 [n, max_length], "mask": bool [n, max_length]}`, False where there is padding.
+      lengths: `[n]`, how many tokens each text has.
+      truncated: how many texts lost their ends.
+    """
+
+    inputs: dict[str, np.ndarray]
+    lengths: np.ndarray
+    truncated: int
 
 
 def text(
@@ -30,6 +45,8 @@ def text(
     parts: Sequence[str] | None = None,
     max_length: int = 128,
     length_buckets: Sequence[int] | None = None,
+    prefix: str = "",
+    on_long: str = "truncate",
     name: str | None = None,
 ) -> ClassSource:
     """Labelled text from files, as tokens; a label is a class.
@@ -67,9 +84,12 @@ def text(
         where `split_by` is "domain". None is 64 % train, 16 % val and 20 % test; `{"test": 1}` divides nothing.
       split_by: "class" or "domain": what `splits` divides.
       parts: keys of the .json files; by default those of "train", "val" and "test" that are there.
-      max_length: tokens of an example, special tokens included. Longer texts lose their ends.
+      max_length: tokens of an example, special tokens included.
       length_buckets: lengths that batches come in, ascending up to `max_length`; by default a quarter of it, a half and
         all of it. A batch has the smallest one that holds its longest text.
+      prefix: stands before every text, such as the "query: " that E5 was trained with.
+      on_long: what becomes of a text of more tokens than `max_length`: "truncate", it loses its end and is counted in
+        the source's `truncated`; or "refuse".
       name: what reports call it; by default the files.
 
     Returns:
@@ -79,7 +99,8 @@ def text(
     Raises:
       ValueError: a file is not there, not regular, too large, not UTF-8 or of an unknown extension; a column or part is
         missing; a row has too few or too many fields, is no JSON object, or has an empty text or label (each with file
-        and line); the tokenizer is none; a label has no domain or two; an argument is out of range.
+        and line), or too many tokens where those are refused; the tokenizer is none; a label has no domain or two; an
+        argument is out of range.
       ImportError: the tokenizers library is not installed.
 
     >>> text("no/such/file.tsv", tokenizer="tokenizer.json")
@@ -101,7 +122,6 @@ def text(
     elif domain is not None:
         by_label = _domains(domain)
     encoder = _tokens.load_tokenizer(tokenizer, max_length, user="text")
-    encoder.enable_truncation(max_length)
     rows = read_rows(paths, columns, parts)
     classes, of_row = _classes(rows, by_label, "domain" in columns)
     if split_by == "domain":
@@ -114,16 +134,17 @@ def text(
     for class_name in chosen if domain is not None else ():
         nodes.setdefault(classes[class_name], []).append(class_name)
     kept = [place for place, class_name in enumerate(of_row) if class_name in number]
-    tokens, lengths = _encode(encoder, [rows[place] for place in kept], max_length)
+    encoded = encode_rows(encoder, [rows[place] for place in kept], max_length, prefix=prefix, on_long=on_long)
     return ClassSource(
         name,
         split,
-        {"tokens": tokens, "mask": np.arange(max_length) < lengths[:, None]},
+        encoded.inputs,
         np.array([number[of_row[place]] for place in kept]),
         tuple(chosen),
         nodes=nodes,
-        lengths=lengths,
+        lengths=encoded.lengths,
         length_buckets=buckets,
+        truncated=encoded.truncated,
     )
 
 
@@ -167,22 +188,37 @@ def _classes(rows: Sequence[Row], by_label: dict[str, str] | None, column: bool)
     return classes, of_row
 
 
-def _encode(encoder: Any, rows: Sequence[Row], max_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens `[n, max_length]`, and how many each text has `[n]`."""
+def encode_rows(
+    encoder: Any, rows: Sequence[Row], max_length: int, *, prefix: str = "", on_long: str = "truncate"
+) -> Encoded:
+    """Tokenises texts; the arguments are those of `text`, and `encoder` is what `load_tokenizer` gives.
+
+    Raises:
+      ValueError: a text cannot be tokenised, gives no tokens, or is too long where such texts are refused.
+    """
+    _validate.one_of("on_long", on_long, LONG)
+    _validate.instance("prefix", prefix, str)
+    encoder.enable_truncation(max_length)
     tokens, lengths = np.zeros([len(rows), max_length], np.int32), np.zeros(len(rows), np.int32)
+    truncated = 0
     for first in range(0, len(rows), _tokens.BLOCK):
-        for place, ids in enumerate(_ids(encoder, rows[first : first + _tokens.BLOCK]), first):
+        for place, encoding in enumerate(_encode(encoder, rows[first : first + _tokens.BLOCK], prefix), first):
+            ids = encoding.ids
             if not ids:
                 raise ValueError(f"the text in {rows[place].where} gives no tokens")
+            if encoding.overflowing:
+                truncated += 1
+                if on_long == "refuse":
+                    raise ValueError(f"the text in {rows[place].where} has more than {max_length} tokens, max_length")
             tokens[place, : len(ids)] = ids
             lengths[place] = len(ids)
-    return tokens, lengths
+    return Encoded({"tokens": tokens, "mask": np.arange(max_length) < lengths[:, None]}, lengths, truncated)
 
 
-def _ids(encoder: Any, rows: Sequence[Row]) -> list[list[int]]:
+def _encode(encoder: Any, rows: Sequence[Row], prefix: str) -> list[Any]:
     try:
-        return [encoding.ids for encoding in encoder.encode_batch_fast([row.text for row in rows])]
+        return encoder.encode_batch_fast([prefix + row.text for row in rows])
     except Exception as error:  # which does not say which text it was
         if len(rows) == 1:
             raise ValueError(f"the text in {rows[0].where} cannot be tokenised ({error})") from error
-    return [ids for row in rows for ids in _ids(encoder, [row])]
+    return [encoding for row in rows for encoding in _encode(encoder, [row], prefix)]

@@ -21,7 +21,7 @@ class Row(NamedTuple):
 
     Attributes:
       text: as it stands in the file.
-      label: likewise.
+      label: likewise, "" where no column of labels is asked for.
       where: its place, for errors.
       domain: as it stands in the file, "" where no column of domains is asked for.
     """
@@ -80,7 +80,7 @@ def read_rows(paths: Sequence[pathlib.Path], columns: Mapping[str, str], parts: 
 
     Args:
       paths: what `text_files` gives.
-      columns: names of columns by the argument that gives them: "text", "label" and maybe "domain".
+      columns: names of columns by the argument that gives them: "text", and maybe "label" and "domain".
       parts: keys of the .json files, or None for "train", "val" and "test".
 
     Raises:
@@ -94,10 +94,38 @@ def read_rows(paths: Sequence[pathlib.Path], columns: Mapping[str, str], parts: 
         for where, values in _READERS[_kind(path)](read_content(path), repr(str(path)), columns, parts):
             found = zip(columns.items(), values, strict=True)
             checked = {argument: _value(where, argument, column, value) for (argument, column), value in found}
-            rows.append(Row(where=where, **checked))
+            rows.append(Row(where=where, **{"label": "", **checked}))
         if len(rows) == before:
             raise ValueError(f"{str(path)!r} has no rows")
     return rows
+
+
+def parts_of(path: pathlib.Path) -> tuple[str, ...]:
+    """The keys of a .json file of lists; () for a file of another kind, which has no parts.
+
+    Raises:
+      ValueError: as `read_content`, or it is no JSON object.
+    """
+    if _kind(path) != ".json":
+        return ()
+    return tuple(_object(read_content(path), repr(str(path))))
+
+
+def has_column(path: pathlib.Path, column: str) -> bool:
+    """Whether a file has a column of this name: the header of a table, or the first line of .jsonl, tells.
+
+    In a .json file of lists every text has a label, whatever that is called.
+
+    Raises:
+      ValueError: as `read_content`, or the first line is damaged.
+    """
+    content, kind, file = read_content(path), _kind(path), repr(str(path))
+    if kind == ".jsonl":
+        return column in next(json_lines(content, file), ("", {}))[1]
+    if kind == ".json":
+        return True
+    _, header = next(_records(content, file) if kind == ".csv" else _fields(content), (1, []))
+    return column in header
 
 
 def read_content(path: pathlib.Path) -> str:
@@ -188,21 +216,26 @@ def _lines(content: str) -> Iterator[tuple[int, str]]:
 
 
 def _tsv(content: str, file: str, columns: Mapping[str, str], parts: object) -> Iterator[tuple[str, list[Any]]]:
-    return _table(((number, line.split("\t")) for number, line in _lines(content)), file, columns)
+    return _table(_fields(content), file, columns)
 
 
 def _csv(content: str, file: str, columns: Mapping[str, str], parts: object) -> Iterator[tuple[str, list[Any]]]:
-    def records() -> Iterator[tuple[int, list[str]]]:
-        reader, number = csv.reader(io.StringIO(content, newline=""), strict=True), 1
-        try:
-            for fields in reader:
-                if fields:
-                    yield number, fields
-                number = reader.line_num + 1
-        except csv.Error as error:
-            raise ValueError(f"line {number} of {file} is no CSV as in RFC 4180 ({error})") from error
+    return _table(_records(content, file), file, columns)
 
-    return _table(records(), file, columns)
+
+def _fields(content: str) -> Iterator[tuple[int, list[str]]]:
+    return ((number, line.split("\t")) for number, line in _lines(content))
+
+
+def _records(content: str, file: str) -> Iterator[tuple[int, list[str]]]:
+    reader, number = csv.reader(io.StringIO(content, newline=""), strict=True), 1
+    try:
+        for fields in reader:
+            if fields:
+                yield number, fields
+            number = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"line {number} of {file} is no CSV as in RFC 4180 ({error})") from error
 
 
 def _table(
@@ -237,9 +270,7 @@ def _lists(
         raise ValueError(
             f"domain must map domains to labels for {file}, whose rows have no columns, got {columns['domain']!r}"
         )
-    whole = _json(content, file)
-    if not isinstance(whole, dict):
-        raise ValueError(f"{file} must be a JSON object of lists, got a {type(whole).__name__}")
+    whole = _object(content, file)
     chosen = [part for part in _PARTS if part in whole] if parts is None else parts
     missing = [part for part in chosen if part not in whole]
     if missing or not chosen:
@@ -253,6 +284,13 @@ def _lists(
             if not isinstance(entry, list) or len(entry) != 2:
                 raise ValueError(f"{where} must be [text, label]")
             yield where, entry
+
+
+def _object(content: str, file: str) -> dict[str, Any]:
+    whole = _json(content, file)
+    if not isinstance(whole, dict):
+        raise ValueError(f"{file} must be a JSON object of lists, got a {type(whole).__name__}")
+    return whole
 
 
 def _json(content: str, where: str) -> Any:

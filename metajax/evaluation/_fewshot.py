@@ -34,6 +34,7 @@ class Evaluation(NamedTuple):
         None where the first episode gave outputs that are not finite.
       spec: the size of the episodes.
       source: name and split of the source.
+      shuffled: whether the support labels were shuffled, which is a control.
 
     >>> import numpy as np
     >>> spec = EpisodeSpec(5, 1, 15)
@@ -56,6 +57,7 @@ class Evaluation(NamedTuple):
     transductive: bool | None
     spec: EpisodeSpec
     source: str
+    shuffled: bool = False
 
     def summary(self) -> str:
         """One line: `accuracy 98.71 +- 0.22 % (600 episodes)`, or `mse 0.1234 +- 0.0123 (600 episodes)`."""
@@ -76,6 +78,7 @@ class Evaluation(NamedTuple):
             "episodes": f"{self.episodes} (seed {self.seed})",
             "normalisation": self.normalisation or "not stated",
             "predictions": kinds[self.transductive],
+            **({"support": "labels shuffled (a control)"} if self.shuffled else {}),
         }
         return "\n".join([*(f"{name:<13}  {value}" for name, value in rows.items()), self.summary()])
 
@@ -106,6 +109,7 @@ def evaluate(
     num_steps: int | None = None,
     batch: int = 20,
     normalisation: str | None = None,
+    shuffle_support: bool = False,
     key: jax.Array | None = None,
 ) -> Evaluation:
     """Evaluates meta-parameters on a fixed list of episodes.
@@ -132,6 +136,8 @@ def evaluate(
       num_steps: inner steps, where the learner takes a number; None is the learner's own.
       batch: episodes in one compiled call.
       normalisation: the policy of the model, stated beside the result.
+      shuffle_support: whether the labels of each support set are shuffled among its examples, episode k by `seed` and k
+        alone. Accuracy then stands at chance, unless predictions come from elsewhere than the support set.
       key: PRNG key for learners that draw (episode k folds in k); None is deterministic.
 
     Returns:
@@ -158,7 +164,11 @@ def evaluate(
     batch = min(_validate.positive_int("batch", batch), episodes)
     params = jax.tree.map(settled, params)
 
-    chunk = episode_batch(source, spec, seed=seed, start=0, count=batch)
+    def draw(start: int) -> Episode:
+        chunk = episode_batch(source, spec, seed=seed, start=start, count=batch)
+        return _shuffled(chunk, seed, start) if shuffle_support else chunk
+
+    chunk = draw(0)
     first: Episode = jax.tree.map(lambda leaf: leaf[0], chunk)
     metric = _metrics.metric_of(first.query.targets)
     # Also the first trace: what does not fit raises here, before anything is computed.
@@ -171,7 +181,7 @@ def evaluate(
     for start in range(0, episodes, batch):
         if start:
             # The last chunk is drawn in full too, and its surplus left out: one shape, one compilation.
-            chunk = episode_batch(source, spec, seed=seed, start=start, count=batch)
+            chunk = draw(start)
         if not np.any(chunk.query.mask, axis=-1).all():
             raise ValueError(f"{name} gives an episode without query examples, from {start} to {start + batch - 1}")
         pending.append(run(params, chunk, key, start))
@@ -179,7 +189,21 @@ def evaluate(
             pending[-2] = np.asarray(pending[-2])
     values = np.concatenate([np.asarray(scores) for scores in pending])[:episodes].astype(np.float64)
     mean, ci95 = _metrics.mean_and_interval(values)
-    return Evaluation(metric, mean, ci95, values, episodes, seed, normalisation, transductive, spec, name)
+    return Evaluation(
+        metric, mean, ci95, values, episodes, seed, normalisation, transductive, spec, name, shuffle_support
+    )
+
+
+def _shuffled(episodes: Episode, seed: int, start: int) -> Episode:
+    """The episodes `start` and on, with the labels of each support set in another order among the kept examples."""
+    support = episodes.support
+    order = np.tile(np.arange(support.mask.shape[1]), (len(support.mask), 1))
+    for index, (line, mask) in enumerate(zip(order, support.mask, strict=True), start):
+        kept = np.flatnonzero(mask)
+        line[kept] = np.random.default_rng([seed, index]).permutation(kept)
+    rows = np.arange(len(order))[:, None]
+    targets = jax.tree.map(lambda leaf: leaf[rows, order], support.targets)
+    return episodes._replace(support=support._replace(targets=targets))
 
 
 def predict(

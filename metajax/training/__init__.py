@@ -3,7 +3,7 @@
 from metajax.training._augment import augment
 from metajax.training._callbacks import Progress, Recorder, Saving, Validation, read_metrics
 from metajax.training._checkpoint import CheckpointError, Checkpoints, warm_start
-from metajax.training._data import image_options, open_source
+from metajax.training._data import image_options, open_out_of_scope, open_source, text_options
 from metajax.training._device_loop import fit_on_device
 from metajax.training._divergence import LossSpike, Rollback, SkipLimit, Spikes, skip_nonfinite
 from metajax.training._experiment import Experiment, build, load_config, load_run, normalisation
@@ -39,9 +39,11 @@ __all__ = [
     "load_config",
     "load_run",
     "normalisation",
+    "open_out_of_scope",
     "open_source",
     "outer_update",
     "read_metrics",
     "skip_nonfinite",
+    "text_options",
     "warm_start",
 ]

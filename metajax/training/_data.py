@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from metajax import data
+from metajax import data, pretrained
 from metajax.core import _validate
+from metajax.data._text_files import parts_of, text_files
 
 Config = Mapping[str, Any]
 _Open = Callable[[str, str, dict[str, Any]], data.Source]  # (path, split, fields)
@@ -15,7 +16,7 @@ _Open = Callable[[str, str, dict[str, Any]], data.Source]  # (path, split, field
 _LATER = {
     "set": "", "splits": "", "cache_mib": 0, "vocab": 256, "length": 64,
     "test_path": "", "val_path": "", "text": "text", "label": "label", "domain": "", "divides": "class", "names": {},
-    "tokenizer": "", "buckets": (),
+    "tokenizer": "", "buckets": (), "prefix": "", "long": "truncate",
 }  # fmt: skip
 _MADE, _CHARACTERS = ("glyphs", "sinusoids", "cycles"), ("glyphs", "omniglot")
 _CHARACTER = 28  # pixels, where data.size is 0
@@ -28,7 +29,8 @@ def open_source(config: Config, split: str, *, path: str | None = None) -> data.
     Args:
       config: a mapping of the fields that `experiments/configs` document.
       split: "train", "val" or "test".
-      path: instead of `data.path`, other data of the same kind.
+      path: instead of `data.path`, other data of the same kind. Of texts, all labels are classes of the split "test",
+        and domains do not matter.
 
     Raises:
       ValueError: an unknown source, a missing path, or what the source itself refuses.
@@ -37,12 +39,11 @@ def open_source(config: Config, split: str, *, path: str | None = None) -> data.
     >>> open_source(maml_sinusoids.get_config(), "test").split
     'test'
     """
-    fields = {**_LATER, **config["data"]}
-    fields["tokenizer"] = fields["tokenizer"] or config["model"].get("path", "")
+    fields = _fields(config)
     name = _validate.one_of("data.name", fields["name"], tuple(_SOURCES))
     if name == "glyphs" and path:  # a run on glyphs, looked at on images from elsewhere
         return data.image_folder(path, split=split, **image_options(config))
-    path = path or fields["path"]
+    given, path = path, path or fields["path"]
     if name in _MADE and path:
         raise ValueError(f"data.path must be empty for {name}, which are made and not read, got {path!r}")
     if not path and name not in (*_MADE, "tfds"):
@@ -52,7 +53,78 @@ def open_source(config: Config, split: str, *, path: str | None = None) -> data.
     for field, having in (("set", ("tfds",)), ("splits", ("tfds", "image_folder"))):
         if fields[field] and name not in having:
             raise ValueError(f"data.{field} is for {' and '.join(having)}, not for {name}, got {fields[field]!r}")
-    return _SOURCES[name](path, split, fields)
+    if name == "text" and given:
+        fields |= {"names": {"test": 1}, "domain": "", "divides": "class", "test_path": given}
+        if split != "test":
+            raise ValueError(f"split must be 'test' for other texts, which are not divided, got {split!r}")
+    return _features(config, _SOURCES[name](path, split, fields))
+
+
+def open_out_of_scope(config: Config, *, path: str | None = None) -> data.ClassSource | None:
+    """Opens the texts of no class that stand beside the test classes of a run on text, as in CLINC150.
+
+    Args:
+      config: a mapping of the fields that `experiments/configs` document.
+      path: as for `open_source`.
+
+    Returns:
+      A source of one class, of the parts of the file whose names begin with "oos"; None where there are none, as in all
+      files but .json.
+
+    Raises:
+      ValueError: what the source itself refuses.
+
+    >>> from experiments.configs import maml_sinusoids
+    >>> open_out_of_scope(maml_sinusoids.get_config())
+    """
+    fields = _fields(config)
+    if fields["name"] != "text":
+        return None
+    (file,) = text_files(path or fields["test_path"] or fields["path"])
+    parts = [part for part in parts_of(file) if part.startswith("oos")]
+    if not parts:
+        return None
+    return _features(config, data.text(file, split="test", splits={"test": 1}, parts=parts, **text_options(config)))
+
+
+def text_options(config: Config) -> dict[str, Any]:
+    """How texts from outside become tokens like those of the run.
+
+    >>> from experiments.configs import proto_lora_clinc
+    >>> text_options(proto_lora_clinc.get_config())["max_length"]
+    24
+    """
+    fields = _fields(config)
+    return {
+        "tokenizer": fields["tokenizer"], "text": fields["text"], "label": fields["label"],
+        "max_length": fields["length"], "length_buckets": tuple(fields["buckets"]) or None,
+        "prefix": fields["prefix"], "on_long": fields["long"],
+    }  # fmt: skip
+
+
+def _fields(config: Config) -> dict[str, Any]:
+    fields = {**_LATER, **config["data"]}
+    fields["tokenizer"] = fields["tokenizer"] or config["model"].get("path", "")
+    return fields
+
+
+def _features(config: Config, source: Any) -> Any:
+    """The source, or features of its texts where the config freezes the model that computes them."""
+    if not config["model"].get("frozen", False):
+        return source
+    if config["data"]["name"] != "text":
+        raise ValueError(
+            f"model.frozen must be False for {config['data']['name']}, which is no labelled text, got True"
+        )
+    base = frozen_base(config)
+    return pretrained.features(base.model, base.params, source)
+
+
+def frozen_base(config: Config) -> pretrained.PretrainedModel:
+    """The pretrained model of a config that freezes it."""
+    fields = config["model"]
+    dtype = _validate.one_of("model.dtype", fields["dtype"], ("float32", "bfloat16"))
+    return pretrained.load_pretrained_model(fields["path"], head=fields["head"] or None, dtype=dtype)
 
 
 def image_options(config: Config) -> dict[str, Any]:
@@ -94,11 +166,11 @@ def _published(name: str) -> _Open:
 
 
 def _text(path: str, split: str, fields: dict[str, Any]) -> data.Source:
-    names = {split: list(names) for split, names in fields["names"].items() if names}
+    named = {split: names if isinstance(names, int) else list(names) for split, names in fields["names"].items()}
     return data.text(
-        fields.get(f"{split}_path") or path, split=split, tokenizer=fields["tokenizer"], text=fields["text"],
-        label=fields["label"], domain=fields["domain"] or None, split_by=fields["divides"], splits=names or None,
-        max_length=fields["length"], length_buckets=tuple(fields["buckets"]) or None,
+        fields.get(f"{split}_path") or path, split=split, domain=fields["domain"] or None, split_by=fields["divides"],
+        splits={split: names for split, names in named.items() if names} or None,
+        **text_options({"data": fields, "model": {}}),
     )  # fmt: skip
 
 

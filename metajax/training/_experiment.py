@@ -90,7 +90,8 @@ def build(config: Config, *, num_classes: int | None = None) -> Experiment:
     _validate.int_at_least("seed", config["seed"], 0)
     _validate.int_at_least("evaluation.seed", config["evaluation"]["seed"], 0)
     _validate.one_of("hypergrad.name", config["hypergrad"]["name"], ESTIMATORS)
-    start = functools.partial(_pretrained_params, config, spec.max_ways) if _is_pretrained(config) else None
+    begins = _is_pretrained(config) and not _is_frozen(config)
+    start = functools.partial(_pretrained_params, config, spec.max_ways) if begins else None
     eval_steps = _validate.int_at_least("inner.eval_steps", config["inner"]["eval_steps"], 0) or None
     return Experiment(
         learner, trained, getattr(hypergrad, config["hypergrad"]["name"])(), _outer_optimizer(config["outer"]),
@@ -158,9 +159,10 @@ def _learners(
     if name == "prototypical":
         built = learners.prototypical(features, distance=learner["distance"], scale=learner.get("scale") or None)
         return built, built
-    if _is_pretrained(config):
+    if _is_pretrained(config) and not _is_frozen(config):
         raise ValueError(
-            f"learner.name must be 'maml', 'reptile' or 'prototypical' for pretrained models, got {name!r}"
+            f"learner.name must be 'maml', 'reptile' or 'prototypical' for pretrained models that are not frozen, got "
+            f"{name!r}"
         )
     head = learner["head"]
     return learners.finetune(features, rule, steps, head=head), learners.pretrain(features, num_classes or 1, head=head)
@@ -172,6 +174,16 @@ def _model(config: Config, outputs: int | None) -> Model:
     if not fields["hidden"]:
         raise ValueError(f"model.hidden must hold at least one width, got {fields['hidden']!r}")
     adapter = config.get("adapter", {"name": ""})  # runs of old do not have it
+    if _is_frozen(config):
+        if name != "pretrained" or adapter["name"]:
+            raise ValueError(
+                f"model.frozen must be False for {adapter['name'] or name}, which holds what is trained, got True"
+            )
+        return (
+            Model(lambda key, inputs: {}, lambda params, inputs: inputs)
+            if outputs is None
+            else models.mlp(outputs, hidden=())
+        )
     if name == "pretrained":
         return _adapted(
             pretrained.open_model(pathlib.Path(fields["path"]), **_pretrained_options(config, outputs))[2], adapter
@@ -208,6 +220,11 @@ def _resnet_widths(width: int, depth: int) -> tuple[int, ...]:
 
 def _is_pretrained(config: Config) -> bool:
     return config["model"]["name"] == "pretrained"
+
+
+def _is_frozen(config: Config) -> bool:
+    """Whether the sources give features of the pretrained model, which is then no part of what is trained."""
+    return config["model"].get("frozen", False)  # runs of old do not have it
 
 
 def _pretrained_options(config: Config, outputs: int | None) -> dict[str, Any]:
@@ -325,7 +342,7 @@ def load_run(workdir: str | pathlib.Path, *, checkpoint: str = "last") -> tuple[
     if checkpoint == "start":
         if experiment.start is None:
             raise ValueError(
-                "checkpoint must be 'last' or 'best' for a run that began with no pretrained weights, got 'start'"
+                "checkpoint must be 'last' or 'best' for a run that trains no pretrained weights, got 'start'"
             )
         return experiment.learner, jax.tree.map(np.asarray, experiment.start())
     params, _ = _checkpoint.restore_params(pathlib.Path(workdir) / "checkpoints", kind=checkpoint)

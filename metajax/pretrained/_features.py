@@ -1,0 +1,93 @@
+"""Features of a frozen model, computed once and kept on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from metajax.core import _validate
+from metajax.core._types import Model, Params
+from metajax.data import _cache
+from metajax.data._sources import ClassSource, cut_to, read
+
+_BATCH = 64  # examples of a call
+
+
+def features(model: Model, params: Params, source: ClassSource, *, cache: bool = True) -> ClassSource:
+    """What a frozen model makes of the examples of a source, as a source of vectors.
+
+    Where nothing below the head is trained, every episode sees the same features, and so they are computed once: in
+    batches, by one compiled function for each length bucket. They are kept in the folder that METAJAX_CACHE names, or
+    else in `~/.cache/metajax`, under a hash of the program, the parameters and the inputs. A damaged file is replaced.
+
+    Args:
+      model: from inputs to features `[n, d]`; each example has features of its own.
+      params: its parameters.
+      source: of the examples.
+      cache: whether features are looked for on disk, and kept there.
+
+    Returns:
+      The same classes, examples and nodes, with inputs float32 `[n, d]`.
+
+    Raises:
+      ValueError: `source` has no examples by class, or `model` needs statistics of a whole batch.
+
+    >>> import metajax
+    >>> model = metajax.models.mlp(outputs=3)
+    >>> source = ClassSource("toy", "train", np.eye(4), np.arange(4) % 2, ("a", "b"))
+    >>> params = model.init(jax.random.key(0), source.inputs)
+    >>> features(model, params, source, cache=False).inputs.shape
+    (4, 3)
+    """
+    _validate.instance("model", model, Model)
+    _validate.instance("source", source, ClassSource)
+    if model.needs:
+        raise ValueError(f"model must map each example by itself, got one that needs {', '.join(model.needs)}")
+    params = jax.tree.map(jax.numpy.asarray, params)
+    apply = jax.jit(model.apply)
+
+    def make() -> dict[str, np.ndarray]:
+        return {"features": _compute(apply, params, source)}
+
+    made = _cache.cached(_key(apply, params, source), make) if cache else make()
+    return dataclasses.replace(source, inputs=made["features"], lengths=None, length_buckets=(), length_axis=1)
+
+
+def _compute(apply: Any, params: Params, source: ClassSource) -> np.ndarray:
+    count = len(source.labels)
+    buckets = np.array(source.length_buckets or (0,))
+    lengths = np.zeros(count, int) if source.lengths is None else source.lengths
+    of_row = np.searchsorted(buckets, lengths) if source.length_buckets else np.zeros(count, int)
+    whole: np.ndarray | None = None
+    for bucket in np.unique(of_row):
+        rows = np.flatnonzero(of_row == bucket)
+        for start in range(0, len(rows), _BATCH):
+            some = rows[start : start + _BATCH]
+            # the last batch is filled with copies: one shape, one compilation
+            found = np.asarray(apply(params, _inputs(source, np.resize(some, _BATCH), buckets[bucket])), np.float32)
+            if whole is None:
+                whole = np.empty((count, *found.shape[1:]), np.float32)
+            whole[some] = found[: len(some)]
+    assert whole is not None  # a source has examples
+    return whole
+
+
+def _inputs(source: ClassSource, rows: np.ndarray, length: int) -> Any:
+    return jax.tree.map(lambda leaf: read(cut_to(source, leaf, leaf, length), rows), source.inputs)
+
+
+def _key(apply: Any, params: Params, source: ClassSource) -> str:
+    """Everything that the features depend on: the program, its parameters, the inputs and their buckets."""
+    digest = hashlib.sha256()
+    example = _inputs(source, np.zeros(_BATCH, int), (source.length_buckets or (0,))[-1])
+    digest.update(apply.lower(params, example).as_text().encode())
+    for path, leaf in jax.tree.leaves_with_path((params, source.inputs)):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    digest.update(repr(source.length_buckets).encode())
+    return f"features {digest.hexdigest()}"
