@@ -160,6 +160,11 @@ def open_model(
 
     Raises:
       ValueError: there is no config, or its architecture or `head` is not supported.
+
+    >>> open_model(pathlib.Path("no/such/folder"))
+    Traceback (most recent call last):
+      ...
+    ValueError: path must be a folder with a config.json, got 'no/such/folder'
     """
     config = read_config(folder)
     names = _architectures.ARCHITECTURES

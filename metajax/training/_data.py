@@ -166,7 +166,9 @@ def _published(name: str) -> _Open:
 
 
 def _text(path: str, split: str, fields: dict[str, Any]) -> data.Source:
-    named = {split: names if isinstance(names, int) else list(names) for split, names in fields["names"].items()}
+    named: dict[str, Any] = {
+        split: names if isinstance(names, int) else list(names) for split, names in fields["names"].items()
+    }
     return data.text(
         fields.get(f"{split}_path") or path, split=split, domain=fields["domain"] or None, split_by=fields["divides"],
         splits={split: names for split, names in named.items() if names} or None,
