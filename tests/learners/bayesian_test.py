@@ -133,6 +133,7 @@ def test_predictions_average_probabilities_and_without_a_key_take_the_mean(x64):
     np.testing.assert_allclose(loss, 0.5 * np.mean((x @ mean) ** 2 + spread**2), rtol=0.02)
 
 
+@pytest.mark.slow
 def test_low_rank_adapters_share_the_frozen_base():
     model = adapters.lora(models.decoder(7, width=8, depth=1, heads=2), rank=2)
     tokens = jnp.array(np.random.default_rng(0).integers(0, 7, size=(3, 2, 5)))

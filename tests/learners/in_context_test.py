@@ -72,7 +72,9 @@ def params():
     return scattered(BASE)
 
 
-@pytest.mark.parametrize("name", ["one token", "two tokens", "a learned prompt"])
+@pytest.mark.parametrize(
+    "name", ["one token", *(pytest.param(name, marks=pytest.mark.slow) for name in ("two tokens", "a learned prompt"))]
+)
 def test_it_is_the_text_read_whole(name):
     model = adapters.prompt(BASE, 2) if name == "a learned prompt" else BASE
     labels = [[10], [11], [13]] if name == "one token" else LABELS
@@ -179,6 +181,7 @@ def test_meta_training_lowers_the_loss_on_other_tasks():
     assert np.min(np.mean(np.reshape(losses, [20, 5]), axis=1)) < 0.5, losses
 
 
+@pytest.mark.slow
 def test_adapters_alone_are_trained(params):
     model = adapters.lora(BASE, rank=2)
     learner = learners.in_context(model, labels=[10, 11], separator=SEPARATOR)

@@ -95,6 +95,7 @@ def test_refusals():
             model.apply((), inputs)
 
 
+@pytest.mark.slow
 def test_maml_over_lora_learns_which_choice_is_right():
     """A task names the right choice by its only token: what the support says, and nothing else tells."""
     rng = np.random.default_rng(0)

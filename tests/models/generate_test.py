@@ -100,6 +100,7 @@ def test_padding_follows_the_stop(params):
         assert found["tokens"][row].tolist() == kept + [0] * (LENGTH - len(kept))
 
 
+@pytest.mark.slow
 def test_jit_and_tasks(params):
     """Tasks share the base and have adapters and prompts of their own; each stops by itself."""
     model = MODELS["lora"]
@@ -121,6 +122,7 @@ def test_jit_and_tasks(params):
     assert np.any(found["tokens"][0] != found["tokens"][1])
 
 
+@pytest.mark.slow
 def test_drawn_tokens_have_the_frequencies_of_the_softmax(params):
     prompt, temperature, draws = PROMPTS[1], 2.0, 4000
     logits = growing(BASE, params, prompt, 1)[1][0] / temperature
@@ -135,6 +137,7 @@ def test_drawn_tokens_have_the_frequencies_of_the_softmax(params):
     assert np.any(np.bincount(tokens[:, 1], minlength=20) / draws != frequencies)  # another step, other draws
 
 
+@pytest.mark.slow
 def test_narrow_computation(params):
     model = models.mixed_precision(BASE)
     found = jax.eval_shape(lambda params: models.generate(model, params, padded(False), length=2), params)

@@ -34,7 +34,12 @@ def call(model, params, inputs, mask=None, **rest):
     return outputs if "stats" in model.needs else (outputs, None)
 
 
-@pytest.mark.parametrize(("policy", "outputs"), [*((policy, 3) for policy in POLICIES), ("layer", None)])
+@pytest.mark.parametrize(
+    ("policy", "outputs"),
+    worlds.few_by_default(
+        [*((policy, 3) for policy in POLICIES), ("layer", None)], lambda policy, outputs: policy == "support"
+    ),
+)
 def test_is_the_numpy_network(policy, outputs, x64):
     model = resnet12(outputs, widths=(8, 16), normalisation=policy, form="lax")
     params = generic(model, images(3))
@@ -51,7 +56,7 @@ def test_is_the_numpy_network(policy, outputs, x64):
         jax.tree.map(np.testing.assert_array_equal, used, stats)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", worlds.few_by_default(POLICIES, lambda policy: policy == "batch"))
 def test_padding_and_other_images(policy, x64):
     """Padding has no part in any statistics; only under batch statistics does an image depend on the others."""
     model = resnet12(3, widths=(8,), normalisation=policy, form="lax")
@@ -88,6 +93,7 @@ def test_types_follow_the_parameters_and_8_bit_images_are_scaled():
     assert apply(narrow, scaled.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", worlds.few_by_default(["maml", "prototypical"], lambda kind: kind != "maml"))
 def test_a_learner_trains_every_leaf(kind):
     if kind == "maml":  # the exact hypergradient, through statistics of the support set

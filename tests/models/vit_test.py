@@ -42,6 +42,7 @@ def test_is_the_numpy_network(outputs, pooling):
     np.testing.assert_allclose(found, expected, rtol=2e-6, atol=2e-6)  # JAX's softmax of attention is in float32
 
 
+@pytest.mark.slow
 def test_recomputed_blocks_have_the_same_gradient():
     params, images = scattered(init()), worlds.examples(0, 3, 0, images=True, dtype=jnp.float32).inputs
     slopes, programs = [], []
@@ -87,6 +88,7 @@ def test_types():
     np.testing.assert_allclose(features, wide, atol=0.1)
 
 
+@pytest.mark.slow
 def test_tasks_adapt_beside_one_base():
     """The inner loop of MAML on adapters, tasks under vmap: each moves its leaves of the adapters alone."""
     model = adapters.ia3(adapters.lora(MODEL, rank=2, where="(query|value|embed)"))
@@ -103,6 +105,7 @@ def test_tasks_adapt_beside_one_base():
     assert moved == low_rank | {f"blocks/{layer}/ia3" for layer in ("key", "value", "up")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", worlds.few_by_default(["maml", "prototypical"], lambda kind: kind != "maml"))
 def test_a_learner_trains_every_leaf(kind):
     still = {"blocks/key/bias"}  # no softmax sees it

@@ -336,7 +336,7 @@ def test_a_process_that_gets_sigterm_saves_and_ends(tmp_path):
     assert (tmp_path / "end-0").read_text() == f"preempted; step {step:.0f} is saved"
 
 
-@pytest.mark.parametrize("signalled", [0, 1])
+@pytest.mark.parametrize("signalled", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_if_one_of_two_processes_gets_sigterm_both_save_the_same_step_and_end(signalled, tmp_path):
     status, told = _run(2, tmp_path, signalled)
     assert status == [75, 75], told
