@@ -1,4 +1,4 @@
-"""Whether inputs from elsewhere fit the parameters of a run."""
+"""Inputs from elsewhere: how they are read, and whether they fit the parameters of a run."""
 
 from __future__ import annotations
 
@@ -10,19 +10,33 @@ def check_inputs(name: str, inputs: Any, learner: Any, params: Any) -> None:
 
     Args:
       name: what the error calls the inputs.
-      inputs: `[n, ...]`.
+      inputs: leaves `[n, ...]`.
       learner: of the run.
       params: of the run; it may hold more than the learner uses.
     """
     import jax
     import numpy as np
 
-    needed = jax.eval_shape(learner.init, jax.random.key(0), np.asarray(inputs)[:1])
+    needed = jax.eval_shape(learner.init, jax.random.key(0), jax.tree.map(lambda leaf: np.asarray(leaf)[:1], inputs))
     there = {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in jax.tree.leaves_with_path(params)}
     for path, leaf in jax.tree.leaves_with_path(needed):
         found = there.get(jax.tree_util.keystr(path))
         if found != leaf.shape:
+            shape = jax.tree.map(lambda leaf: np.shape(leaf)[1:], inputs)
             raise ValueError(
-                f"{name} holds inputs of shape {np.shape(inputs)[1:]}, which do not fit this run: they need "
+                f"{name} holds inputs of shape {shape}, which do not fit this run: they need "
                 f"{jax.tree_util.keystr(path)} of shape {leaf.shape}, but the run has {found}"
             )
+
+
+def with_columns(config: dict[str, Any], text: str | None, label: str | None) -> dict[str, Any]:
+    """The config with the columns of texts that flags name.
+
+    Raises:
+      ValueError: a column is given for a run on something else.
+    """
+    given = {name: column for name, column in (("text", text), ("label", label)) if column is not None}
+    if given and config["data"]["name"] != "text":
+        name, column = next(iter(given.items()))
+        raise ValueError(f"{name}_column must not be given for a run on {config['data']['name']}, got {column!r}")
+    return {**config, "data": {**config["data"], **given}}

@@ -1,9 +1,14 @@
-"""Adapts a trained learner to a folder of labelled images, and predicts other images.
+"""Adapts a trained learner to labelled images or texts, and predicts other ones.
 
     python -m experiments.adapt --workdir=RUN --support=DIR --query=DIR
+    python -m experiments.adapt --workdir=RUN --support=FILE --query=FILE     # a run on text
 
 The support folder holds CLASS/NAME.png, one image of a class or more. The query folder holds images, or CLASS/NAME.png
 with the classes of the support folder, and then the accuracy is printed too. Both may be zip files.
+
+For a run on text both are files of texts, .jsonl, .csv or .tsv (also .json as CLINC150, and each with .gz). Labels of
+the query file may be left out; where it has a column of them, the accuracy is printed too. What is longer than the
+run's data.length is truncated and counted, or refused where its data.long says so.
 """
 
 from __future__ import annotations
@@ -18,16 +23,30 @@ from absl import flags
 from experiments import _launch
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder of experiments.train.", required=True)
-_SUPPORT = flags.DEFINE_string("support", None, "Folder or zip of CLASS/NAME.png to adapt to.", required=True)
-_QUERY = flags.DEFINE_string("query", None, "Folder or zip of images to predict.", required=True)
+_SUPPORT = flags.DEFINE_string(
+    "support", None, "What to adapt to: folder or zip of CLASS/NAME.png, or file of texts.", required=True
+)
+_QUERY = flags.DEFINE_string(
+    "query", None, "What to predict: folder or zip of images, or file of texts.", required=True
+)
 _STEPS = flags.DEFINE_integer("steps", None, "Inner steps; as in the run's config by default.")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "last", "last, or best (by validation).")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "last", "last, best (by validation), or start: the pretrained weights.")
+_TEXT = flags.DEFINE_string("text_column", None, "Column of texts; as in the run's config by default.")
+_LABEL = flags.DEFINE_string("label_column", None, "Column of labels; as in the run's config by default.")
+
+
+class _Support(NamedTuple):
+    """Labelled inputs, leaves `[n, ...]`; labels `[n]` are positions in `classes`."""
+
+    inputs: Any
+    labels: np.ndarray
+    classes: tuple[str, ...]
 
 
 class _Query(NamedTuple):
-    """Images to predict: uint8 `[n, h, w, c]`, their names, and the positions of their classes or None."""
+    """Inputs to predict, leaves `[n, ...]`; what the table calls them; the positions of their classes or None."""
 
-    images: np.ndarray
+    inputs: Any
     names: tuple[str, ...]
     labels: np.ndarray | None
 
@@ -39,36 +58,40 @@ def main() -> int:
 
     import metajax
     from experiments import _inputs
-    from metajax.data._image_folder import read_image_folder
 
-    config = metajax.training.load_config(_WORKDIR.value)
+    config = _inputs.with_columns(metajax.training.load_config(_WORKDIR.value), _TEXT.value, _LABEL.value)
     experiment = metajax.training.build(config)
     if experiment.metric != "accuracy":
-        raise ValueError(f"workdir must be a run on images, got one on {config['data']['name']}")
-    options = metajax.training.image_options(config)
-    with _named("support"):
-        images, labels, classes, _ = read_image_folder(_SUPPORT.value, **options)
-    with _named("query"):
-        query = _read_query(_QUERY.value, classes, options)
+        raise ValueError(f"workdir must be a run on images or labelled text, got one on {config['data']['name']}")
+    what = "texts" if config["data"]["name"] == "text" else "images"
+    notes: list[str] = []
+    if what == "texts":
+        support, query, notes = _read_texts(config)
+    else:
+        support, query = _read_images(metajax.training.image_options(config))
+    classes, count = support.classes, len(support.labels)
     learner, params = metajax.load_run(_WORKDIR.value, checkpoint=_CHECKPOINT.value)
-    for name, inputs in (("support", images), ("query", query.images)):
-        _inputs.check_inputs(name, inputs, learner, params)
-    if images.shape[1:] != query.images.shape[1:]:
-        raise ValueError(f"query must hold images like support, {images.shape[1:]}, got {query.images.shape[1:]}")
+    for name, part in (("support", support), ("query", query)):
+        _inputs.check_inputs(name, part.inputs, learner, params)
+    if what == "images" and support.inputs.shape[1:] != query.inputs.shape[1:]:
+        shapes = (support.inputs.shape[1:], query.inputs.shape[1:])
+        raise ValueError(f"query must hold images like support, {shapes[0]}, got {shapes[1]}")
 
-    support = metajax.Examples(images, labels, jnp.ones(len(images), bool), jnp.ones(len(classes), bool))
+    examples = metajax.Examples(support.inputs, support.labels, jnp.ones(count, bool), jnp.ones(len(classes), bool))
     steps = experiment.eval_steps if _STEPS.value is None else _STEPS.value
-    logits = metajax.evaluation.predict(learner, params, support, query.images, num_steps=steps)
+    logits = metajax.evaluation.predict(learner, params, examples, query.inputs, num_steps=steps)
     probabilities = _softmax(np.asarray(logits, np.float64)[:, : len(classes)])
 
     policy = metajax.training.normalisation(config)
-    note = " (transductive: the query images are predicted together)" if policy == "batch" else ""
-    print(f"{config['learner']['name']}, {len(classes)} classes, {len(images)} support images")
+    note = f" (transductive: the query {what} are predicted together)" if policy == "batch" else ""
+    print(f"{config['learner']['name']}, {len(classes)} classes, {count} support {what}")
     print(f"normalisation {policy}{note}")
-    print(_table(query, classes, probabilities))
+    for line in notes:
+        print(line)
+    print(_table("text" if what == "texts" else "file", query, classes, probabilities))
     if query.labels is not None:
         right = (probabilities.argmax(axis=1) == query.labels) & np.isfinite(probabilities).all(axis=1)
-        print(f"accuracy {100 * right.mean():.2f} % ({len(right)} images)")
+        print(f"accuracy {100 * right.mean():.2f} % ({len(right)} {what})")
     return 0
 
 
@@ -78,7 +101,37 @@ def _named(flag: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{flag} {str(error).removeprefix('path ')}") from error
+        told = str(error).removeprefix("path ").removeprefix("files ")
+        raise ValueError(f"{flag} {told}" if told.startswith(("must", "names")) else f"{flag}: {told}") from error
+
+
+def _read_texts(config: dict[str, Any]) -> tuple[_Support, _Query, list[str]]:
+    """Support, query, and lines about both."""
+    from experiments import _texts
+
+    with _named("support"):
+        support = _texts.read(_SUPPORT.value, config)
+    with _named("query"):
+        query = _texts.read(_QUERY.value, config, classes=support.classes)
+    assert support.labels is not None  # required of a support file
+    length = config["data"]["length"]
+    notes = [
+        f"truncated {part.truncated} of {len(part.shown)} {name} texts to {length} tokens"
+        for name, part in (("support", support), ("query", query))
+        if part.truncated
+    ]
+    read = _Support(support.inputs, support.labels, support.classes), _Query(query.inputs, query.shown, query.labels)
+    return *read, notes
+
+
+def _read_images(options: dict[str, Any]) -> tuple[_Support, _Query]:
+    from metajax.data._image_folder import read_image_folder
+
+    with _named("support"):
+        images, labels, classes, _ = read_image_folder(_SUPPORT.value, **options)
+    with _named("query"):
+        query = _read_query(_QUERY.value, classes, options)
+    return _Support(images, labels, classes), query
 
 
 def _read_query(path: str, classes: tuple[str, ...], options: dict[str, Any]) -> _Query:
@@ -111,8 +164,8 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
         return weights / weights.sum(axis=1, keepdims=True)
 
 
-def _table(query: _Query, classes: tuple[str, ...], probabilities: np.ndarray) -> str:
-    rows: list[tuple[str, ...]] = [("file", "predicted", "probability")]
+def _table(title: str, query: _Query, classes: tuple[str, ...], probabilities: np.ndarray) -> str:
+    rows: list[tuple[str, ...]] = [(title, "predicted", "probability")]
     for name, row in zip(query.names, probabilities, strict=True):
         known = np.isfinite(row).all()
         rows.append((name, classes[row.argmax()] if known else "?", f"{row.max():.4f}" if known else "nan"))

@@ -3,6 +3,11 @@
 python -m experiments.evaluate --workdir=RUN                                 # as it was trained for, 600 episodes
 python -m experiments.evaluate --workdir=RUN --ways=20 --shots=5             # other episodes
 python -m experiments.evaluate --workdir=RUN --data=PATH --split=test        # other data of the same kind
+python -m experiments.evaluate --workdir=RUN --data=FILE --checkpoint=start  # texts, by the weights that it began with
+
+For a run on text, FILE is .json (as CLINC150), .jsonl, .csv or .tsv, maybe with .gz, and all its labels are classes.
+Where a .json file has parts of texts of no class (oos_test and others), the AUROC of telling them from queries is found
+too.
 """
 
 from __future__ import annotations
@@ -25,11 +30,13 @@ _STEPS = flags.DEFINE_integer("steps", None, "Inner steps; as in the run's confi
 _DATA = flags.DEFINE_string(
     "data", None, "Other data of the same kind: what data.path takes; for a run on glyphs, CLASS/NAME.png."
 )
+_TEXT = flags.DEFINE_string("text_column", None, "Column of texts in such a file; as in the run's config by default.")
+_LABEL = flags.DEFINE_string("label_column", None, "Column of labels; as in the run's config by default.")
 _SPLIT = flags.DEFINE_string(
     "split", "test", "train, val or test; of a folder that is not divided, test is a fifth of its classes."
 )
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "last", "last, best (by validation), or start: the pretrained weights.")
-
+_SHUFFLE = flags.DEFINE_bool("shuffle_support", False, "Also evaluate with shuffled support labels: stands at chance.")
 _OUTPUT = flags.DEFINE_string("output", None, "File for the result; evaluation.json in the run folder by default.")
 
 
@@ -40,35 +47,73 @@ def main() -> int:
     from experiments import _inputs, _runs
 
     workdir = pathlib.Path(_WORKDIR.value)
-    config = metajax.training.load_config(workdir)
+    config = _inputs.with_columns(metajax.training.load_config(workdir), _TEXT.value, _LABEL.value)
     experiment = metajax.training.build(config)
     given: dict[str, Any] = {"ways": _WAYS.value, "shots": _SHOTS.value, "queries": _QUERIES.value}
     spec = dataclasses.replace(experiment.spec, **{name: size for name, size in given.items() if size is not None})
+    if _DATA.value and config["data"]["name"] == "text":
+        spec = dataclasses.replace(spec, hierarchical=False)  # other texts have no domains
     if _STEPS.value is not None and config["learner"]["name"] == "prototypical":
         raise ValueError(f"steps must not be given for prototypical, which takes no inner steps, got {_STEPS.value}")
     learner, params = metajax.load_run(workdir, checkpoint=_CHECKPOINT.value)
     source = metajax.training.open_source(config, _SPLIT.value, path=_DATA.value)
     one = metajax.data.episode(source, spec, seed=0, index=0)
     _inputs.check_inputs("data", one.query.inputs, learner, params)
-    found = metajax.evaluation.evaluate(
-        learner, params, source, spec,
-        episodes=_EPISODES.value,
-        seed=config["evaluation"]["seed"] if _SEED.value is None else _SEED.value,
-        num_steps=experiment.eval_steps if _STEPS.value is None else _STEPS.value,
-        normalisation=metajax.training.normalisation(config),
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "episodes": _EPISODES.value,
+        "seed": config["evaluation"]["seed"] if _SEED.value is None else _SEED.value,
+        "num_steps": experiment.eval_steps if _STEPS.value is None else _STEPS.value,
+    }
+    policy = metajax.training.normalisation(config)
+    found = metajax.evaluation.evaluate(learner, params, source, spec, normalisation=policy, **options)
+    more, notes = _more(config, found, learner, params, source, spec, options)
     result = {
         "learner": config["learner"]["name"],
         **_runs.describe(found),
         "data": _DATA.value or config["data"]["path"] or config["data"]["name"],
         "split": _SPLIT.value,
         "checkpoint": _CHECKPOINT.value,
+        **more,
         "params_sha256": _runs.params_sha256(params),
     }
     _runs.write_json(pathlib.Path(_OUTPUT.value or workdir / "evaluation.json"), result)
     print(f"{'learner':<13}  {config['learner']['name']} from {workdir}")
+    told = " (the pretrained weights, before meta-training)" if _CHECKPOINT.value == "start" else ""
+    print(f"{'checkpoint':<13}  {_CHECKPOINT.value}{told}")
+    for note in notes:
+        print(note)
     print(found)
     return 0
+
+
+def _more(
+    config: Any, found: Any, learner: Any, params: Any, source: Any, spec: Any, options: dict[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """What is evaluated beside the accuracy: `(fields of the result, lines)`."""
+    import metajax
+
+    fields: dict[str, Any] = {}
+    notes: list[str] = []
+    if truncated := getattr(source, "truncated", 0):
+        fields["truncated"] = truncated
+        notes.append(f"{'truncated':<13}  {truncated} texts of more than {config['data']['length']} tokens")
+    if _SHUFFLE.value:
+        control = metajax.evaluation.evaluate(learner, params, source, spec, shuffle_support=True, **options)
+        fields |= {
+            f"shuffled_support_{found.metric}_mean": control.mean,
+            f"shuffled_support_{found.metric}_ci95": control.ci95,
+        }
+        notes.append(f"{'control':<13}  {control.summary()} with shuffled support labels")
+    outside = None
+    if source.split == "test":
+        outside = metajax.training.open_out_of_scope(config, path=_DATA.value)
+    if outside is not None:
+        # the nearest prototype says how far a text is from all of them, which probabilities leave out
+        score: Any = "logit" if config["learner"]["name"] == "prototypical" else "probability"
+        told = metajax.evaluation.evaluate_out_of_scope(learner, params, source, outside, spec, score=score, **options)
+        fields |= {"oos_auroc_mean": told.mean, "oos_auroc_ci95": told.ci95, "oos_score": told.score}
+        notes.append(f"{'out of scope':<13}  {len(outside.labels)} texts: {told}")
+    return fields, notes
 
 
 if __name__ == "__main__":

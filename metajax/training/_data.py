@@ -57,7 +57,7 @@ def open_source(config: Config, split: str, *, path: str | None = None) -> data.
         fields |= {"names": {"test": 1}, "domain": "", "divides": "class", "test_path": given}
         if split != "test":
             raise ValueError(f"split must be 'test' for other texts, which are not divided, got {split!r}")
-    return _features(config, _SOURCES[name](path, split, fields))
+    return with_features(config, _SOURCES[name](path, split, fields))
 
 
 def open_out_of_scope(config: Config, *, path: str | None = None) -> data.ClassSource | None:
@@ -84,7 +84,7 @@ def open_out_of_scope(config: Config, *, path: str | None = None) -> data.ClassS
     parts = [part for part in parts_of(file) if part.startswith("oos")]
     if not parts:
         return None
-    return _features(config, data.text(file, split="test", splits={"test": 1}, parts=parts, **text_options(config)))
+    return with_features(config, data.text(file, split="test", splits={"test": 1}, parts=parts, **text_options(config)))
 
 
 def text_options(config: Config) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def _fields(config: Config) -> dict[str, Any]:
     return fields
 
 
-def _features(config: Config, source: Any) -> Any:
+def with_features(config: Config, source: Any) -> Any:
     """The source, or features of its texts where the config freezes the model that computes them."""
     if not config["model"].get("frozen", False):
         return source
@@ -116,15 +116,10 @@ def _features(config: Config, source: Any) -> Any:
         raise ValueError(
             f"model.frozen must be False for {config['data']['name']}, which is no labelled text, got True"
         )
-    base = frozen_base(config)
-    return pretrained.features(base.model, base.params, source)
-
-
-def frozen_base(config: Config) -> pretrained.PretrainedModel:
-    """The pretrained model of a config that freezes it."""
     fields = config["model"]
     dtype = _validate.one_of("model.dtype", fields["dtype"], ("float32", "bfloat16"))
-    return pretrained.load_pretrained_model(fields["path"], head=fields["head"] or None, dtype=dtype)
+    base = pretrained.load_pretrained_model(fields["path"], head=fields["head"] or None, dtype=dtype)
+    return pretrained.features(base.model, base.params, source)
 
 
 def image_options(config: Config) -> dict[str, Any]:
