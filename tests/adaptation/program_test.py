@@ -1,0 +1,79 @@
+"""The program of the README: load, adapt to tasks one after the other, adapt fast to a new one, predict."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import metajax
+from metajax.evaluation import mean_and_interval
+
+OPTIONS = {"width": 8, "depth": 3, "normalisation": "layer"}
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    """A small network with random weights, saved and loaded."""
+    folder = tmp_path_factory.mktemp("models") / "conv4"
+    params = metajax.models.conv4(**OPTIONS).init(jax.random.key(0), jnp.zeros([1, 28, 28, 1]))
+    metajax.save_pretrained_model(folder, params, factory="conv4", options=OPTIONS, image=(28, 28, 1))
+    model = metajax.load_pretrained_model(folder)
+    jax.tree.map(np.testing.assert_array_equal, model.params, params)
+    return model
+
+
+def _tasks(source, count, shots, queries):
+    """Arrays of five classes each: support and query."""
+    spec = metajax.data.EpisodeSpec(5, shots, queries)
+    for index in range(count):
+        one = metajax.data.episode(source, spec, seed=0, index=index)
+        names = np.array(["a", "b", "c", "d", "e"])
+        yield tuple((np.asarray(part.inputs), names[np.asarray(part.targets)].tolist()) for part in one)
+
+
+@pytest.fixture(scope="module")
+def trained(loaded):
+    train = metajax.data.glyphs("train")
+    model = loaded
+    for _ in range(2):
+        model = metajax.adapt_model(model, train, steps=40, shots=1, queries=3, outer_rate=3e-3)
+    assert int(model.state.step) == 80
+    return model
+
+
+def test_after_the_loop_a_new_task_is_learned_better(loaded, trained):
+    gains = []
+    for support, (images, labels) in _tasks(metajax.data.glyphs("test"), 12, 1, 10):
+        scores = [
+            metajax.fast_adapt_model(model, support, steps=5).score(images, labels) for model in (loaded, trained)
+        ]
+        gains.append(scores[1] - scores[0])
+    mean, interval = mean_and_interval(np.array(gains))
+    assert mean > interval
+
+
+def test_what_is_saved_predicts_the_same(trained, tmp_path):
+    support, (images, _) = next(_tasks(metajax.data.glyphs("test"), 1, 2, 2))
+    fast = metajax.fast_adapt_model(trained, support)
+    fast.save(tmp_path / "fast")
+    again = type(fast).load(tmp_path / "fast")
+    assert again.classes_ == fast.classes_ == ("a", "b", "c", "d", "e")
+    assert again.predict(images) == fast.predict(images)
+    probabilities = fast.predict_proba(images)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(again.predict_proba(images), probabilities, atol=1e-6)
+    assert not list(tmp_path.glob("**/*.p*k*l*"))
+
+
+def test_refusals(loaded):
+    images = np.zeros([4, 28, 28, 1], np.uint8)
+    for task, said in {
+        "no such place": "no such place",
+        (("one", "two"), ("a", "b")): "image",
+    }.items():
+        with pytest.raises(ValueError, match=said):
+            metajax.fast_adapt_model(loaded, task)
+    with pytest.raises(ValueError, match="class"):
+        metajax.fast_adapt_model(loaded, (images, ["a"] * 4))
+    with pytest.raises(ValueError, match="28"):
+        metajax.fast_adapt_model(loaded, (images[:, :14], ["a", "a", "b", "b"]))
