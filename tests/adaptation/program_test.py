@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 import metajax
 from metajax.evaluation import mean_and_interval
@@ -77,3 +78,39 @@ def test_refusals(loaded):
         metajax.fast_adapt_model(loaded, (images, ["a"] * 4))
     with pytest.raises(ValueError, match="28"):
         metajax.fast_adapt_model(loaded, (images[:, :14], ["a", "a", "b", "b"]))
+
+
+def _sentences(label, count, rng):
+    """Noise, and one word of the label's own somewhere in it."""
+    texts = []
+    for _ in range(count):
+        words = [f"w{number}" for number in rng.integers(1, 12, 5)]
+        words[rng.integers(5)] = f"w{12 + label}"
+        texts.append(" ".join(words))
+    return texts
+
+
+def _text_task(labels, count, rng):
+    pairs = [(text, f"intent{label}") for label in labels for text in _sentences(label, count, rng)]
+    return [text for text, _ in pairs], [label for _, label in pairs]
+
+
+def test_texts_in_a_loop(tmp_path):
+    options = {"vocab": 50, "width": 32, "depth": 1, "heads": 4, "positions": 16}
+    params = metajax.models.encoder(**options).init(jax.random.key(0), np.zeros([1, 2], np.int32))
+    vocab = {"[UNK]": 0, **{f"w{number}": number for number in range(1, 50)}}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    metajax.save_pretrained_model(tmp_path / "model", params, factory="encoder", options=options, tokenizer=made)
+    loaded, rng = metajax.load_pretrained_model(tmp_path / "model"), np.random.default_rng(0)
+    model = loaded
+    for labels in (range(0, 8), range(8, 16), range(16, 24)):
+        model = metajax.adapt_model(model, _text_task(labels, 8, rng), steps=40, shots=2, queries=4, outer_rate=1e-2)
+    gains = []
+    for _ in range(12):
+        labels = rng.choice(np.arange(24, 38), 5, replace=False)
+        support, (texts, truth) = _text_task(labels, 2, rng), _text_task(labels, 10, rng)
+        scores = [metajax.fast_adapt_model(start, support, steps=5).score(texts, truth) for start in (loaded, model)]
+        gains.append(scores[1] - scores[0])
+    mean, interval = mean_and_interval(np.array(gains))
+    assert mean > interval
