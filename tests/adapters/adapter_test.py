@@ -55,9 +55,9 @@ def test_a_prompt_stays_where_the_weights_are_merged(pretrained):
 
 def test_what_has_no_adapter_is_refused(pretrained):
     for model in (BASE, models.mixed_precision(adapters.lora(BASE))):
-        with pytest.raises(ValueError, match="model must be what a function of metajax.adapters returned"):
+        with pytest.raises(ValueError, match=r"model must be what a function of metajax\.adapters returned"):
             adapters.merge(model, pretrained)
-        with pytest.raises(ValueError, match="model must be what a function of metajax.adapters returned"):
+        with pytest.raises(ValueError, match=r"model must be what a function of metajax\.adapters returned"):
             adapters.attach(model, pretrained, key=jax.random.key(0))
     with pytest.raises(ValueError, match="params must hold the leaves of the adapter 'lora', got none"):
         adapters.merge(adapters.lora(BASE), pretrained)

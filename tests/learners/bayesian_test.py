@@ -173,7 +173,7 @@ def test_a_config_names_it():
     learner = metajax.training.build(config).learner
     prior = jax.jit(learner.init)(KEY, jnp.zeros([2, 5], jnp.int32))
     np.testing.assert_allclose(prior["log_scale"]["blocks"]["query"]["lora_a"], np.log(0.1), rtol=1e-6)
-    config.learner.scale = 0.0
+    config.learner.deviation = 0.0
     with pytest.raises(ValueError, match=r"scale must be a finite number above 0, got 0\.0"):
         metajax.training.build(config)
 

@@ -1,7 +1,7 @@
 """Records what `transformers` computes with the models of transformers_cases.py, into transformers.json.
 
 pip install torch transformers safetensors
-python tests/parity/record_transformers.py
+cd tests/parity && python record_transformers.py MINILM    # a folder with all-MiniLM-L6-v2
 """
 
 import json
@@ -9,15 +9,15 @@ import pathlib
 import sys
 import tempfile
 
-import torch
-import transformers
-import transformers_cases as cases
-
 TEXTS = ["Set an alarm for 7 o'clock, please.", "How much money is in my account?", "Ünïcode: naïve café"]
 
 
 def main() -> None:
     """Writes the hidden states of encoders, and the logits of decoders."""
+    import torch
+    import transformers
+    import transformers_cases as cases
+
     recorded = {"versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
     for family, config in cases.CONFIGS.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -43,6 +43,9 @@ def main() -> None:
 
 def _minilm(folder: str) -> dict[str, object]:
     """Means of the hidden states of real weights."""
+    import torch
+    import transformers
+
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
     given = tokenizer(TEXTS, padding=True, return_tensors="pt")
