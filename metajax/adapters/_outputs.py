@@ -29,7 +29,7 @@ class _Bottleneck(Weight):
     def __rmatmul__(self, inputs: Any) -> jax.Array:
         outputs = inputs @ self.kernel
         down, bias, up = (leaf.astype(outputs.dtype) for leaf in (self.down, self.bias, self.up))
-        return outputs + jax.nn.gelu(outputs @ down + bias) @ up
+        return outputs + jax.nn.gelu(outputs @ down + bias, approximate=False) @ up
 
 
 @jax.tree_util.register_dataclass
