@@ -166,7 +166,7 @@ def _confidences(
     params: Params, episodes: Episode, others: Any, key: Any, start: Any, *,
     learner: Learner, num_steps: int | None, score: Score, side_by_side: bool,
 ) -> jax.Array:  # fmt: skip
-    """`[batch, n + m]`: the largest logit or probability of each query, then of each input from outside."""
+    """`[batch, n + m]`: the largest logit, or log-odds, of each query, then of each input from outside."""
     outputs = _fewshot.adapt_and_predict(learner, num_steps)
 
     def one(task: tuple[jax.Array, Episode, Any]) -> jax.Array:
@@ -175,7 +175,13 @@ def _confidences(
         size = jax.tree.leaves(beyond)[0].shape[0]
         mask = jnp.concatenate([query.mask, jnp.ones(size, bool)])
         logits = outputs(params, support, inputs, mask, _rng.fold(key, index))
-        return jnp.max(jax.nn.softmax(logits) if score == "probability" else logits, axis=-1)
+        return _log_odds(logits) if score == "probability" else jnp.max(logits, axis=-1)
 
     tasks = (start + jnp.arange(episodes.support.mask.shape[0]), episodes, others)
     return jax.vmap(one)(tasks) if side_by_side else jax.lax.map(one, tasks)
+
+
+def _log_odds(logits: jax.Array) -> jax.Array:
+    """Log-odds of the largest probability: of the same order, and apart where probabilities have been rounded to 1."""
+    largest = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=bool)
+    return jnp.max(logits, axis=-1) - jax.nn.logsumexp(jnp.where(largest, -jnp.inf, logits), axis=-1)

@@ -421,3 +421,22 @@ def test_clinc150(shared_data, tokenizer):
     options["domain"] = None
     oos = text(folder / "data_full.json.gz", parts=["test", "oos_test"], **ALL, **options)
     assert oos.counts[oos.class_names.index("oos")] == 1000
+
+
+def test_long_texts_are_counted_or_refused(tmp_path):
+    file = tsv(tmp_path / "x.tsv", ROWS)
+    special = write_tokenizer(tmp_path / "tokenizer.json", special=True)
+    source = text(file, tokenizer=special, max_length=4, **ALL)
+    assert source.truncated == 1
+    assert source.inputs["tokens"][0].tolist() == [ID["[CLS]"], ID["a"], ID["b"], ID["[SEP]"]]  # the end stays
+    assert text(file, tokenizer=special, max_length=5, on_long="refuse", **ALL).truncated == 0
+    with pytest.raises(ValueError, match=r"line 2 of .*x.tsv' has more than 4 tokens, max_length"):
+        text(file, tokenizer=special, max_length=4, on_long="refuse", **ALL)
+    with pytest.raises(ValueError, match="on_long must be one of 'truncate', 'refuse', got 'cut'"):
+        text(file, tokenizer=special, on_long="cut", **ALL)
+
+
+def test_a_prefix_stands_before_every_text(tmp_path, tokenizer):
+    source = text(tsv(tmp_path / "x.tsv", ROWS), tokenizer=tokenizer, max_length=6, prefix="h h ", **ALL)
+    assert contents(source)["y"] == ["h h d"]
+    assert source.lengths.tolist() == [5, 3, 4, 4]
