@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 import jax
@@ -12,6 +13,7 @@ from metajax.core import _validate
 from metajax.core._types import Model
 from metajax.models import _wrap
 from metajax.models._attention import attend, heads_of
+from metajax.models._blocks import scanned, stacked, with_prompt
 from metajax.models._linear import Linear
 
 Outputs = int | Literal["tokens", "features"]
@@ -89,15 +91,10 @@ def last_kept(mask: jax.Array) -> jax.Array:
 
 class _Decoder(nnx.Module):
     def __init__(self, vocab: int, depth: int, outputs: Outputs, tied: bool, remat: bool, rngs: nnx.Rngs, **block: Any):
-        @nnx.split_rngs(splits=depth)
-        @nnx.vmap
-        def blocks(rngs: nnx.Rngs) -> _Block:
-            return _Block(**block, rngs=rngs)
-
         width = block["width"]
         self.embed = nnx.Embed(vocab, width, rngs=rngs)
         self.embed.dtype = None  # whichever type the table has in a call, and not the one it is made in
-        self.blocks = blocks(rngs)  # every leaf with a leading axis of blocks
+        self.blocks = stacked(functools.partial(_Block, **block), depth, rngs)
         self.norm = nnx.RMSNorm(width, epsilon=block["epsilon"], rngs=rngs)
         if outputs == "tokens" and not tied:
             self.head = Linear(width, vocab, use_bias=False, rngs=rngs)
@@ -111,11 +108,7 @@ class _Decoder(nnx.Module):
         # what stands in padding is not even looked up: it may be no token of this vocabulary
         values = self.embed(tokens if mask is None else jnp.where(mask, tokens, 0))
         prompt = None if cache else inputs.get("prompt")  # it is in the cache
-        if prompt is not None:
-            front = jnp.broadcast_to(prompt.astype(values.dtype), (len(tokens), *prompt.shape))
-            values = jnp.concatenate([front, values], axis=1)
-            if mask is not None:
-                mask = jnp.pad(mask, ((0, 0), (len(prompt), 0)), constant_values=True)
+        values, mask = with_prompt(values, mask, prompt)
         # padding takes no position, wherever it stands
         positions = jnp.arange(values.shape[1]) if mask is None else jnp.cumsum(mask, axis=1) - 1
         own = jnp.ones(values.shape[:2], bool) if mask is None else mask
@@ -123,14 +116,12 @@ class _Decoder(nnx.Module):
             positions = positions + jnp.sum(cache["mask"], axis=1)[:, None]
             mask = after(cache["mask"], own)
         before = {name: cache[name] for name in ("key", "value")} if cache else None
-        graph, params = nnx.split(self.blocks)
 
-        def block(values: jax.Array, block: Any) -> tuple[jax.Array, Any]:
-            params, before = block
-            values, new = nnx.merge(graph, params)(values, positions, mask, before)
+        def call(block: _Block, values: jax.Array, before: Any) -> tuple[jax.Array, Any]:
+            values, new = block(values, positions, mask, before)
             return values, None if cache is None else new
 
-        values, new = jax.lax.scan(jax.checkpoint(block) if self.remat else block, values, (params, before))
+        values, new = scanned(self.blocks, values, call, remat=self.remat, each=before)
         if self.outputs != "tokens":
             read = last_kept(own)[:, None]
         elif prompt is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 import jax
@@ -12,6 +13,7 @@ from metajax.core import _losses, _validate
 from metajax.core._types import Model
 from metajax.models import _wrap
 from metajax.models._attention import attend, heads_of
+from metajax.models._blocks import layer_norm, scanned, stacked, with_prompt
 from metajax.models._linear import Linear
 
 Head = Literal["mean", "cls", "tokens", "span"]
@@ -24,7 +26,7 @@ class _Block(nnx.Module):
     def __init__(self, width: int, heads: int, hidden: int, epsilon: float, *, rngs: nnx.Rngs):
         self.query, self.key, self.value, self.out = (Linear(width, width, rngs=rngs) for _ in range(4))
         self.up, self.down = Linear(width, hidden, rngs=rngs), Linear(hidden, width, rngs=rngs)
-        self.attention_norm, self.mlp_norm = _norm(width, epsilon, rngs), _norm(width, epsilon, rngs)
+        self.attention_norm, self.mlp_norm = layer_norm(width, epsilon, rngs), layer_norm(width, epsilon, rngs)
         self.size = width // heads
 
     def __call__(self, values: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -33,27 +35,18 @@ class _Block(nnx.Module):
         return self.mlp_norm(values + self.down(jax.nn.gelu(self.up(values), approximate=False)))
 
 
-def _norm(width: int, epsilon: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, rngs=rngs)
-
-
 class _Encoder(nnx.Module):
     def __init__(
         self, vocab: int, depth: int, positions: int, first_position: int, types: int, head: Head,
         outputs: int | None, remat: bool, rngs: nnx.Rngs, **block: Any,
     ):  # fmt: skip
-        @nnx.split_rngs(splits=depth)
-        @nnx.vmap
-        def blocks(rngs: nnx.Rngs) -> _Block:
-            return _Block(**block, rngs=rngs)
-
         width = block["width"]
         self.embed, self.position = nnx.Embed(vocab, width, rngs=rngs), nnx.Embed(positions, width, rngs=rngs)
         self.type = nnx.Embed(types, width, rngs=rngs)
         for table in (self.embed, self.position, self.type):
             table.dtype = None  # whichever type the table has in a call, and not the one it is made in
-        self.embed_norm = _norm(width, block["epsilon"], rngs)
-        self.blocks = blocks(rngs)  # every leaf with a leading axis of blocks
+        self.embed_norm = layer_norm(width, block["epsilon"], rngs)
+        self.blocks = stacked(functools.partial(_Block, **block), depth, rngs)
         outputs = 2 if head == "span" else outputs
         self.head = None if outputs is None else Linear(width, outputs, rngs=rngs)
         self.pooling, self.first_position, self.remat = head, first_position, remat
@@ -69,17 +62,8 @@ class _Encoder(nnx.Module):
             )
         values = self.embed(tokens) + self.position(jnp.arange(first, first + length))
         values = self.embed_norm(values + self.type(inputs.get("types", jnp.zeros_like(tokens))))
-        if prompt is not None:
-            front = jnp.broadcast_to(prompt.astype(values.dtype), (len(tokens), *prompt.shape))
-            values = jnp.concatenate([front, values], axis=1)
-            if mask is not None:
-                mask = jnp.pad(mask, ((0, 0), (len(prompt), 0)), constant_values=True)
-        graph, params = nnx.split(self.blocks)
-
-        def block(values: jax.Array, params: Any) -> tuple[jax.Array, None]:
-            return nnx.merge(graph, params)(values, mask), None
-
-        values, _ = jax.lax.scan(jax.checkpoint(block) if self.remat else block, values, params)
+        values, mask = with_prompt(values, mask, prompt)
+        values, _ = scanned(self.blocks, values, lambda block, values, _: (block(values, mask), None), remat=self.remat)
         if prompt is not None:
             values = values[:, len(prompt) :]
         values = values.astype(jnp.promote_types(values.dtype, jnp.float32))  # for the sums of means and softmaxes

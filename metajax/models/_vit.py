@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 import jax
@@ -12,6 +13,7 @@ from metajax.core import _validate
 from metajax.core._types import Model
 from metajax.models import _wrap
 from metajax.models._attention import attend, heads_of
+from metajax.models._blocks import layer_norm, scanned, stacked
 from metajax.models._linear import Linear
 
 Pooling = Literal["cls", "mean"]
@@ -22,7 +24,7 @@ class _Block(nnx.Module):
     """Attention and a hidden layer with GELU, each of normalised inputs and added to its input."""
 
     def __init__(self, width: int, heads: int, hidden: int, epsilon: float, *, rngs: nnx.Rngs):
-        self.attention_norm, self.mlp_norm = _norm(width, epsilon, rngs), _norm(width, epsilon, rngs)
+        self.attention_norm, self.mlp_norm = layer_norm(width, epsilon, rngs), layer_norm(width, epsilon, rngs)
         self.query, self.key, self.value, self.out = (Linear(width, width, rngs=rngs) for _ in range(4))
         self.up, self.down = Linear(width, hidden, rngs=rngs), Linear(hidden, width, rngs=rngs)
         self.size = width // heads
@@ -34,10 +36,6 @@ class _Block(nnx.Module):
         return values + self.down(jax.nn.gelu(self.up(self.mlp_norm(values)), approximate=False))
 
 
-def _norm(width: int, epsilon: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, rngs=rngs)
-
-
 class _ViT(nnx.Module):
     def __init__(
         self, shape: tuple[int, ...], outputs: int | None, patch: int, depth: int, pooling: Pooling, remat: bool,
@@ -47,17 +45,12 @@ class _ViT(nnx.Module):
         if not height * breadth or height % patch or breadth % patch:
             raise ValueError(f"patch must divide the height and the width of the images, {shape}, got {patch}")
 
-        @nnx.split_rngs(splits=depth)
-        @nnx.vmap
-        def blocks(rngs: nnx.Rngs) -> _Block:
-            return _Block(**block, rngs=rngs)
-
         width, patches = block["width"], height // patch * (breadth // patch)
         self.embed = Linear(patch * patch * channels, width, rngs=rngs)
         self.class_token = nnx.Param(jnp.zeros([width]))
         self.position = nnx.Param(0.02 * jax.random.normal(rngs.params(), [1 + patches, width]))
-        self.blocks = blocks(rngs)  # every leaf with a leading axis of blocks
-        self.norm = _norm(width, block["epsilon"], rngs)
+        self.blocks = stacked(functools.partial(_Block, **block), depth, rngs)
+        self.norm = layer_norm(width, block["epsilon"], rngs)
         self.head = nnx.data(None if outputs is None else Linear(width, outputs, rngs=rngs))
         self.patch, self.patches, self.pooling, self.remat = patch, patches, pooling, remat
 
@@ -71,12 +64,7 @@ class _ViT(nnx.Module):
         values = self.embed(unfold(inputs, self.patch).astype(position.dtype))  # the parameters say in which type
         token = jnp.broadcast_to(token.astype(values.dtype), (len(values), 1, len(token)))
         values = jnp.concatenate([token, values], axis=1) + position
-        graph, params = nnx.split(self.blocks)
-
-        def block(values: jax.Array, params: Any) -> tuple[jax.Array, None]:
-            return nnx.merge(graph, params)(values), None
-
-        values, _ = jax.lax.scan(jax.checkpoint(block) if self.remat else block, values, params)
+        values, _ = scanned(self.blocks, values, lambda block, values, _: (block(values), None), remat=self.remat)
         values = self.norm(values[:, :1] if self.pooling == "cls" else values[:, 1:])
         values = values.astype(jnp.promote_types(values.dtype, jnp.float32))  # for the sums of means and softmaxes
         features = values.mean(axis=1)

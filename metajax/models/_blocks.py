@@ -1,0 +1,78 @@
+"""What transformers share: a stack of blocks that is one scan, a prompt in front of texts, layer normalisation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def stacked(block: Callable[..., nnx.Module], depth: int, rngs: nnx.Rngs) -> Any:
+    """`depth` blocks as one module, every leaf with a leading axis of blocks; `block(rngs=)` makes one.
+
+    >>> blocks = stacked(lambda rngs: nnx.Linear(3, 3, rngs=rngs), 2, nnx.Rngs(0))
+    >>> blocks.kernel.shape
+    (2, 3, 3)
+    """
+
+    @nnx.split_rngs(splits=depth)
+    @nnx.vmap
+    def make(rngs: nnx.Rngs) -> nnx.Module:
+        return block(rngs=rngs)
+
+    return make(rngs)
+
+
+def scanned(
+    blocks: Any, values: jax.Array, call: Callable[..., tuple[jax.Array, Any]], *, remat: bool, each: Any = None
+) -> tuple[jax.Array, Any]:
+    """Sends values through a stack of blocks, one after the other, in a program of the size of one.
+
+    Args:
+      blocks: what `stacked` gives.
+      values: what comes in.
+      call: `(block, values, own) -> (values, out)`.
+      remat: whether the backward pass computes each block once more.
+      each: leaves `[depth, ...]`, of which each block gets its `own`, or None.
+
+    Returns:
+      What comes out, and `out` of the blocks `[depth, ...]`.
+
+    >>> blocks = stacked(lambda rngs: nnx.Linear(3, 3, rngs=rngs), 2, nnx.Rngs(0))
+    >>> scanned(blocks, jnp.ones([4, 3]), lambda block, values, own: (block(values), None), remat=True)[0].shape
+    (4, 3)
+    """
+    graph, params = nnx.split(blocks)
+
+    def step(values: jax.Array, item: Any) -> tuple[jax.Array, Any]:
+        params, own = item
+        return call(nnx.merge(graph, params), values, own)
+
+    return jax.lax.scan(jax.checkpoint(step) if remat else step, values, (params, each))
+
+
+def with_prompt(values: jax.Array, mask: Any, prompt: jax.Array | None) -> tuple[jax.Array, Any]:
+    """Embedded texts `[n, length, width]` and their mask, with the prompt `[k, width]`, if there is one, in front.
+
+    >>> values, mask = with_prompt(jnp.ones([2, 5, 8]), None, jnp.ones([3, 8]))
+    >>> values.shape, mask
+    ((2, 8, 8), None)
+    """
+    if prompt is None:
+        return values, mask
+    front = jnp.broadcast_to(prompt.astype(values.dtype), (len(values), *prompt.shape))
+    if mask is not None:
+        mask = jnp.pad(mask, ((0, 0), (len(prompt), 0)), constant_values=True)
+    return jnp.concatenate([front, values], axis=1), mask
+
+
+def layer_norm(width: int, epsilon: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """A layer normalisation whose variance is that of the differences from the mean, which does not cancel.
+
+    >>> layer_norm(8, 1e-6, nnx.Rngs(0))(jnp.arange(16.0).reshape(2, 8)).shape
+    (2, 8)
+    """
+    return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, rngs=rngs)
