@@ -130,6 +130,11 @@ def _learners(
             f"model.name must be 'decoder' for cycles and for nothing else, got {config['model']['name']!r} for "
             f"{config['data']['name']!r}"
         )
+    if _is_pretrained(config) and not _is_frozen(config) and name not in ("maml", "reptile", "prototypical"):
+        raise ValueError(
+            f"learner.name must be 'maml', 'reptile' or 'prototypical' for pretrained models that are not frozen, got "
+            f"{name!r}"
+        )
     steps = _validate.positive_int("inner.steps", inner["steps"])
     rule = _inner_rule(inner)
     if name == "maml":
@@ -159,11 +164,6 @@ def _learners(
     if name == "prototypical":
         built = learners.prototypical(features, distance=learner["distance"], scale=learner.get("scale") or None)
         return built, built
-    if _is_pretrained(config) and not _is_frozen(config):
-        raise ValueError(
-            f"learner.name must be 'maml', 'reptile' or 'prototypical' for pretrained models that are not frozen, got "
-            f"{name!r}"
-        )
     head = learner["head"]
     return learners.finetune(features, rule, steps, head=head), learners.pretrain(features, num_classes or 1, head=head)
 
