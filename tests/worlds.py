@@ -387,3 +387,13 @@ def loop_by_hand(row: Row, meta_params: Any, episode: metajax.Episode, steps: in
         tree(jax.jit(jax.grad(query_loss))(flat)),
         tree({path: -moved[path] for path in flat}),
     )
+
+
+def word_tokenizer(size):
+    """A tokenizer of `size` words: [UNK], w1, w2 and so on, whose tokens are their numbers."""
+    import tokenizers
+
+    vocab = {"[UNK]": 0, **{f"w{number}": number for number in range(1, size)}}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return made

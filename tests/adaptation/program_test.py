@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tokenizers
+import worlds
 
 import metajax
 from metajax.evaluation import mean_and_interval
@@ -98,9 +98,7 @@ def _text_task(labels, count, rng):
 def test_texts_in_a_loop(tmp_path):
     options = {"vocab": 50, "width": 32, "depth": 1, "heads": 4, "positions": 16}
     params = metajax.models.encoder(**options).init(jax.random.key(0), np.zeros([1, 2], np.int32))
-    vocab = {"[UNK]": 0, **{f"w{number}": number for number in range(1, 50)}}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="[UNK]"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made = worlds.word_tokenizer(50)
     metajax.save_pretrained_model(tmp_path / "model", params, factory="encoder", options=options, tokenizer=made)
     loaded, rng = metajax.load_pretrained_model(tmp_path / "model"), np.random.default_rng(0)
     model = loaded

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-import tokenizers
+import worlds
 from parity import transformers_cases as cases
 
 CONFIG = "experiments/configs/proto_lora_clinc.py"
@@ -30,10 +30,7 @@ def run(tmp_path_factory, launch):
     """A run of three steps, the folder of its model beside it."""
     folder = tmp_path_factory.mktemp("text")
     model = cases.write(folder / "model", "bert")
-    vocab = {"[UNK]": 0, **{f"w{number}": number for number in range(1, 50)}}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="[UNK]"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    made.save(str(model / "tokenizer.json"))
+    worlds.word_tokenizer(50).save(str(model / "tokenizer.json"))
     domains = {
         "auto_and_commute": ["intent0", "intent1"],
         "small_talk": ["intent2", "intent3"],

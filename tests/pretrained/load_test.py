@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-import tokenizers
+import worlds
 from parity import transformers_cases as cases
 
 import metajax
@@ -131,10 +131,7 @@ def test_images_are_normalised(tmp_path):
 
 
 def _tokenizer(folder, size):
-    vocab = {"[UNK]": 0, **{f"w{number}": number for number in range(1, size)}}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="[UNK]"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    made.save(str(folder / "tokenizer.json"))
+    worlds.word_tokenizer(size).save(str(folder / "tokenizer.json"))
     return folder
 
 
