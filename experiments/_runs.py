@@ -16,8 +16,6 @@ import subprocess
 from importlib import metadata
 from typing import Any
 
-import numpy as np
-
 _ELSEWHERE = ("mesh",)  # sections of a config in which a run may go on otherwise than it began
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint", "tensorflow-cpu", "tensorflow")
 
@@ -131,13 +129,10 @@ def describe(found: Any) -> dict[str, Any]:
 
 def params_sha256(params: Any) -> str:
     """A hash of the meta-parameters: paths, dtypes, shapes and bytes."""
-    import jax
+    from metajax.core import _tree
 
     digest = hashlib.sha256()
-    for path, leaf in jax.tree.leaves_with_path(params):
-        array = np.ascontiguousarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
-        digest.update(array.tobytes())
+    _tree.update_hash(digest, params)
     return digest.hexdigest()
 
 

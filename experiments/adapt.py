@@ -58,6 +58,7 @@ def main() -> int:
 
     import metajax
     from experiments import _inputs
+    from metajax.evaluation._metrics import softmax
 
     config = _inputs.with_columns(metajax.training.load_config(_WORKDIR.value), _TEXT.value, _LABEL.value)
     experiment = metajax.training.build(config)
@@ -80,7 +81,7 @@ def main() -> int:
     examples = metajax.Examples(support.inputs, support.labels, jnp.ones(count, bool), jnp.ones(len(classes), bool))
     steps = experiment.eval_steps if _STEPS.value is None else _STEPS.value
     logits = metajax.evaluation.predict(learner, params, examples, query.inputs, num_steps=steps)
-    probabilities = _softmax(np.asarray(logits, np.float64)[:, : len(classes)])
+    probabilities = softmax(np.asarray(logits, np.float64)[:, : len(classes)])
 
     policy = metajax.training.normalisation(config)
     note = f" (transductive: the query {what} are predicted together)" if policy == "batch" else ""
@@ -156,12 +157,6 @@ def _read_query(path: str, classes: tuple[str, ...], options: dict[str, Any]) ->
         ]
         stacked = _images.stack(images, list(files.names), repr(path))
         return _Query(_images.invert_images(stacked, options["invert"]), files.names, None)
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    with np.errstate(invalid="ignore"):
-        weights = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return weights / weights.sum(axis=1, keepdims=True)
 
 
 def _table(title: str, query: _Query, classes: tuple[str, ...], probabilities: np.ndarray) -> str:

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metajax.adaptation._fast import fast_adapt_model, padded_size, softmax
+from metajax.adaptation._fast import fast_adapt_model, padded_size
 from metajax.adaptation._meta import MetaTrainedModel
 from metajax.adaptation._proto_maml import proto_maml
 from metajax.core import _validate
 from metajax.core._types import Examples, Learner, Model
+from metajax.evaluation._metrics import softmax
 from metajax.pretrained import PretrainedModel
 
 _IDENTITY = Model(lambda key, inputs: {}, lambda params, inputs: inputs)
@@ -231,7 +232,6 @@ def _labels(y: Any, count: int) -> np.ndarray:
 
 
 def _column(labels: np.ndarray) -> np.ndarray:
-
     try:
         from sklearn.exceptions import DataConversionWarning as Kind
     except ImportError:

@@ -18,8 +18,10 @@ from metajax.adaptation._meta import MetaTrainedModel
 from metajax.core import _tree, _validate
 from metajax.core._types import Examples, Learner, Params, PyTree
 from metajax.data import _tokens
+from metajax.evaluation._metrics import softmax
 from metajax.learners._forward import Adapted
 from metajax.pretrained import PretrainedModel, Report, open_model
+from metajax.pretrained._load import read_preprocessor
 from metajax.pretrained._save import named, whole_folder
 from metajax.pretrained._tensors import WEIGHTS, Tensors, write
 
@@ -123,7 +125,7 @@ class FastModel:
         config, architecture, model = open_model(folder, **options)
         base = PretrainedModel(
             model, {}, config, architecture.kind, None, architecture.positions, architecture.image, Report((), (), ()),
-            {**options, "dtype": jnp.dtype(options["dtype"]).name, "preprocessor": _preprocessor(folder)},
+            {**options, "dtype": jnp.dtype(options["dtype"]).name, "preprocessor": read_preprocessor(folder)},
         )  # fmt: skip
         shapes = jax.eval_shape(model.init, jax.random.key(0), _base.example_inputs(base))
         made = _base.adaptable(dataclasses.replace(base, params=shapes), rank)
@@ -227,12 +229,6 @@ def _pad(inputs: PyTree) -> tuple[PyTree, np.ndarray]:
     return padded, np.arange(size) < count
 
 
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities `[n, ways]` of logits."""
-    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return weights / weights.sum(axis=1, keepdims=True)
-
-
 def _stored(adapted: Adapted) -> dict[str, Any]:
     """What of an adapted model lies in the file of tensors."""
     return {"params": adapted.params, "stats": adapted.stats, "head": adapted.head}
@@ -253,11 +249,6 @@ def _told(folder: pathlib.Path) -> tuple[tuple[Any, ...], int, int, dict[str, An
     if not 2 <= len(classes) <= ways or not all(isinstance(label, str | int) for label in classes):
         raise ValueError(f"{str(path)!r} must hold 2 to {ways} classes, texts or integers, got {classes!r}")
     return classes, rank, ways, options
-
-
-def _preprocessor(folder: pathlib.Path) -> Any:
-    path = folder / "preprocessor_config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _read(folder: pathlib.Path, like: dict[str, Any]) -> dict[str, Any]:

@@ -11,10 +11,9 @@ import optax
 from metajax.core import _inner, _losses, _tree
 from metajax.core._types import Examples, InnerProblem, Learner, Model, Params
 from metajax.learners._forward import Adapted, forward, masked, query_loss, support_stats
-from metajax.learners._metric import class_means
+from metajax.learners._metric import class_means, unit
 
 _SCALE = 10.0  # of cosines, as in learners.prototypical
-_TINY = 1e-12
 
 
 def proto_maml(
@@ -42,9 +41,7 @@ def proto_maml(
 
     def features(params: Params, inputs: Any, mask: Any, key: Any, stats: Any = None) -> jax.Array:
         found = forward(model, params, inputs, mask=mask, key=key, stats=stats)[0]
-        if distance == "euclidean":
-            return found
-        return found * jax.lax.rsqrt(jnp.sum(jnp.square(found), axis=-1, keepdims=True) + _TINY)
+        return found if distance == "euclidean" else unit(found)
 
     def logits(head: dict[str, jax.Array], values: jax.Array) -> jax.Array:
         return values @ head["kernel"].T + head["bias"]
@@ -52,11 +49,10 @@ def proto_maml(
     def init(meta_params: Params, support: Examples, key: Any) -> Params:
         ways = _losses.count_ways(support)
         means, _ = class_means(features(meta_params, support.inputs, support.mask, key), support, ways)
-        squares = jnp.sum(jnp.square(means), axis=-1)
         if distance == "euclidean":  # -|x - c|^2 without |x|^2, which all classes share
-            head = {"kernel": 2 * means, "bias": -squares}
+            head = {"kernel": 2 * means, "bias": -jnp.sum(jnp.square(means), axis=-1)}
         else:
-            head = {"kernel": _SCALE * means * jax.lax.rsqrt(squares + _TINY)[:, None], "bias": jnp.zeros_like(squares)}
+            head = {"kernel": _SCALE * unit(means), "bias": jnp.zeros_like(means[:, 0])}
         return {"head": head, "model": _tree.split(meta_params, adapts, name="adapts")[0]}
 
     def loss(params: Params, meta_params: Params, support: Examples, step: Any, key: Any) -> jax.Array:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 PyTree = Any
 Where = str | Callable[[str], bool] | None
@@ -108,3 +109,19 @@ def varying_axes(tree: PyTree) -> list[Any]:
     """
     kinds = [getattr(jax.typeof(leaf), "mat", None) for leaf in jax.tree.leaves(tree)]
     return sorted({axis for kind in kinds for axis in getattr(kind, "varying", ())}, key=str)
+
+
+def update_hash(digest: Any, tree: PyTree) -> None:
+    """Feeds paths, dtypes, shapes and bytes of the leaves to a digest of hashlib.
+
+    >>> import hashlib
+    >>> one, other = hashlib.sha256(), hashlib.sha256()
+    >>> update_hash(one, {"w": np.ones(2)})
+    >>> update_hash(other, {"w": np.ones([2, 1])})
+    >>> one.hexdigest() == other.hexdigest()
+    False
+    """
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())

@@ -115,3 +115,14 @@ def auroc(scores: Any, positive: Any) -> float:
     ranks = (np.cumsum(count) - (count - 1) / 2)[place]  # of tied scores, the mean of their ranks
     pairs = found * (len(positive) - found)
     return float((ranks[positive].sum() - found * (found + 1) / 2) / pairs)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities `[n, ways]` of logits, in their precision; NaN in a row whose logits are not finite.
+
+    >>> softmax(np.array([[0.0, 0.0], [np.inf, 0.0]])).tolist()
+    [[0.5, 0.5], [nan, nan]]
+    """
+    with np.errstate(invalid="ignore"):
+        weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return weights / weights.sum(axis=1, keepdims=True)

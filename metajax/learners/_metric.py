@@ -91,8 +91,13 @@ def _euclidean(features: jax.Array, prototypes: jax.Array) -> jax.Array:
 
 def cosine(features: jax.Array, prototypes: jax.Array) -> jax.Array:
     """Cosines `[n, ways]` between `[n, d]` and `[ways, d]`; 0 for a zero vector."""
-
-    def unit(vectors: jax.Array) -> jax.Array:
-        return vectors * jax.lax.rsqrt(jnp.sum(jnp.square(vectors), axis=-1, keepdims=True) + _TINY)
-
     return unit(features) @ unit(prototypes).T
+
+
+def unit(vectors: jax.Array) -> jax.Array:
+    """Vectors `[..., d]` of length 1; a zero vector stays zero.
+
+    >>> unit(jnp.array([[3.0, 4.0], [0.0, 0.0]])).round(3).tolist()
+    [[0.6000000238418579, 0.800000011920929], [0.0, 0.0]]
+    """
+    return vectors * jax.lax.rsqrt(jnp.sum(jnp.square(vectors), axis=-1, keepdims=True) + _TINY)

@@ -62,6 +62,15 @@ class Architecture:
         return self.layouts.get(path) or (TRANSPOSED if path.endswith("kernel") else PLAIN)
 
 
+def example(image: tuple[int, int, int] | None) -> np.ndarray:
+    """One example of the inputs, which gives the shapes of parameters: an image, or where None a text of one token.
+
+    >>> example(None).shape, example((28, 28, 1)).shape
+    ((1, 1), (1, 28, 28, 1))
+    """
+    return np.zeros([1, 1], np.int32) if image is None else np.zeros([1, *image], np.uint8)
+
+
 def bert(config: Config) -> Architecture:
     """BERT, MiniLM, E5; XLM-R, RoBERTa and multilingual MiniLM, whose positions begin behind that of padding."""
     family = config["model_type"]
@@ -208,8 +217,7 @@ def own(config: Config) -> Architecture:
     else:
         positions = options.get("positions", known["positions"].default) - options.get("first_position", 0)
     head = options.get("head", known["head"].default) if "head" in known else "features"
-    example = np.zeros([1, 1], np.int32) if image is None else np.zeros([1, *image], np.float32)
-    leaves = _tree.paths(jax.eval_shape(model(head, None, np.float32, False).init, jax.random.key(0), example))
+    leaves = _tree.paths(jax.eval_shape(model(head, None, np.float32, False).init, jax.random.key(0), example(image)))
     names = {path: path for path in leaves}
     return Architecture(model, (head,), names, ("",), kind, positions, image, dict.fromkeys(leaves, PLAIN))
 

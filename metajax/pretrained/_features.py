@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from metajax.core import _validate
+from metajax.core import _tree, _validate
 from metajax.core._types import Model, Params
 from metajax.data import _cache
 from metajax.data._sources import ClassSource, cut_to, read
@@ -85,9 +85,6 @@ def _key(apply: Any, params: Params, source: ClassSource) -> str:
     digest = hashlib.sha256()
     example = _inputs(source, np.zeros(_BATCH, int), (source.length_buckets or (0,))[-1])
     digest.update(apply.lower(params, example).as_text().encode())
-    for path, leaf in jax.tree.leaves_with_path((params, source.inputs)):
-        array = np.ascontiguousarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
-        digest.update(array.tobytes())
+    _tree.update_hash(digest, (params, source.inputs))
     digest.update(repr(source.length_buckets).encode())
     return f"features {digest.hexdigest()}"

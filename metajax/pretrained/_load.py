@@ -138,10 +138,9 @@ def load_pretrained_model(
                 f"tokenizer.json of {str(folder)!r} must have at most {rows} tokens, the rows of the table of "
                 f"embeddings, got {size}: it is of another model"
             )
-    preprocessor = folder / _PREPROCESSOR
     options = {
         "head": head, "outputs": outputs, "dtype": jnp.dtype(dtype).name, "remat": remat,
-        "preprocessor": json.loads(preprocessor.read_text(encoding="utf-8")) if preprocessor.is_file() else None,
+        "preprocessor": read_preprocessor(folder),
     }  # fmt: skip
     return PretrainedModel(
         model, params, config, architecture.kind, tokenizer, architecture.positions, architecture.image, report, options
@@ -176,8 +175,9 @@ def open_model(
     architecture = names[config["model_type"]](config)
     head = _validate.one_of("head", architecture.heads[0] if head is None else head, architecture.heads)
     model = architecture.model(head, outputs, dtype, remat)
-    if architecture.kind == "image" and (folder / _PREPROCESSOR).is_file():
-        model = _normalised(model, _read_json(folder / _PREPROCESSOR))
+    preprocessor = read_preprocessor(folder) if architecture.kind == "image" else None
+    if preprocessor is not None:
+        model = _normalised(model, preprocessor)
     return config, architecture, model
 
 
@@ -191,6 +191,16 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"path must be a folder with a config.json, got {str(folder)!r}")
     return _read_json(path)
+
+
+def read_preprocessor(folder: pathlib.Path) -> dict[str, Any] | None:
+    """The preprocessor_config.json of a folder, None where it has none.
+
+    Raises:
+      ValueError: it is no JSON object.
+    """
+    path = folder / _PREPROCESSOR
+    return _read_json(path) if path.is_file() else None
 
 
 def _normalised(model: Model, config: dict[str, Any]) -> Model:
@@ -219,7 +229,7 @@ def _read(
     architecture: _architectures.Architecture, model: Model, tensors: Tensors, key: jax.Array, *, own_head: bool
 ) -> tuple[Params, Report]:
     """Parameters of `model`; its head is that of the folder where it has its `own_head`, and else made anew."""
-    example = np.zeros([1, 1], np.int32) if architecture.image is None else np.zeros([1, *architecture.image], np.uint8)
+    example = _architectures.example(architecture.image)
     wanted = jax.eval_shape(model.init, key, example)
     prefix = _prefix(architecture, tensors)
     used: list[str] = []

@@ -67,7 +67,7 @@ def save_pretrained_model(
     architecture = _architectures.own(json.loads(json.dumps(config)))
     tensors = named(params)
     model = architecture.model(architecture.heads[0], None, np.float32, False)
-    example = np.zeros([1, 1], np.int32) if image is None else np.zeros([1, *image], np.float32)
+    example = _architectures.example(architecture.image)
     wanted = named(jax.eval_shape(model.init, jax.random.key(0), example), np.shape)
     for name, shape in wanted.items():
         if name not in tensors or tensors[name].shape != shape:

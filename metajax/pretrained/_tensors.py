@@ -69,13 +69,11 @@ class Tensors:
 
 
 def write(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
-    """Writes a file that is there whole or not at all."""
+    """Writes a file."""
     _library()
     import safetensors.numpy
 
-    temporary = path.with_name(path.name + ".tmp")
-    safetensors.numpy.save_file({name: np.ascontiguousarray(leaf) for name, leaf in tensors.items()}, temporary)
-    temporary.replace(path)
+    safetensors.numpy.save_file({name: np.ascontiguousarray(leaf) for name, leaf in tensors.items()}, path)
 
 
 def _library() -> Any:
