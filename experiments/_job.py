@@ -116,6 +116,14 @@ def meta_step(config: Any, experiment: Any, mesh: Any) -> Any:
     return outer
 
 
+def evaluate(config: Any, learner: Any, params: Any, source: Any, spec: Any, **options: Any) -> Any:
+    """Evaluates a learner as its source is judged: the answers of an `AnswerSource`, and else classes or values."""
+    from metajax import data, evaluation, training
+
+    judge = evaluation.evaluate_answers if isinstance(source, data.AnswerSource) else evaluation.evaluate
+    return judge(learner, params, source, spec, normalisation=training.normalisation(config), **options)
+
+
 def _batches(job: Job, tasks: int, start: int, *, alone: bool = False) -> Any:
     """What this process brings of a stream of batches; all of it where it is `alone`."""
     from metajax import data, parallel

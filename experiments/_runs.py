@@ -113,6 +113,11 @@ def describe(found: Any) -> dict[str, Any]:
     """The fields of an evaluation that results.json and evaluation.json share."""
     if found.metric == "accuracy":
         values = {"accuracy_mean": found.mean, "accuracy_ci95": found.ci95}
+    elif found.metric == "f1":
+        values = {"metric": "f1", "f1_mean": found.mean, "f1_ci95": found.ci95}
+        values |= {"exact_match_mean": found.after.exact_match, "exact_match_ci95": found.after.exact_match_ci95}
+        if found.before is not None:
+            values |= {"f1_before_mean": found.before.f1, "f1_before_ci95": found.before.f1_ci95}
     else:
         values = {"metric": found.metric, "value_mean": found.mean, "value_ci95": found.ci95}
     return {

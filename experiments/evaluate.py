@@ -44,7 +44,7 @@ def main() -> int:
     """Evaluates and prints the table; the last line is the result."""
     _launch.prepare()
     import metajax
-    from experiments import _inputs, _runs
+    from experiments import _inputs, _job, _runs
 
     workdir = pathlib.Path(_WORKDIR.value)
     config = _inputs.with_columns(metajax.training.load_config(workdir), _TEXT.value, _LABEL.value)
@@ -64,8 +64,9 @@ def main() -> int:
         "seed": config["evaluation"]["seed"] if _SEED.value is None else _SEED.value,
         "num_steps": experiment.eval_steps if _STEPS.value is None else _STEPS.value,
     }
-    policy = metajax.training.normalisation(config)
-    found = metajax.evaluation.evaluate(learner, params, source, spec, normalisation=policy, **options)
+    if _SHUFFLE.value and config["data"]["name"] == "squad":
+        raise ValueError("shuffle_support must not be given for squad, which has no classes, got True")
+    found = _job.evaluate(config, learner, params, source, spec, **options)
     more, notes = _more(config, found, learner, params, source, spec, options)
     result = {
         "learner": config["learner"]["name"],

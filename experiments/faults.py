@@ -83,16 +83,27 @@ def main() -> int:
 
 
 def start(
-    workdir: pathlib.Path, *, steps: int, processes: int = 1, devices: int = 1, last: Sequence[str] = ()
+    workdir: pathlib.Path,
+    *,
+    steps: int,
+    processes: int = 1,
+    devices: int = 1,
+    silence: int = 60,
+    last: Sequence[str] = (),
 ) -> list[subprocess.Popen[str]]:
-    """Starts a run, or goes on with it, in so many processes of so many devices; `last` are flags of the last one."""
+    """Starts a run, or goes on with it, in so many processes of so many devices.
+
+    After `silence`, in seconds, a process counts as dead for the others; `last` are flags of the last one.
+    """
     command = [sys.executable, "-m", "experiments.train", f"--workdir={workdir}", "--resume"]
     command += [f"--config.{name}={value}" for name, value in {**_CONFIG, "outer.steps": steps}.items()]
     environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    together = [f"--coordinator={address}", f"--num_processes={processes}"] if processes > 1 else []
+    together = []
+    if processes > 1:
+        together = [f"--coordinator={address}", f"--num_processes={processes}", f"--peer_timeout={silence}"]
     return [
         subprocess.Popen(
             [

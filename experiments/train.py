@@ -145,7 +145,7 @@ def _fit(
         print("TensorFlow is not installed: metrics.jsonl is written, TensorBoard events are not")
     validating = training.Validation(
         score, recorder, every=config.validation.every, checkpoints=checkpoints, steps=steps, best=extra["best"],
-        better=(f"validation_{metric}", 1 if metric == "accuracy" else -1),
+        better=(f"validation_{metric}", -1 if metric == "mse" else 1),
     )  # fmt: skip
 
     def kept() -> dict[str, Any]:
@@ -225,12 +225,9 @@ def _report(job: _job.Job, folder: _runs.Run, params: Any, seconds: float) -> No
 
 
 def _evaluate(job: _job.Job, params: Any, source: Any, episodes: int) -> Any:
-    from metajax import evaluation, training
-
-    return evaluation.evaluate(
-        job.experiment.learner, params, source, job.experiment.spec, episodes=episodes,
+    return _job.evaluate(
+        job.config, job.experiment.learner, params, source, job.experiment.spec, episodes=episodes,
         seed=job.config.evaluation.seed, num_steps=job.experiment.eval_steps,
-        normalisation=training.normalisation(job.config),
     )  # fmt: skip
 
 

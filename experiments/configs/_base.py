@@ -9,10 +9,11 @@ def base() -> ConfigDict:
         {
             "seed": 0,
             "data": {
-                # glyphs, omniglot, image_folder, tfds, sinusoids, cycles; cifar_fs, fc100, mini_imagenet,
+                # glyphs, omniglot, image_folder, tfds, sinusoids, cycles, text, squad; cifar_fs, fc100, mini_imagenet,
                 # tiered_imagenet, cub, meta_dataset
                 "name": "glyphs",
-                # folder of the images, file of the texts; of tfds, where sets are prepared ("": as TFDS does)
+                # folder of the images; file of the texts, with {} for the language (squad); of tfds, where sets are
+                # prepared ("": as TFDS does)
                 "path": "",
                 "val_path": "",  # text: other files for validation and test; "": as path
                 "test_path": "",
@@ -20,7 +21,13 @@ def base() -> ConfigDict:
                 "label": "label",
                 "domain": "",  # text: column of domains, or a .json file of labels by domain; "" none
                 "divides": "class",  # text: what splits hold, classes, or whole domains ("domain")
-                "names": {"train": (), "val": (), "test": ()},  # text: those of each split; none: 64, 16 and 20 %
+                "names": {
+                    "train": (),
+                    "val": (),
+                    "test": (),
+                },  # text, squad: those of each split; none: 64, 16 and 20 %
+                "languages": {"train": (), "val": (), "test": ()},  # squad: those of each split
+                "overlap": 128,  # squad: tokens that neighbouring windows of a long context share
                 "prefix": "",  # text: stands before every text, such as E5's "query: "
                 "long": "truncate",  # text: what becomes of texts of more tokens than length, truncate or refuse
                 "tokenizer": "",  # text: tokenizer.json, or its folder; "": model.path
@@ -34,16 +41,16 @@ def base() -> ConfigDict:
                 "rotations": True,  # omniglot: rotated training classes are new classes
                 "mirrored": False,  # omniglot: mirror images of training classes are new classes
                 "vocab": 256,  # cycles: number of tokens
-                "length": 64,  # text, cycles: tokens of a text, at most
-                "buckets": (),  # text: lengths that batches come in; (): a quarter of it, a half and all of it
+                "length": 64,  # text, squad, cycles: tokens of a text, at most
+                "buckets": (),  # text, squad: lengths that batches come in; (): a quarter of it, a half and all of it
                 "sampler": "pipeline",  # who draws training episodes: tf.data on the host, or the device
             },
             # random affine map of each training image: degrees, fractions; all 0 changes nothing
             "augment": {"rotation": 0.0, "scale": 0.0, "shear": 0.0, "shift": 0.0},
             "model": {
-                "name": "conv4",  # conv4, resnet12, vit, mlp, decoder (for cycles), pretrained (for text)
+                "name": "conv4",  # conv4, resnet12, vit, mlp, decoder (for cycles), pretrained (for text and squad)
                 "path": "",  # pretrained: a folder with config.json and model.safetensors
-                "head": "",  # pretrained: mean, cls, ...; "" is the one of its architecture
+                "head": "",  # pretrained: mean, cls, span (for squad), ...; "" is the one of its architecture
                 "width": 64,  # resnet12: of the first block; the others have 2.5, 5 and 10 times as much
                 "depth": 4,  # blocks
                 "heads": 8,  # vit, decoder
@@ -61,7 +68,7 @@ def base() -> ConfigDict:
             # outer.trainable: "lora" both.
             "adapter": {"name": "", "rank": 8, "where": ""},
             "learner": {
-                "name": "prototypical",  # maml, reptile, bayesian, prototypical, finetune
+                "name": "prototypical",  # maml, reptile, bayesian, prototypical, finetune, in_context
                 "distance": "euclidean",  # prototypical: euclidean or cosine
                 "scale": 0.0,  # prototypical: of its logits; 0 is 1 for Euclidean distances and 10 for cosines
                 "adapts": "",  # maml, reptile, bayesian: path regex of what adapts; "" all
@@ -71,6 +78,10 @@ def base() -> ConfigDict:
                 "deviation": 0.1,  # bayesian: standard deviation of a weight in the first prior
                 "samples": 1,  # bayesian: draws of the weights in an inner step and in the outer loss
                 "head": "linear",  # finetune: linear or cosine
+                "labels": (),  # in_context: what classes are called, as text; () letters
+                "separator": " =>",  # in_context: text between an input and its label
+                "end": "\n",  # in_context: text behind a demonstration
+                "content_free": "",  # in_context: a text that says nothing, to calibrate by; "" does not
             },
             # mixed_mode, unrolled, first_order, displacement, finite_difference, forward_mode, implicit, sama
             "hypergrad": {"name": "mixed_mode"},

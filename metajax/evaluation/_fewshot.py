@@ -172,7 +172,7 @@ def evaluate(
     first: Episode = jax.tree.map(lambda leaf: leaf[0], chunk)
     metric = _metrics.metric_of(first.query.targets)
     # Also the first trace: what does not fit raises here, before anything is computed.
-    transductive = _is_transductive(learner, params, first, num_steps, key)
+    transductive = is_transductive(learner, params, first, num_steps, key)
     run = functools.partial(
         _scores, learner=learner, num_steps=num_steps, metric=metric, side_by_side=side_by_side(first)
     )
@@ -322,9 +322,7 @@ def side_by_side(episode: Episode) -> bool:
     return choose_task_batching(jax.default_backend(), size) == "vmap"
 
 
-def _is_transductive(
-    learner: Learner, params: Params, episode: Episode, num_steps: int | None, key: Any
-) -> bool | None:
+def is_transductive(learner: Learner, params: Params, episode: Episode, num_steps: int | None, key: Any) -> bool | None:
     """Whether predictions of the first half of the query set move when the second half is replaced."""
     support, query = episode
     inputs, mask = query.inputs, np.asarray(query.mask)

@@ -16,6 +16,7 @@ import numpy as np
 from metajax.core import _losses
 from metajax.core._types import Episode
 from metajax.evaluation._fewshot import Evaluation, Outputs
+from metajax.evaluation._spans import AnswerEvaluation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 INK, FAINT, RIGHT, WRONG, LINE, OTHER = "#22303c", "#8a97a3", "#2a9d6f", "#d1495b", "#2b6cb0", "#e08e2b"
 _MAX_ROWS, _MAX_SHOTS, _MAX_QUERIES = 20, 5, 15  # of the episode that is drawn
 _STEP, _SPACE, _LABEL = 1.12, 0.35, 0.75  # from image to image, between groups, for a class number: in images
+_JUDGED = r"val.*(accuracy|f1)"  # scores of validations, fractions
 _RULES: dict[Any, Any] = {
     "font.size": 9, "text.color": INK, "axes.edgecolor": FAINT, "axes.labelcolor": INK, "axes.titlecolor": INK,
     "xtick.color": FAINT, "ytick.color": FAINT, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
@@ -35,7 +37,7 @@ def report(
     path: str | os.PathLike[str],
     *,
     history: Sequence[Mapping[str, Any]],
-    evaluation: Evaluation | None,
+    evaluation: Evaluation | AnswerEvaluation | None,
     episode: Episode,
     outputs: Outputs | Any,
     title: str,
@@ -99,7 +101,7 @@ def _write(path: pathlib.Path, canvas: Any) -> None:
         raise
 
 
-def _subtitle(evaluation: Evaluation) -> str:
+def _subtitle(evaluation: Evaluation | AnswerEvaluation) -> str:
     kind = {True: "transductive", False: "inductive", None: "outputs not finite"}[evaluation.transductive]
     policy = evaluation.normalisation or "not stated"
     found = evaluation.summary().replace("+-", "±").replace(" (", "  (")
@@ -120,7 +122,7 @@ def _series(history: Sequence[Mapping[str, Any]], pattern: str) -> tuple[np.ndar
 
 
 def _learning_curve(figure: Figure, history: Sequence[Mapping[str, Any]]) -> None:
-    classes = len(_series(history, "accuracy")[0]) > 0 or len(_series(history, r"val.*accuracy")[0]) > 0
+    classes = len(_series(history, "accuracy")[0]) > 0 or len(_series(history, _JUDGED)[0]) > 0
     lower = figure.add_axes((0.045, 0.20, 0.335, 0.25 if classes else 0.585))
     _curve(lower, *_series(history, "loss"), 1, LINE, "training")
     _curve(lower, *_series(history, r"val.*(loss|mse)"), 1, OTHER, "validation", marked=True)
@@ -130,7 +132,7 @@ def _learning_curve(figure: Figure, history: Sequence[Mapping[str, Any]]) -> Non
     if classes:
         upper = figure.add_axes((0.045, 0.535, 0.335, 0.25), sharex=lower)
         _curve(upper, *_series(history, "accuracy"), 100, LINE, "training")
-        _curve(upper, *_series(history, r"val.*accuracy"), 100, OTHER, "validation", marked=True)
+        _curve(upper, *_series(history, _JUDGED), 100, OTHER, "validation", marked=True)
         upper.set_title("accuracy, %", loc="left", fontsize=9)
         upper.tick_params(labelbottom=False)
         panels.append(upper)
@@ -197,6 +199,12 @@ def _along(xs: np.ndarray, ys: np.ndarray, x: Any) -> Any:
 def _draw_episode(figure: Figure, episode: Episode, outputs: Outputs) -> None:
     axes = figure.add_axes((0.425, 0.035, 0.56, 0.75))
     query, support = episode.query, episode.support
+    if _losses.by_target(outputs.after, query.targets) is not outputs.after:  # logits of spans
+        outputs = Outputs(*(None if logits is None else logits.argmax(axis=1) for logits in outputs))
+        axes.set_position((0.45, 0.20, 0.52, 0.585))
+        _draw_scatter(axes, episode, outputs)
+        axes.set_xlabel("first and last token of the true answer")
+        return
     if not _losses.is_integer(query.targets):
         axes.set_position((0.45, 0.20, 0.52, 0.585))
         one = np.size(query.targets) == np.size(query.inputs) == len(query.targets)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metajax.core import _rng, _validate
-from metajax.core._types import Examples, Learner, Params
+from metajax.core._types import Episode, Examples, Learner, Params
 from metajax.data._episodes import check_source, episode_batch
 from metajax.data._questions import AnswerSource
 from metajax.data._sources import cut_to, read
@@ -58,6 +58,8 @@ class AnswerEvaluation(NamedTuple):
       rules: "squad" or "mlqa", see `evaluate_answers`.
       max_answer: most tokens of an answer.
       left_out: questions of the source that no episode draws (`AnswerSource.left_out`).
+      transductive: as of an `Evaluation`, measured on the windows that episodes draw.
+      normalisation: the policy as the caller named it, or None.
 
     >>> scores, spec = AnswerScores(0.5, 0.01, 0.625, 0.02, np.zeros([600, 2])), EpisodeSpec(1, 5, 10)
     >>> print(AnswerEvaluation(None, scores, 600, 0, spec, "xquad (test)", "squad", 30, 0))
@@ -67,6 +69,7 @@ class AnswerEvaluation(NamedTuple):
     answers   up to 30 tokens, scored by the rules of squad
     left out  0 questions
     after     exact match 50.00 +- 1.00 %, F1 62.50 +- 2.00 %
+    F1 62.50 +- 2.00 % (600 episodes)
     """
 
     before: AnswerScores | None
@@ -78,6 +81,27 @@ class AnswerEvaluation(NamedTuple):
     rules: str
     max_answer: int
     left_out: int
+    transductive: bool | None = None
+    normalisation: str | None = None
+
+    @property
+    def metric(self) -> str:
+        """The score that `mean` is of."""
+        return "f1"
+
+    @property
+    def mean(self) -> float:
+        """F1 after adaptation."""
+        return self.after.f1
+
+    @property
+    def ci95(self) -> float:
+        """Half width of its 95 % interval."""
+        return self.after.f1_ci95
+
+    def summary(self) -> str:
+        """One line: `F1 62.50 +- 2.00 % (600 episodes)`."""
+        return f"F1 {100 * self.mean:.2f} +- {100 * self.ci95:.2f} % ({self.episodes} episodes)"
 
     def __str__(self) -> str:
         rows = {
@@ -89,7 +113,8 @@ class AnswerEvaluation(NamedTuple):
             "before": self.before,
             "after": self.after,
         }
-        return "\n".join(f"{name:<8}  {value}" for name, value in rows.items() if value is not None)
+        lines = [f"{name:<8}  {value}" for name, value in rows.items() if value is not None]
+        return "\n".join([*lines, self.summary()])
 
 
 def evaluate_answers(
@@ -104,6 +129,7 @@ def evaluate_answers(
     batch: int = 20,
     max_answer: int = 30,
     rules: str = "squad",
+    normalisation: str | None = None,
     key: jax.Array | None = None,
 ) -> AnswerEvaluation:
     """Evaluates meta-parameters on extractive question answering: exact match and F1 of the answers' texts.
@@ -124,6 +150,7 @@ def evaluate_answers(
       batch: episodes in one compiled call.
       max_answer: most tokens of an answer.
       rules: "squad": SQuAD v1.1's in all languages; "mlqa": each language's own (see `answer_scores`).
+      normalisation: the policy, to be stated.
       key: PRNG key for learners that draw (episode k folds in k); None is deterministic.
 
     Returns:
@@ -163,6 +190,8 @@ def evaluate_answers(
     params = jax.tree.map(_fewshot.settled, params)
     steps = {"after": num_steps} if learner.problem is None else {"before": 0, "after": num_steps}
     values: dict[str, list[np.ndarray]] = {name: [] for name in steps}
+    first: Episode = jax.tree.map(lambda leaf: leaf[0], episode_batch(source, spec, seed=seed, start=0, count=1))
+    transductive = _fewshot.is_transductive(learner, params, first, num_steps, key)
     for start in range(0, episodes, batch):
         chunk = episode_batch(source, spec, seed=seed, start=start, count=batch)
         ids, kept = chunk.query.inputs["id"], np.asarray(chunk.query.mask)
@@ -179,8 +208,9 @@ def evaluate_answers(
     name = f"{source.name} ({source.split})"
     scores = {which: _summary(np.concatenate(parts)[:episodes]) for which, parts in values.items()}
     return AnswerEvaluation(
-        scores.get("before"), scores["after"], episodes, seed, spec, name, rules, max_answer, len(source.left_out)
-    )
+        scores.get("before"), scores["after"], episodes, seed, spec, name, rules, max_answer, len(source.left_out),
+        transductive, normalisation,
+    )  # fmt: skip
 
 
 def _inputs(source: AnswerSource, rows: np.ndarray) -> Any:

@@ -16,7 +16,7 @@ _Open = Callable[[str, str, dict[str, Any]], data.Source]  # (path, split, field
 _LATER = {
     "set": "", "splits": "", "cache_mib": 0, "vocab": 256, "length": 64,
     "test_path": "", "val_path": "", "text": "text", "label": "label", "domain": "", "divides": "class", "names": {},
-    "tokenizer": "", "buckets": (), "prefix": "", "long": "truncate",
+    "languages": {}, "overlap": 128, "tokenizer": "", "buckets": (), "prefix": "", "long": "truncate",
 }  # fmt: skip
 _MADE, _CHARACTERS = ("glyphs", "sinusoids", "cycles"), ("glyphs", "omniglot")
 _CHARACTER = 28  # pixels, where data.size is 0
@@ -53,10 +53,12 @@ def open_source(config: Config, split: str, *, path: str | None = None) -> data.
     for field, having in (("set", ("tfds",)), ("splits", ("tfds", "image_folder"))):
         if fields[field] and name not in having:
             raise ValueError(f"data.{field} is for {' and '.join(having)}, not for {name}, got {fields[field]!r}")
+    if name == "squad" and given:
+        fields |= {"names": {"test": 1}, "languages": {}}
     if name == "text" and given:
         fields |= {"names": {"test": 1}, "domain": "", "divides": "class", "test_path": given}
-        if split != "test":
-            raise ValueError(f"split must be 'test' for other texts, which are not divided, got {split!r}")
+    if name in ("text", "squad") and given and split != "test":
+        raise ValueError(f"split must be 'test' for other texts, which are not divided, got {split!r}")
     return with_features(config, _SOURCES[name](path, split, fields))
 
 
@@ -161,14 +163,31 @@ def _published(name: str) -> _Open:
 
 
 def _text(path: str, split: str, fields: dict[str, Any]) -> data.Source:
-    named: dict[str, Any] = {
-        split: names if isinstance(names, int) else list(names) for split, names in fields["names"].items()
-    }
     return data.text(
         fields.get(f"{split}_path") or path, split=split, domain=fields["domain"] or None, split_by=fields["divides"],
-        splits={split: names for split, names in named.items() if names} or None,
-        **text_options({"data": fields, "model": {}}),
+        splits=_named(fields["names"]), **text_options({"data": fields, "model": {}}),
     )  # fmt: skip
+
+
+def _squad(path: str, split: str, fields: dict[str, Any]) -> data.Source:
+    languages = _named(fields["languages"])
+    spoken = sorted({language for names in (languages or {}).values() for language in names})
+    if ("{}" in path) != bool(languages):
+        raise ValueError(
+            "data.path must have {} in the place of the language where data.languages names some, and else none, got "
+            f"{path!r} for {', '.join(spoken) or 'no languages'}"
+        )
+    files = {language: path.replace("{}", language) for language in spoken} or {"text": path}
+    return data.question_answering(
+        files, split=split, splits=_named(fields["names"]), languages=languages, tokenizer=fields["tokenizer"],
+        max_length=fields["length"], overlap=fields["overlap"], length_buckets=tuple(fields["buckets"]) or None,
+    )  # fmt: skip
+
+
+def _named(given: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a config names for each split, None where it names nothing; shares stay numbers."""
+    named = {split: names if isinstance(names, int | float) else list(names) for split, names in given.items()}
+    return {split: names for split, names in named.items() if names} or None
 
 
 def _splits(fields: dict[str, Any]) -> Any:
@@ -187,5 +206,6 @@ _SOURCES: dict[str, _Open] = {
     **{name: _published(name) for name in _PUBLISHED},
     "cycles": lambda path, split, fields: data.cycles(split=split, vocab=fields["vocab"], length=fields["length"]),
     "text": _text,
+    "squad": _squad,
     "sinusoids": lambda path, split, fields: data.sinusoids(split=split),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import pathlib
+import string
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -15,12 +16,14 @@ import optax
 
 from metajax import adapters, data, hypergrad, learners, models, pretrained
 from metajax.core import _validate
-from metajax.core._losses import squared_error
+from metajax.core._losses import span_cross_entropy, squared_error
 from metajax.core._types import Hypergrad, Learner, Loss, Model, Params
+from metajax.data._tokens import load_tokenizer
 from metajax.training import _checkpoint
 
 Config = Mapping[str, Any]
-LEARNERS = ("maml", "reptile", "bayesian", "prototypical", "finetune")
+_LOSSES: dict[str, Loss] = {"sinusoids": squared_error, "squad": span_cross_entropy}  # others: cross-entropy
+LEARNERS = ("maml", "reptile", "bayesian", "prototypical", "finetune", "in_context")
 ESTIMATORS = (  # those that need no argument
     "displacement", "finite_difference", "first_order", "forward_mode", "implicit", "mixed_mode", "sama", "unrolled"
 )  # fmt: skip
@@ -37,7 +40,7 @@ class Experiment(NamedTuple):
       spec: size of an episode in validation and evaluation.
       train_spec: size of an episode in training.
       eval_steps: inner steps in evaluation, None where as many as in training.
-      metric: "accuracy" or "mse".
+      metric: "accuracy", "mse" or "f1".
       trainable: path regex of the meta-parameters that are trained, None for all.
       transform: what `augment` does to the training images, None for nothing.
       start: `() -> meta_params` to begin with, from pretrained weights; None where the learner makes them.
@@ -76,9 +79,7 @@ def build(config: Config, *, num_classes: int | None = None) -> Experiment:
     episode, train = config["episode"], config["train_episode"]
     spec = _episode_spec(episode)
     train_spec = _episode_spec({name: train[name] or episode[name] for name in episode})
-    regression = config["data"]["name"] == "sinusoids"
-    loss = squared_error if regression else None
-    learner, trained = _learners(config, spec, regression, loss, num_classes)
+    learner, trained = _learners(config, spec, num_classes)
     for section, field in (("log", "every"), ("validation", "every"), ("checkpoint", "every")):
         _validate.positive_int(f"{section}.{field}", config[section][field])
     for section in ("validation", "evaluation"):
@@ -95,7 +96,7 @@ def build(config: Config, *, num_classes: int | None = None) -> Experiment:
     eval_steps = _validate.int_at_least("inner.eval_steps", config["inner"]["eval_steps"], 0) or None
     return Experiment(
         learner, trained, getattr(hypergrad, config["hypergrad"]["name"])(), _outer_optimizer(config["outer"]),
-        spec, train_spec, eval_steps, "mse" if regression else "accuracy",
+        spec, train_spec, eval_steps, {"sinusoids": "mse", "squad": "f1"}.get(config["data"]["name"], "accuracy"),
         config["outer"].get("trainable", "") or None, _transform(config), start,
     )  # fmt: skip
 
@@ -112,29 +113,36 @@ def _episode_spec(config: Config) -> data.EpisodeSpec:
     return data.EpisodeSpec(ways, shots, config["queries"], config["hierarchical"])
 
 
-def _learners(
-    config: Config, spec: data.EpisodeSpec, regression: bool, loss: Loss | None, num_classes: int | None
-) -> tuple[Learner, Learner]:
-    learner, inner = config["learner"], config["inner"]
+def _learners(config: Config, spec: data.EpisodeSpec, num_classes: int | None) -> tuple[Learner, Learner]:
+    learner, inner, source = config["learner"], config["inner"], config["data"]["name"]
     name = _validate.one_of("learner.name", learner["name"], LEARNERS)
-    losses: dict[str, Any] = {} if loss is None else {"loss": loss}
-    outputs = {"sinusoids": 1, "cycles": config["data"].get("vocab")}.get(config["data"]["name"], spec.max_ways)
-    language = config["data"]["name"] == "cycles"
-    if (config["data"]["name"] == "text") != _is_pretrained(config):
+    losses: dict[str, Any] = {"loss": _LOSSES[source]} if source in _LOSSES else {}
+    outputs = _outputs(config, spec.max_ways)
+    for made, sources in (("pretrained", ("text", "squad")), ("decoder", ("cycles",))):
+        if (source in sources) != (config["model"]["name"] == made):
+            raise ValueError(
+                f"model.name must be {made!r} for {' and '.join(sources)} and for nothing else, got "
+                f"{config['model']['name']!r} for {source!r}"
+            )
+    if (source == "squad") != (config["model"].get("head") == "span"):
         raise ValueError(
-            f"model.name must be 'pretrained' for text and for nothing else, got {config['model']['name']!r} for "
-            f"{config['data']['name']!r}"
+            "model.head must be 'span' for squad and for nothing else, got "
+            f"{config['model'].get('head')!r} for {source!r}"
         )
-    if language != (config["model"]["name"] == "decoder"):
+    begins = _is_pretrained(config) and not _is_frozen(config)
+    if begins and name not in ("maml", "reptile", "prototypical", "in_context"):
         raise ValueError(
-            f"model.name must be 'decoder' for cycles and for nothing else, got {config['model']['name']!r} for "
-            f"{config['data']['name']!r}"
+            "learner.name must be 'maml', 'reptile', 'prototypical' or 'in_context' for pretrained models that are not "
+            f"frozen, got {name!r}"
         )
-    if _is_pretrained(config) and not _is_frozen(config) and name not in ("maml", "reptile", "prototypical"):
-        raise ValueError(
-            f"learner.name must be 'maml', 'reptile' or 'prototypical' for pretrained models that are not frozen, got "
-            f"{name!r}"
-        )
+    if name == "in_context":
+        if not begins or source != "text":
+            raise ValueError(
+                "learner.name must not be 'in_context' but for text and a pretrained model that is not frozen, got "
+                f"{name!r} for {source!r}"
+            )
+        built = learners.in_context(_model(config, None), **_prompts(config, spec.max_ways))
+        return built, built
     steps = _validate.positive_int("inner.steps", inner["steps"])
     rule = _inner_rule(inner)
     if name == "maml":
@@ -155,10 +163,9 @@ def _learners(
             beta=learner["beta"], scale=learner["deviation"], samples=learner["samples"], **losses,
         )  # fmt: skip
         return built, built
-    if regression or language:
+    if source in ("sinusoids", "cycles", "squad"):
         raise ValueError(
-            f"learner.name must be 'maml', 'reptile' or 'bayesian' for {config['data']['name']}, which has no classes, "
-            f"got {name!r}"
+            f"learner.name must be 'maml', 'reptile' or 'bayesian' for {source}, which has no classes, got {name!r}"
         )
     features = _model(config, None)
     if name == "prototypical":
@@ -166,6 +173,33 @@ def _learners(
         return built, built
     head = learner["head"]
     return learners.finetune(features, rule, steps, head=head), learners.pretrain(features, num_classes or 1, head=head)
+
+
+def _outputs(config: Config, ways: int) -> int | None:
+    """Outputs of the model of a learner with a head."""
+    return {"sinusoids": 1, "cycles": config["data"].get("vocab"), "squad": None}.get(config["data"]["name"], ways)
+
+
+def _prompts(config: Config, ways: int) -> dict[str, Any]:
+    """The texts of a prompt as tokens."""
+    fields = config["learner"]
+    names = tuple(fields["labels"]) or tuple(string.ascii_uppercase)
+    if len(names) < ways:
+        raise ValueError(f"learner.labels must name each of the {ways} classes of an episode, got {len(names)} labels")
+    encoder = load_tokenizer(
+        config["data"]["tokenizer"] or config["model"]["path"], config["data"]["length"], user="in_context"
+    )
+
+    def tokens(text: str) -> list[int]:
+        return encoder.encode(text, add_special_tokens=False).ids
+
+    known = [tokens(f" {name}") or tokens(name) for name in names]
+    width = max(map(len, known))
+    return {
+        "labels": [[*label, *[-1] * (width - len(label))] for label in known],
+        "separator": tokens(fields["separator"]), "end": tokens(fields["end"]),
+        "content_free": tokens(fields["content_free"]) or None,
+    }  # fmt: skip
 
 
 def _model(config: Config, outputs: int | None) -> Model:
@@ -239,7 +273,7 @@ def _pretrained_options(config: Config, outputs: int | None) -> dict[str, Any]:
 
 def _pretrained_params(config: Config, ways: int) -> Params:
     """Pretrained weights, with a new head of `ways` outputs where the learner has one, and new adapters."""
-    outputs = None if config["learner"]["name"] == "prototypical" else ways
+    outputs = None if config["learner"]["name"] in ("prototypical", "in_context") else _outputs(config, ways)
     head_key, adapter_key = jax.random.split(jax.random.key(config["seed"]))
     loaded = pretrained.load_pretrained_model(
         config["model"]["path"], key=head_key, **_pretrained_options(config, outputs)

@@ -79,3 +79,66 @@ def test_adaptation_to_a_file_of_texts(run, launch):
     done = launch("adapt", *flags)
     assert done.returncode == 2
     assert "must hold classes of support (intent6, intent7), got 'intent9'" in done.stderr
+
+
+def _parallel(folder, languages, articles=6):
+    """Files of SQuAD's format: in article a the answer is the word behind w1."""
+    for shift, language in enumerate(languages):
+        content = []
+        for a in range(articles):
+            context, answer = f"w{2 + a} w1 w{20 + shift + a} w{9 + a} w3", f"w{20 + shift + a}"
+            answers = [{"text": answer, "answer_start": context.find(answer)}]
+            rows = [{"id": f"{a}-{q}", "question": f"w{30 + q}", "answers": answers} for q in range(6)]
+            content.append({"title": f"T{a}", "paragraphs": [{"context": context, "qas": rows}]})
+        (folder / f"qa.{language}.json").write_text(json.dumps({"version": "1.1", "data": content}))
+    return folder / "qa.{}.json"
+
+
+def test_a_run_on_questions_is_judged_by_f1(run, launch):
+    data = _parallel(run, ["en", "de", "fr"])
+    flags = [
+        f"--workdir={run / 'answers'}", "--config=experiments/configs/reptile_lora_xquad.py",
+        f"--config.model.path={run / 'model'}", "--config.data.length=8", "--config.data.buckets=(8,)",
+        "--config.data.overlap=2", "--config.data.languages.train=('en','de')", "--config.data.languages.test=('fr',)",
+        "--config.episode.shots=2", "--config.episode.queries=2", "--config.train_episode.shots=4",
+        "--config.inner.rate=0.02", "--config.learner.batch_size=2", "--config.outer.steps=4",
+        "--config.validation.every=4", "--config.validation.episodes=4", "--config.evaluation.episodes=8",
+        "--config.checkpoint.every=4",
+    ]  # fmt: skip
+    done = launch("train", *flags, f"--config.data.path={data}")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((run / "answers" / "results.json").read_text())
+    assert results["metric"] == "f1"
+    assert 0 <= results["f1_before_mean"] <= 1
+    assert (
+        done.stdout.splitlines()[-1]
+        == f"F1 {100 * results['f1_mean']:.2f} +- {100 * results['f1_ci95']:.2f} % (8 episodes)"
+    )
+    assert (run / "answers" / "report.png").stat().st_size > 10_000
+    done = launch(
+        "evaluate", f"--workdir={run / 'answers'}", f"--data={run / 'qa.en.json'}", "--checkpoint=start", "--episodes=4"
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((run / "answers" / "evaluation.json").read_text())
+    assert (found["metric"], found["checkpoint"], found["episodes"]) == ("f1", "start", 4)
+
+
+def test_a_prompt_needs_no_training(run, launch):
+    model = cases.write(run / "decoder", "llama")
+    worlds.word_tokenizer(50).save(str(model / "tokenizer.json"))
+    done = launch(
+        "train", f"--workdir={run / 'prompt'}", "--config=experiments/configs/icl_decoder.py",
+        f"--config.model.path={model}", f"--config.data.path={run / 'data.json'}",
+        f"--config.data.domain={run / 'domains.json'}", "--config.data.names.train=('auto_and_commute',)",
+        "--config.data.names.test=('work',)", "--config.data.length=4", "--config.data.buckets=(4,)",
+        "--config.learner.labels=('w40', 'w41')", "--config.learner.separator=w42", "--config.learner.end=w43",
+        "--config.learner.content_free=w44", "--config.episode.ways=2", "--config.outer.steps=2",
+        "--config.validation.every=2", "--config.validation.episodes=4", "--config.evaluation.episodes=4",
+        "--config.checkpoint.every=2",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    done = launch("evaluate", f"--workdir={run / 'prompt'}", "--checkpoint=start", "--episodes=10")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((run / "prompt" / "evaluation.json").read_text())
+    assert (found["learner"], found["checkpoint"]) == ("in_context", "start")
+    assert 0 < found["accuracy_mean"] < 1

@@ -1,0 +1,37 @@
+"""Reptile over low-rank adapters of multilingual E5: answers to questions (XQuAD) about articles not trained on.
+
+A task is a language and an article; 8 questions of it are the support set. The articles of test are seen in no
+language, and three of its languages are not trained on:
+
+python -m experiments.train --config=experiments/configs/reptile_lora_xquad.py --config.model.path=MULTILINGUAL_E5 \
+    '--config.data.path=xquad/xquad.{}.json.gz'
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.configs._base import base
+
+LANGUAGES = {
+    "train": ("ar", "de", "en", "es", "hi"),
+    "val": ("en",),
+    "test": ("en", "ru", "vi", "zh"),
+}
+
+
+def get_config() -> ConfigDict:
+    """8 support questions and 8 query questions of one article."""
+    config = base()
+    config.data.update(name="squad", length=256, buckets=(128, 192, 256), overlap=64)
+    config.data.languages.update(LANGUAGES)
+    config.model.update(name="pretrained", head="span")
+    config.adapter.update(name="lora", rank=8, where="blocks/.*kernel")
+    config.learner.update(name="reptile", adapts="lora|head", batch_size=4)
+    config.hypergrad.name = "displacement"
+    config.episode.update(ways=1, shots=8, queries=8, hierarchical=True)
+    config.train_episode.update(ways=1, shots=24, queries=1, hierarchical=True)
+    config.inner.update(optimizer="adam", rate=1e-3, steps=6)
+    config.outer.update(optimizer="sgd", rate=1.0, schedule="linear", clip=0.0, steps=300, meta_batch=1)
+    config.outer.trainable = "lora|head"
+    config.validation.update(every=50, episodes=40)
+    config.checkpoint.every = 50
+    return config
