@@ -2,6 +2,7 @@
 
     python -m experiments.benchmark speed       # the Conv4 meta step and adaptation, beside peers (extra `bench`)
     python -m experiments.benchmark hypergrad   # memory and time of the estimators on a decoder, their bias on Conv4
+    python -m experiments.benchmark adapters --model=MINILM    # memory of MAML over LoRA, seconds of fast_adapt_model
     python -m experiments.benchmark batching    # ways to batch tasks, and what "auto" would have chosen
     python -m experiments.benchmark data        # the input pipeline: episodes a second, starts, memory, training time
     python -m experiments.benchmark checkpoints # what a checkpoint every 50 steps adds to the default job
@@ -30,13 +31,14 @@ from experiments import _launch
 _JSON = flags.DEFINE_string("json", None, "Where to write the figures.")
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed rounds; each runs every variant once.")
 _TASKS = flags.DEFINE_integer("tasks", None, "Tasks in the meta step of `speed`; 16, or 32 on an accelerator.")
+_MODEL = flags.DEFINE_string("model", None, "Folder of a pretrained encoder, for `adapters`.")
 _LIMIT = flags.DEFINE_float("limit", 120.0, "Seconds after which a call of one variant of `speed` is given up.")
 
 
 def main(arguments: list[str]) -> int:
     """Runs the benchmark that is named first."""
     tables = {
-        "speed": _speed, "hypergrad": _hypergrad, "batching": _batching, "data": _data,
+        "speed": _speed, "hypergrad": _hypergrad, "adapters": _adapters, "batching": _batching, "data": _data,
         "checkpoints": _checkpoints, "import": _import, "pixels": _pixels,
     }  # fmt: skip
     name = arguments[1] if len(arguments) > 1 else ""
@@ -184,6 +186,14 @@ def _hypergrad() -> dict[str, Any]:
     from experiments import _benchmark_hypergrad
 
     return _benchmark_hypergrad.run(_ROUNDS.value)
+
+
+def _adapters() -> dict[str, Any]:
+    """Adapters of an encoder."""
+    _launch.prepare(host_devices=1)
+    from experiments import _benchmark_adapters
+
+    return _benchmark_adapters.run(_ROUNDS.value, _MODEL.value)
 
 
 def _data() -> dict[str, Any]:

@@ -25,7 +25,7 @@ from metajax.pretrained._load import read_preprocessor
 from metajax.pretrained._save import named, whole_folder
 from metajax.pretrained._tensors import WEIGHTS, Tensors, write
 
-_SIZES = (8, 16, 32, 48, 64)  # of support sets and of what is predicted at once; then multiples of the last
+_SIZES = (5, 10, 16, 25, 32, 48, 64)  # of support sets and of what is predicted at once; then multiples of the last
 _WAYS = 8  # classes come in multiples of it
 _FILE = "fast_model.json"
 _RATE = 2e-3  # of Adam
@@ -216,7 +216,7 @@ def padded_size(count: int) -> int:
     """The static size that holds `count` examples.
 
     >>> padded_size(25), padded_size(65)
-    (32, 128)
+    (25, 128)
     """
     return next((size for size in _SIZES if size >= count), -(-count // _SIZES[-1]) * _SIZES[-1])
 
