@@ -53,6 +53,21 @@ def test_after_the_loop_a_new_task_is_learned_better(loaded, trained):
     assert mean > interval
 
 
+def test_the_next_task_compiles_nothing(trained, caplog):
+    (first, (images, _)), (second, (others, _)) = _tasks(metajax.data.glyphs("test"), 2, 5, 2)
+    fewer = (second[0][:24], [f"class {label}" for label in second[1][:24]])  # other names, an example less
+
+    def compiled(task, queries):
+        caplog.clear()
+        with jax.log_compiles():
+            metajax.fast_adapt_model(trained, task, steps=3).predict(queries)
+        return [record.getMessage() for record in caplog.records if "Compiling" in record.getMessage()]
+
+    assert compiled(first, images)  # what the next line looks for is said
+    assert not compiled(second, others)
+    assert not compiled(fewer, others[:9])
+
+
 def test_what_is_saved_predicts_the_same(trained, tmp_path):
     support, (images, _) = next(_tasks(metajax.data.glyphs("test"), 1, 2, 2))
     fast = metajax.fast_adapt_model(trained, support)
