@@ -252,10 +252,10 @@ def ring(
         held = size(state)
         require_drawable(count, starts, held)
         drawn = buffer(count).sample(state, key)
-        # rounding of the sums may lead beside what is there
+        # of an empty memory, or by the rounding of sums, an index may lead beside what is there
         indices = jnp.minimum(drawn.indices, starts - 1).astype(jnp.int32)
-        there = leaves(state)[indices] > 0
-        raw = jnp.where(there, held * drawn.probabilities, jnp.inf) ** -correction * there
+        there = (drawn.indices < starts) & (leaves(state)[indices] > 0)
+        raw = jnp.where(there, (held * drawn.probabilities) ** -correction, 0)
         weights = raw / jnp.maximum(jnp.max(raw), jnp.finfo(raw.dtype).tiny)
         return Sample(drawn.experience, weights.astype(jnp.float32), indices)
 
@@ -308,7 +308,8 @@ def require_fit(held: PyTree, item: PyTree, axes: int) -> None:
     """Raises a ValueError where an item is not of the shapes and dtypes of those that are held below `axes` axes."""
     here = [(leaf.shape[axes:], leaf.dtype) for leaf in jax.tree.leaves(held)]
     new = [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in jax.tree.leaves(item)]
-    if here != new or jax.tree.structure(held) != jax.tree.structure(item):
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (held, item)]
+    if here != new or structures[0] != structures[1]:
         told = [", ".join(f"{dtype}{list(shape)}" for shape, dtype in leaves) for leaves in (here, new)]
         raise ValueError(f"item must have the structure, shapes and dtypes of the example: {told[0]}, got {told[1]}")
 
