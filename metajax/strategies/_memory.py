@@ -15,6 +15,8 @@ import numpy as np
 from metajax.core import _validate
 from metajax.core._types import PyTree
 
+_HIGHEST = 2.0**30  # of priorities: flashbax makes integers of them
+
 
 class Sample(NamedTuple):
     """What was drawn from a memory.
@@ -174,15 +176,15 @@ def prioritised(
     """A ring of the newest items from which those of high priority, such as a loss, are drawn more often.
 
     flashbax keeps items and priorities. Item i is drawn, with replacement and stratified, with probability
-    `P_i = p_i^exponent / sum_j p_j^exponent`; a new item has the highest priority so far, at least 1. The weights are
-    `(size * P_i)^-correction`, over the largest of the draw.
+    `P_i = p_i^exponent / sum_j p_j^exponent`; for a new item `p^exponent` is the highest so far, rounded up to a whole
+    number. The weights are `(size * P_i)^-correction`, over the largest of the draw.
 
     Args:
       capacity: items, at least 1.
       exponent: in [0, 1]; 0 draws uniformly.
       correction: in [0, 1], how far the weights undo that some items are drawn more often; 1 does so wholly.
       floor: added to every priority that `update` sets, above 0. A negative or non-finite priority is a ValueError;
-        where it cannot be looked at, under `jit`, it counts as 0.
+        where it cannot be looked at, under `jit`, it counts as 0. One above 2^30 counts as that.
       max_bytes: as for `reservoir`.
 
     Raises:
@@ -242,11 +244,17 @@ def ring(
         nodes = state.sum_tree_state.nodes
         return nodes[nodes.shape[0] // 2 :][:starts]
 
+    def added(state: Any, steps: Any) -> Any:
+        # flashbax 0.1.3 cuts the priority that it gives to what is new to a whole number
+        tree = state.sum_tree_state
+        tree = tree.replace(max_recorded_priority=jnp.ceil(tree.max_recorded_priority))
+        return buffer(1).add(state.replace(sum_tree_state=tree), steps)
+
     def add(state: Any, steps: Any, *, key: Any = None, keep: Any = True) -> Any:
         del key
-        if keep is True:
-            return buffer(1).add(state, steps)
-        return jax.lax.cond(keep, lambda: buffer(1).add(state, steps), lambda: state)
+        return (
+            added(state, steps) if keep is True else jax.lax.cond(keep, added, lambda state, steps: state, state, steps)
+        )
 
     def sample(state: Any, count: int, *, key: jax.Array) -> Sample:
         held = size(state)
@@ -264,7 +272,7 @@ def ring(
             values = np.asarray(priorities)
             if not (np.isfinite(values).all() and (values >= 0).all()):
                 raise ValueError(f"priorities must be finite numbers of at least 0, got {values.tolist()}")
-        priorities = jnp.where(jnp.isfinite(priorities), jnp.maximum(priorities, 0), 0) + floor
+        priorities = jnp.where(jnp.isfinite(priorities), jnp.clip(priorities, 0, _HIGHEST), 0) + floor
         # where nothing is, nothing may be drawn
         return buffer(1).set_priorities(state, indices, jnp.where(leaves(state)[indices] > 0, priorities, 0))
 
@@ -272,7 +280,10 @@ def ring(
         return jnp.sum(leaves(state) > 0)
 
     def empty(example: Any) -> Any:
-        return buffer(1).init(jax.tree.map(jnp.asarray, example))
+        state = buffer(1).init(jax.tree.map(jnp.asarray, example))
+        return jax.tree.map(
+            lambda leaf: jnp.asarray(leaf, leaf.dtype), state
+        )  # no weak type, which would be lost later
 
     return Memory(allocated(empty, max_bytes), add, sample, update, size, starts)
 

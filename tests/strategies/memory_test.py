@@ -129,16 +129,17 @@ def test_weights_by_hand():
     assert all(one.items[1] == 20.0 for one in drawn)  # the second half lies above 1 wholly
 
 
-def test_a_new_item_has_the_highest_priority_and_takes_the_place_of_the_oldest():
+def test_a_new_item_has_the_highest_priority_rounded_up_and_takes_the_place_of_the_oldest():
     memory = strategies.prioritised(3, exponent=1.0, floor=1e-9)
-    state = memory.update(_filled(memory, jnp.arange(3.0)), jnp.arange(3), jnp.array([1.0, 8.0, 1.0]))
+    state = memory.update(_filled(memory, jnp.arange(3.0)), jnp.arange(3), jnp.array([1.0, 7.6, 1.0]))
     state = memory.add(state, jnp.float32(3))
     assert state.experience.reshape(-1).tolist() == [3.0, 1.0, 2.0]
     draw = jax.jit(jax.vmap(lambda key: memory.sample(state, 1, key=key).items[0]))
     drawn = draw(jax.random.split(jax.random.key(1), 17000))
     counts = np.bincount(np.asarray(drawn, int), minlength=4)
     assert counts[0] == 0
-    assert _chi_square(counts[1:], np.array([8000, 1000, 8000])) < 9.2  # 99 %, 2 degrees of freedom
+    expected = 17000 * np.array([7.6, 1, 8]) / 16.6
+    assert _chi_square(counts[1:], expected) < 9.2  # 99 %, 2 degrees of freedom
 
 
 def test_priorities_of_places_where_nothing_is_stay_zero():
