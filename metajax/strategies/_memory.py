@@ -101,7 +101,7 @@ def reservoir(capacity: int, *, max_bytes: int | None = None) -> Memory:
     >>> sorted(drawn.items[drawn.weights > 0].tolist()), sorted(drawn.weights.tolist())
     ([0.0, 1.0], [0.0, 1.0, 1.0])
     """
-    return balanced(1, capacity, lambda item: 0, max_bytes=max_bytes)
+    return balanced(1, _validate.positive_int("capacity", capacity), lambda item: 0, max_bytes=max_bytes)
 
 
 def balanced(groups: int, slots: int, group: Callable[[Any], Any], *, max_bytes: int | None = None) -> Memory:
@@ -130,7 +130,7 @@ def balanced(groups: int, slots: int, group: Callable[[Any], Any], *, max_bytes:
     [0, 1]
     """
     _validate.positive_int("groups", groups)
-    capacity = groups * _validate.positive_int("capacity" if groups == 1 else "slots", slots)
+    capacity = groups * _validate.positive_int("slots", slots)
 
     def empty(example: Any) -> Reservoirs:
         def places(leaf: Any) -> jax.Array:

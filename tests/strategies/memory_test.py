@@ -123,7 +123,8 @@ def test_weights_by_hand():
     memory = strategies.prioritised(2, exponent=1.0, correction=1.0, floor=1e-9)
     state = memory.update(_filled(memory, jnp.array([10.0, 20.0])), jnp.arange(2), jnp.array([1.0, 3.0]))
     # stratified: the halves of [0, 4) hold 0 or 1 by their cuts at 1; P = 1/4, 3/4; N P = 1/2, 3/2; weights 1, 1/3
-    drawn = [memory.sample(state, 2, key=jax.random.key(seed)) for seed in range(12)]
+    draw = jax.jit(lambda key: memory.sample(state, 2, key=key))
+    drawn = [draw(jax.random.key(seed)) for seed in range(12)]
     both = next(one for one in drawn if one.items.tolist() == [10.0, 20.0])
     np.testing.assert_allclose(both.weights, [1, 1 / 3], rtol=1e-6)
     assert all(one.items[1] == 20.0 for one in drawn)  # the second half lies above 1 wholly

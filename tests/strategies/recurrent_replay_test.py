@@ -77,11 +77,12 @@ def test_a_stretch_of_large_error_is_drawn_more_often():
 
 def test_nothing_is_drawn_before_a_stretch_is_whole():
     memory = strategies.sequences(4, 3)
-    state = memory.add(memory.init(0.0), jnp.ones([1, 2]))
+    add = jax.jit(memory.add)
+    state = add(memory.init(0.0), jnp.ones([1, 2]))
     with pytest.raises(ValueError, match="state must hold an item to draw"):
         memory.sample(state, 1, key=jax.random.key(0))
     assert jax.jit(lambda state: memory.sample(state, 1, key=jax.random.key(0)))(state).weights.tolist() == [0]
-    state = memory.add(state, 2 * jnp.ones([1, 1]))
+    state = add(state, 2 * jnp.ones([1, 1]))
     assert memory.sample(state, 1, key=jax.random.key(0)).items.tolist() == [[1.0, 1.0, 2.0]]
 
 

@@ -232,6 +232,24 @@ def test_other_keys_and_steps_draw_others():
     assert found[0] == found[1] != found[2]
 
 
+@pytest.mark.slow  # a mesh; the meta step itself is compared over meshes in tests/parallel
+def test_over_devices_as_on_one():
+    learner = metajax.learners.maml(metajax.models.mlp(1), optax.sgd(0.1), loss=metajax.core.squared_error)
+    plain = metajax.outer_update(learner, optax.sgd(0.1), hypergrad=hypergrad.first_order())
+    rng = np.random.default_rng(0)
+    batches = [_batch(*([_points(*rng.normal(size=(2, 3)))] * 2 for _ in range(8))) for _ in range(3)]
+    found = []
+    for spread in (False, True):
+        outer = metajax.parallel.shard(plain, metajax.parallel.make_mesh()) if spread else plain
+        outer = strategies.replayed(outer, strategies.reservoir(12), 8)
+        state = outer.init(_KEY, jax.tree.map(lambda leaf: leaf[0], batches[0]))
+        for batch in batches:
+            state, metrics = jax.jit(outer.update)(state, batch)
+        found.append((metrics["loss"], metrics["replayed"], state.hypergrad_state.memory.items))
+    assert jax.local_device_count() == 8
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5), *found)
+
+
 def test_bad_input():
     plain, memory = _outer(), strategies.reservoir(3)
     with pytest.raises(ValueError, match="outer must be of type OuterUpdate, got None"):
