@@ -182,7 +182,7 @@ def _draw(path: pathlib.Path, accuracies: dict[str, list[Any]]) -> None:
         panel.set_xticks(range(1, _ALPHABETS + 1))
         panel.set_ylim(0, 100)
     panels[0].set_ylabel("test accuracy in %")
-    panels[0].legend(fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=120)
 
 
