@@ -61,6 +61,9 @@ def with_experience(support: Examples, drawn: Sample, *, key: jax.Array | None =
       `[n + count]` examples. What was not there to draw is padding. A class mask has the classes of both; an example of
       a class beyond its length is padding too.
 
+    Raises:
+      ValueError: what was drawn are no `Experience`s.
+
     >>> import jax, jax.numpy as jnp, metajax
     >>> memory = metajax.strategies.reservoir(2)
     >>> state = memory.init(Experience(jnp.zeros(3), jnp.int32(0)))
@@ -70,8 +73,8 @@ def with_experience(support: Examples, drawn: Sample, *, key: jax.Array | None =
     >>> joined.targets.tolist(), joined.mask.tolist(), joined.class_mask.tolist()
     ([0, 1, 0], [True, True, False], [True, True])
     """
+    old, present = _validate.instance("drawn.items", drawn.items, Experience), support.class_mask
     counts = _counting(drawn.weights, key)
-    old, present = drawn.items, support.class_mask
     if present is not None and _losses.is_integer(old.targets):
         ways = present.shape[0]
         axes = tuple(range(1, old.targets.ndim))

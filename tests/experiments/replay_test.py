@@ -8,7 +8,7 @@ import pytest
 
 @pytest.mark.slow  # two streams, each learned three times, in a process of its own
 def test_a_memory_keeps_alphabets_from_being_forgotten(launch, tmp_path):
-    done = launch("replay", "--seeds=2", "--steps=60", f"--out={tmp_path}")
+    done = launch("replay", "--seeds=2", "--steps=25", f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "replay.json").read_text())
     tables = {name: np.array(values) for name, values in found["accuracy"].items()}
@@ -23,7 +23,7 @@ def test_a_memory_keeps_alphabets_from_being_forgotten(launch, tmp_path):
         np.testing.assert_allclose(found[name]["gain"][0], np.mean(final[name] - final["without"]))
     assert all(len(set(names)) == 5 for names in found["order"])
     told = done.stdout.splitlines()
-    assert told[0] == "2 streams of 5 alphabets of 10 letters, 60 meta steps on each"
+    assert told[0] == "2 streams of 5 alphabets of 10 letters, 25 meta steps on each"
     assert told[3].split()[:3] == ["a", "reservoir", f"{final['reservoir'].mean():.1f}"]
     assert (tmp_path / "replay.png").read_bytes().startswith(b"\x89PNG")
 

@@ -272,6 +272,8 @@ def test_bad_input():
     state = outer.init(_KEY, Episode(*_task(1, 2)))
     with pytest.raises(ValueError, match="item must have the structure, shapes and dtypes of the example"):
         outer.update(state, _batch((_points([1, 2], [1, 2]), _points([1], [1]))))
+    with pytest.raises(ValueError, match=r"drawn.items must be of type Experience, got \("):
+        strategies.with_experience(_points([1], [1]), Sample((jnp.zeros([1, 1]),) * 2, jnp.ones(1), jnp.arange(1)))
     big = strategies.replayed(plain, strategies.reservoir(10**6, max_bytes=1000), 1)
     with pytest.raises(ValueError, match=r"it takes \d+ bytes, and 1000 max_bytes allows"):
         big.init(_KEY, Episode(*_task(1, 2)))
