@@ -1,0 +1,217 @@
+"""Experience replay: what was learned from before comes again, in meta-training and in adaptation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from metajax.core import _losses, _validate
+from metajax.core._types import Episode, Examples, MetaState, OuterUpdate, Params, PyTree
+from metajax.strategies._memory import Memory, Sample, remember, require_fit
+
+# the meta step folds its step into the same key; no step is this large, and no other purpose this number
+_PURPOSE = 2**32 - 3
+
+
+class Experience(NamedTuple):
+    """One example, as a memory of examples keeps it.
+
+    Attributes:
+      inputs: pytree, leaves `[...]`.
+      targets: pytree, leaves `[...]`.
+
+    >>> Experience._fields
+    ('inputs', 'targets')
+    """
+
+    inputs: PyTree
+    targets: PyTree
+
+
+class Remembering(NamedTuple):
+    """What `replayed` keeps in `MetaState.hypergrad_state`, and so in every checkpoint.
+
+    Attributes:
+      estimator: the state of the estimator.
+      memory: the state of the memory.
+
+    >>> Remembering._fields
+    ('estimator', 'memory')
+    """
+
+    estimator: Any
+    memory: Any
+
+
+def with_experience(support: Examples, drawn: Sample, *, key: jax.Array | None = None) -> Examples:
+    """Joins a support set with remembered examples, for any learner to adapt to.
+
+    Class labels must mean the same in both: this is for tasks that share their classes, or grow new ones.
+
+    Args:
+      support: of one task.
+      drawn: of a memory of `Experience`.
+      key: an example of weight w in (0, 1) counts with probability w, so that its loss is weighted in expectation;
+        None counts all whose weight is above 0.
+
+    Returns:
+      `[n + count]` examples. What was not there to draw is padding. A class mask has the classes of both; an example of
+      a class beyond its length is padding too.
+
+    Raises:
+      ValueError: what was drawn are no `Experience`s.
+
+    >>> import jax, jax.numpy as jnp, metajax
+    >>> memory = metajax.strategies.reservoir(2)
+    >>> state = memory.init(Experience(jnp.zeros(3), jnp.int32(0)))
+    >>> state = memory.add(state, Experience(jnp.ones(3), jnp.int32(1)), key=jax.random.key(0))
+    >>> new = metajax.Examples(jnp.zeros([1, 3]), jnp.array([0]), jnp.ones(1, bool), jnp.array([True, False]))
+    >>> joined = with_experience(new, memory.sample(state, 2, key=jax.random.key(1)))
+    >>> joined.targets.tolist(), joined.mask.tolist(), joined.class_mask.tolist()
+    ([0, 1, 0], [True, True, False], [True, True])
+    """
+    old, present = _validate.instance("drawn.items", drawn.items, Experience), support.class_mask
+    counts = _counting(drawn.weights, key)
+    if present is not None and _losses.is_integer(old.targets):
+        ways = present.shape[0]
+        axes = tuple(range(1, old.targets.ndim))
+        counts &= jnp.all(old.targets < ways, axis=axes)
+        known = jnp.expand_dims(counts, axes) & (old.targets >= 0)
+        present = jnp.asarray(present).at[jnp.where(known, old.targets, ways)].set(True, mode="drop")
+    inputs, targets = _joined((support.inputs, support.targets), (old.inputs, old.targets))
+    return Examples(inputs, targets, jnp.concatenate([support.mask, counts]), present)
+
+
+def replayed(
+    outer: OuterUpdate,
+    memory: Memory,
+    count: int,
+    *,
+    what: Literal["tasks", "examples"] = "tasks",
+    priority: Callable[[Params, Any], jax.Array] | None = None,
+) -> OuterUpdate:
+    """A meta step on the new episodes and on what a memory holds of earlier ones, which then remembers the new ones.
+
+    - "tasks": the memory holds episodes, and `count` of them are further tasks of the meta step.
+    - "examples": the memory holds support examples (`Experience`), and `count` of them join the support set of each
+      episode, as `with_experience` does. With `reptile(model, inner, batch_size=)`, the estimator `displacement()`, the
+      outer `optax.sgd(rate)` and a `reservoir`, it is Meta-Experience Replay: SGD over new and remembered examples
+      together, towards whose end the start is moved.
+
+    What is drawn depends on the state's key and step alone. While the memory is empty, the step is that of the new
+    episodes. Of weights below 1, an episode or example counts with that probability. Tasks whose query set is all
+    padding, and padding examples, are not remembered.
+
+    Args:
+      outer: a meta step without an axis name; to spread tasks over devices, wrap what `metajax.parallel.shard` returns,
+        with a `count` that the devices divide.
+      memory: whose items are episodes without a task axis, or `Experience`s. Its state stands beside the estimator's,
+        in `MetaState.hypergrad_state`, as a `Remembering`.
+      count: how many are drawn, at most the capacity.
+      what: "tasks" or "examples".
+      priority: `(params, items) -> [n]`, new priorities of the items that were drawn, leaves `[n, ...]`, under the
+        parameters after the step: such as their losses. Wanted where the memory has priorities.
+
+    Returns:
+      An `OuterUpdate` with the same signature and one more metric, `replayed`, how many came from the memory.
+
+    Raises:
+      ValueError: an argument is not of this form; or (when traced) `count` exceeds the capacity, or episodes have not
+        the shapes of the one that `init` saw.
+
+    Source: Riemer et al. 2019, Learning to Learn without Forgetting by Maximizing Transfer and Minimizing
+      Interference, arXiv:1810.11910.
+
+    >>> import jax, jax.numpy as jnp, optax, metajax
+    >>> learner = metajax.learners.reptile(metajax.models.mlp(outputs=2), optax.sgd(0.1), batch_size=2)
+    >>> outer = metajax.outer_update(learner, optax.sgd(0.5), hypergrad=metajax.hypergrad.displacement())
+    >>> outer = replayed(outer, metajax.strategies.reservoir(100), 4, what="examples")
+    >>> examples = metajax.Examples(jnp.eye(4), jnp.array([0, 0, 1, 1]), jnp.ones(4, bool))
+    >>> episode = metajax.Episode(examples, examples)
+    >>> state = outer.init(jax.random.key(0), episode)
+    >>> told = []
+    >>> for _ in range(2):
+    ...     state, metrics = jax.jit(outer.update)(state, jax.tree.map(lambda leaf: leaf[None], episode))
+    ...     told.append(int(metrics["replayed"]))
+    >>> told
+    [0, 4]
+    """
+    _validate.instance("outer", outer, OuterUpdate)
+    _validate.instance("memory", memory, Memory)
+    _validate.one_of("what", what, ("tasks", "examples"))
+    if _validate.positive_int("count", count) > memory.capacity:
+        raise ValueError(f"count must be at most the capacity of the memory, {memory.capacity}, got {count}")
+    if outer.axis_name is not None:
+        raise ValueError(f"outer must have no axis_name, since all devices share the memory, got {outer.axis_name!r}")
+    if (priority is None) != (memory.update is None):
+        wanted = "None for a memory without priorities" if memory.update is None else "given for a memory that has them"
+        raise ValueError(f"priority must be {wanted}, got {priority!r}")
+
+    @jax.jit  # also where the step is not: an empty memory gives weights of 0
+    def draw(held: Any, key: jax.Array) -> Sample:
+        return memory.sample(held, count, key=key)
+
+    @jax.jit
+    def judge(held: Any, drawn: Sample, params: Params) -> Any:
+        assert memory.update is not None
+        assert priority is not None
+        return memory.update(held, drawn.indices, priority(params, drawn.items))
+
+    def init(key: jax.Array, episode: Episode, params: Params | None = None, num_tasks: int = 1) -> MetaState:
+        if what == "tasks":
+            held = memory.init(episode)
+            state = outer.init(key, episode, params, num_tasks + count)
+        else:
+            held = memory.init(jax.tree.map(lambda leaf: leaf[0], Experience(*episode.support[:2])))
+            support = with_experience(episode.support, draw(held, key))  # its size is what an estimator may keep
+            state = outer.init(key, episode._replace(support=support), params, num_tasks)
+        return state._replace(hypergrad_state=Remembering(state.hypergrad_state, held))
+
+    def update(state: MetaState, episodes: Episode) -> tuple[MetaState, dict[str, Any]]:
+        estimator, held = state.hypergrad_state
+        draw_key, weigh_key, keep_key = jax.random.split(
+            jax.random.fold_in(jax.random.fold_in(state.key, _PURPOSE), state.step), 3
+        )
+        if what == "tasks":
+            drawn = draw(held, draw_key)
+            require_fit(drawn.items, jax.tree.map(lambda leaf: leaf[0], episodes), 1)
+            counts = _counting(drawn.weights, weigh_key)
+            old = drawn.items.query
+            joined = _joined(episodes, drawn.items._replace(query=old._replace(mask=old.mask & counts[:, None])))
+            new_items, keep = episodes, jax.vmap(lambda query: jnp.any(_losses.kept_examples(query)))(episodes.query)
+            replays = jnp.sum(counts)
+        else:
+            tasks, size = episodes.support.mask.shape
+            drawn = jax.vmap(draw, in_axes=(None, 0))(held, jax.random.split(draw_key, tasks))
+            support = jax.vmap(lambda one, drawn, key: with_experience(one, drawn, key=key))(
+                episodes.support, drawn, jax.random.split(weigh_key, tasks)
+            )
+            joined = episodes._replace(support=support)
+            keep = jax.vmap(_losses.kept_examples)(episodes.support)
+            new_items, keep, drawn = _flat((Experience(*episodes.support[:2]), keep, drawn))
+            replays = jnp.sum(support.mask[:, size:])
+        new, metrics = outer.update(state._replace(hypergrad_state=estimator), joined)
+        if priority is not None:
+            held = judge(held, drawn, new.params)
+        held = remember(memory, held, new_items, key=keep_key, keep=keep)
+        new = new._replace(hypergrad_state=Remembering(new.hypergrad_state, held))
+        return new, {**metrics, "replayed": replays.astype(jnp.float32)}
+
+    return OuterUpdate(init, update)
+
+
+def _counting(weights: jax.Array, key: jax.Array | None) -> jax.Array:
+    """Which of the drawn count, each with the probability of its weight."""
+    return weights > 0 if key is None else jax.random.uniform(key, weights.shape) < weights
+
+
+def _joined(one: PyTree, other: PyTree) -> PyTree:
+    return jax.tree.map(lambda new, old: jnp.concatenate([new, old]), one, other)
+
+
+def _flat(tree: PyTree) -> PyTree:
+    """Joins the two leading axes of every leaf."""
+    return jax.tree.map(lambda leaf: jnp.reshape(leaf, (-1, *leaf.shape[2:])), tree)
