@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import worlds
 from flax import traverse_util
 
 import metajax
@@ -26,10 +27,14 @@ def flat(tree):
 
 
 def generic(model, inputs, seed=0):
-    """Parameters with no zero bias and no unit scale."""
+    """Parameters with no zero bias and no unit scale, made without a compiled initialisation."""
     rng = np.random.default_rng(seed)
-    params = model.init(jax.random.key(seed), inputs)
-    return jax.tree.map(lambda leaf: leaf + jnp.asarray(0.2 * rng.normal(size=leaf.shape), leaf.dtype), params)
+    shapes = flat(jax.eval_shape(model.init, jax.random.key(seed), inputs))
+    leaves = {
+        path: jnp.asarray(0.3 * rng.normal(size=leaf.shape) + path.endswith("scale"), leaf.dtype)
+        for path, leaf in shapes.items()
+    }
+    return traverse_util.unflatten_dict(leaves, sep="/")
 
 
 def apply(model, params, inputs):
@@ -160,6 +165,7 @@ WIDE = {
     "conv4 layer": (conv("layer", 3, 8), conv("layer", 3, 24), IMAGES, 24, "layer"),
     "conv4 group": (conv("group", 3, 8), conv("group", 3, 16), IMAGES, 16, "group"),
 }
+FAST = ("mlp", "conv4 strided", "conv4 none", "conv4 group")
 DEEP = {
     "mlp": (mlp(3, hidden=(5, 4)), mlp(3, hidden=(5, 5, 4, 4)), VECTORS, (0, 1)),
     "decoder": (
@@ -174,7 +180,7 @@ DEEP = {
 
 
 def compare(small, large, inputs, params, growth):
-    """Outputs, and the gradients of what was there before, of a loss that is no sum over outputs alone."""
+    """Compares outputs, and gradients of what was there before; gives those of the large network."""
     grown = growth.params(params)
     wanted = jax.eval_shape(large.init, jax.random.key(0), inputs)
     assert jax.tree.map(jnp.shape, grown) == jax.tree.map(lambda leaf: leaf.shape, wanted)
@@ -198,9 +204,10 @@ def compare(small, large, inputs, params, growth):
             wanted = np.array(after[path])[known] ** power
             limit = 1e-6 + 1e-4 * np.abs(wanted).max(initial=0)
             np.testing.assert_allclose(np.array(leaf)[known], wanted, rtol=1e-3, atol=limit, err_msg=path)
+    return after
 
 
-@pytest.mark.parametrize("name", WIDE)
+@pytest.mark.parametrize("name", worlds.few_by_default(list(WIDE), lambda name: name in FAST))
 def test_widening_keeps_the_function_and_gives_the_gradients(name):
     small, large, inputs, widths, policy = WIDE[name]
     params = generic(small, inputs)
@@ -213,7 +220,8 @@ def test_noise_that_sums_to_zero_over_copies_keeps_the_function(name):
     params = generic(small, inputs)
     noisy = strategies.widen(params, widths, normalisation=policy, noise=0.3, key=jax.random.key(1)).params(params)
     plain = strategies.widen(params, widths, normalisation=policy).params(params)
-    np.testing.assert_allclose(*(apply(large, grown, inputs) for grown in (noisy, plain)), rtol=1e-5, atol=1e-5)
+    outputs = jax.jit(lambda params: apply(large, params, inputs))
+    np.testing.assert_allclose(outputs(noisy), outputs(plain), rtol=1e-5, atol=1e-5)
     changed = [path for path, leaf in flat(noisy).items() if not np.allclose(leaf, flat(plain)[path], atol=1e-2)]
     assert sorted(changed) == {"mlp": ["head/kernel", "layer_1/kernel"]}.get(name, ["block_1/kernel", "head/kernel"])
 
@@ -222,7 +230,10 @@ def test_noise_that_sums_to_zero_over_copies_keeps_the_function(name):
 def test_deepening_keeps_the_function_and_gives_the_gradients(name):
     small, large, inputs, after = DEEP[name]
     params = generic(small, inputs)
-    compare(small, large, inputs, params, strategies.deepen(params, after))
+    grads = compare(small, large, inputs, params, strategies.deepen(params, after))
+    if name != "mlp":  # a block that was put in is trained from the first step on
+        for part in ("out", "down"):
+            assert np.all(np.abs(grads[f"blocks/{part}/kernel"]).max((1, 2)) > 1e-6)
 
 
 @pytest.mark.parametrize("policy", ["batch", "none"])
@@ -231,54 +242,48 @@ def test_features_without_a_head_keep_their_distances(policy):
     params = generic(small, IMAGES)
     growth = strategies.widen(params, 12, normalisation=policy)
 
-    def distances(model):
-        def of(params):
+    def judged(model):
+        def loss(params):
             features = apply(model, params, IMAGES)
-            return jnp.sum(jnp.square(features[:, None] - features), axis=-1)
+            distances = jnp.sum(jnp.square(features[:, None] - features), axis=-1)
+            return jnp.sum(jnp.sin(distances / 50)), distances
 
-        return of
+        return jax.jit(jax.grad(loss, has_aux=True))
 
-    grown = growth.params(params)
-    np.testing.assert_allclose(distances(large)(grown), distances(small)(params), rtol=1e-4, atol=1e-4)
-    before, after = (
-        flat(jax.grad(lambda tree, model=model: jnp.sum(jnp.sin(distances(model)(tree) / 50)))(tree))
-        for model, tree in ((small, params), (large, grown))
-    )
-    told = growth.moments(before, 1)
-    for path, leaf in after.items():
+    grown, judge = growth.params(params), judged(large)
+    (before, distances), (after, grown_distances) = judged(small)(params), judge(grown)
+    np.testing.assert_allclose(grown_distances, distances, rtol=1e-4, atol=1e-4)
+    told = growth.moments(flat(before), 1)
+    for path, leaf in flat(after).items():
         np.testing.assert_allclose(told[path], leaf, rtol=1e-3, atol=1e-3 * float(jnp.max(jnp.abs(leaf))), err_msg=path)
     noisy = strategies.widen(params, 12, normalisation=policy, noise=0.01, key=jax.random.key(0)).params(params)
     assert not np.allclose(noisy["block_1"]["kernel"], grown["block_1"]["kernel"], atol=1e-4)
-    np.testing.assert_allclose(distances(large)(noisy), distances(small)(params), rtol=0.1, atol=0.1)
+    scale = float(jnp.max(distances))
+    np.testing.assert_allclose(judge(noisy)[1], distances, atol=0.05 * scale)
 
 
 def test_copies_part_only_with_noise():
     small, large = mlp(1, hidden=(4,)), mlp(1, hidden=(8,))
     params = generic(small, VECTORS)
 
+    rule = optax.adam(0.05)
+
+    @jax.jit
+    def step(params, opt_state):
+        grads = jax.grad(lambda p: jnp.mean(jnp.square(large.apply(p, VECTORS) - VECTORS[:, :1])))(params)
+        updates, opt_state = rule.update(grads, opt_state)
+        return optax.apply_updates(params, updates), opt_state
+
     def after_training(noise):
         grown = strategies.widen(params, 8, noise=noise, key=jax.random.key(0)).params(params)
-        rule = optax.adam(0.05)
         opt_state = rule.init(grown)
         for _ in range(5):
-            grads = jax.grad(lambda p: jnp.mean(jnp.square(large.apply(p, VECTORS) - VECTORS[:, :1])))(grown)
-            updates, opt_state = rule.update(grads, opt_state)
-            grown = optax.apply_updates(grown, updates)
+            grown, opt_state = step(grown, opt_state)
         kernel = np.array(grown["layer_0"]["kernel"])
         return np.abs(kernel[:, 0::2] - kernel[:, 1::2]).max()
 
     assert after_training(0.0) < 1e-6
     assert after_training(0.5) > 1e-2
-
-
-def test_a_block_that_was_put_in_is_trained_from_the_first_step():
-    small, large, inputs, after = DEEP["vit"]
-    params = generic(small, inputs)
-    grown = strategies.deepen(params, after).params(params)
-    grads = jax.grad(lambda p: jnp.sum(jnp.sin(large.apply(p, inputs))))(grown)["blocks"]
-    for part in ("out", "down"):
-        np.testing.assert_array_equal(grown["blocks"][part]["kernel"][1:3], 0)
-        assert np.all(np.abs(grads[part]["kernel"]).max((1, 2)) > 1e-6)
 
 
 def test_stacked_blocks_repeat_all_of_them():
