@@ -22,7 +22,7 @@ from experiments import _launch
 
 _OUT = flags.DEFINE_string("out", "runs/progressive", "Folder of the figure and the table.")
 _STEPS = flags.DEFINE_integer("steps", 300, "Meta steps of the fixed schedule.")
-_SEEDS = flags.DEFINE_integer("seeds", 6, "Runs of each schedule: weights and training episodes differ.")
+_SEEDS = flags.DEFINE_integer("seeds", 10, "Runs of each schedule: weights and training episodes differ.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the first run.")
 _WIDTH = flags.DEFINE_integer("width", 32, "Channels of the whole network.")
 _DATA = flags.DEFINE_string("data", "", "Folder of Omniglot; by default the embedded characters.")

@@ -214,8 +214,8 @@ def deepen(params: Params, after: int | Sequence[int]) -> Growth:
     begins as a copy of the block in front whose output projections are zero, so that it adds nothing. The blocks of
     `encoder` end in a normalisation: that of the block in front moves behind the new one.
 
-    The moments of what is new are 0. Under Adam, whose count goes on, its first steps are longer than the rate, up to
-    3 times as long.
+    The moments of what is new are 0. Under Adam, whose count goes on, its first step is up to 3.2 times as long as the
+    rate.
 
     Args:
       params: of `metajax.models.mlp`, `decoder`, `vit` or `encoder`; arrays or their shapes.

@@ -28,7 +28,7 @@ def test_bad_input_is_refused(refusals, tmp_path):
     cases = [
         ([f"--out={tmp_path / 'file'}"], "out must be a folder, got"),
         (["--seeds=1"], "seeds must be at least 2 and steps at least 10, got 1 and 300"),
-        (["--steps=9"], "seeds must be at least 2 and steps at least 10, got 6 and 9"),
+        (["--steps=9"], "seeds must be at least 2 and steps at least 10, got 10 and 9"),
         (["--width=5"], "width must be an even number of at least 2, got 5"),
     ]
     told = refusals("progressive", [flags for flags, _ in cases])
