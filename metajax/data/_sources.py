@@ -284,11 +284,15 @@ class ClassSource:
                 f"examples is {examples}, but no class of {self.name} ({self.split}) has so many; "
                 f"the largest has {self.counts.max()}"
             )
-        number = np.full(self.num_classes + 1, -1)  # its last entry is that of the label -1
-        number[kept] = np.arange(kept.size)
         small = {
             name: int(count) for name, count in zip(self.class_names, self.counts, strict=True) if count < examples
         }
+        return dataclasses.replace(self.of_classes(kept), dropped={**self.dropped, **small})
+
+    def of_classes(self, kept: np.ndarray) -> ClassSource:
+        """The same source with the classes of these numbers alone, in this order."""
+        number = np.full(self.num_classes + 1, -1)  # its last entry is that of the label -1
+        number[kept] = np.arange(len(kept))
         nodes = {node: number[members][number[members] >= 0] for node, members in self.nodes.items()}
         return dataclasses.replace(
             self,
@@ -296,7 +300,6 @@ class ClassSource:
             class_names=tuple(self.class_names[index] for index in kept),
             groups=None if self.groups is None else self.groups[kept],
             nodes={node: members for node, members in nodes.items() if members.size},
-            dropped={**self.dropped, **small},
         )
 
     def _pools(self, spec: EpisodeSpec) -> dict[str, np.ndarray]:

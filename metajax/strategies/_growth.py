@@ -1,0 +1,412 @@
+"""Networks that grow between two compiled phases: the parameters are edited such that the function stays.
+
+| growth | of | the function stays |
+|---|---|---|
+| `widen` | `mlp`; `conv4` with a head and normalisation "batch", "support" or "none" | exactly |
+| | `conv4` with a head and "layer" or "group", to a multiple of the width | exactly |
+| | `conv4` without a head, as above | up to an isometry: distances and products of features stay |
+| `deepen` | `mlp`, `decoder`, `vit` | exactly |
+| | `encoder` | up to the epsilon of its normalisations |
+| | `conv4` | never, since a block halves the image: refused |
+| `stack_blocks` | `decoder`, `vit`, `encoder` | not |
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from metajax.core import _tree, _validate
+from metajax.core._types import Episode, MetaState, OuterUpdate, Params
+
+Leaves = Mapping[str, Any]  # by their paths
+Normalisation = Literal["batch", "support", "layer", "group", "none"]
+_NORMALISATIONS = ("batch", "support", "layer", "group", "none")
+# fields of optax that hold one number for each parameter, and of which power of the gradient
+_POWERS = {"mu": 1, "trace": 1, "acc_grads": 1, "nu": 2, "nu_max": 2, "sum_of_squares": 2}
+_BLOCK = {"attention_norm", "mlp_norm", "query", "key", "value", "out", "gate", "up", "down"}
+
+
+class Growth(NamedTuple):
+    """An edit that makes a network larger: made for one tree of parameters, by `widen`, `deepen` or `stack_blocks`.
+
+    Attributes:
+      params: `(params) -> params` of the larger network.
+      moments: `(moments, power) -> moments`, leaves by path: from means of a power of the small network's gradients,
+        1 or 2, those of the large one's at the place where it begins. Leaves that were not there are 0, and what a
+        leaf that is left out would give is left out.
+
+    >>> import jax, jax.numpy as jnp, metajax
+    >>> params = metajax.models.mlp(1, hidden=(2,)).init(jax.random.key(0), jnp.ones([1, 2]))
+    >>> growth = metajax.strategies.widen(params, (3,))
+    >>> growth.params(params)["layer_0"]["kernel"].shape
+    (2, 3)
+    >>> growth.moments({"layer_0/bias": jnp.array([4.0, 1.0])}, 1)["layer_0/bias"].tolist()
+    [2.0, 2.0, 1.0]
+    """
+
+    params: Callable[[Params], Params]
+    moments: Callable[[Leaves, int], dict[str, Any]]
+
+
+class _Leaf(NamedTuple):
+    """How a leaf of the larger network comes from one of the small one."""
+
+    source: str
+    params: Callable[[Any], Any] = lambda leaf: leaf
+    moments: Callable[[Any, int], Any] = lambda leaf, power: leaf
+
+
+def _growth(plan: Mapping[str, _Leaf]) -> Growth:
+    def params(tree: Params) -> Params:
+        leaves = _flat(tree)
+        return traverse_util.unflatten_dict(
+            {path: leaf.params(leaves[leaf.source]) for path, leaf in plan.items()}, "/"
+        )
+
+    def moments(leaves: Leaves, power: int) -> dict[str, Any]:
+        return {path: leaf.moments(leaves[leaf.source], power) for path, leaf in plan.items() if leaf.source in leaves}
+
+    return Growth(params, moments)
+
+
+def _flat(tree: Params) -> dict[str, Any]:
+    return traverse_util.flatten_dict(tree, sep="/")
+
+
+def widen(
+    params: Params,
+    widths: int | Sequence[int],
+    *,
+    normalisation: Normalisation = "batch",
+    noise: float = 0.0,
+    key: jax.Array | None = None,
+) -> Growth:
+    """Net2WiderNet: units are copied, and what reads them divides its weights by the number of copies.
+
+    With n units of old, new unit j is a copy of unit `floor(j n / width)`, so that copies stand side by side and their
+    numbers differ by 1 at most. Features of a `conv4` without a head are divided by the root of the number of copies:
+    prototypes and nearest neighbours predict what they predicted.
+
+    Copies that are alike stay alike: they get the same gradients. `noise` makes them differ. It sums to 0 over the
+    weights with which a unit reads the copies of another, and so the function stays all the same. The last block of a
+    `conv4` without a head is read by none: there it is the kernels of the copies that differ, and the function stays up
+    to the size of the noise.
+
+    Args:
+      params: of `metajax.models.mlp` or `conv4`; arrays or their shapes.
+      widths: of the hidden layers or blocks in order, or one for all; none below what there is.
+      normalisation: of `conv4`. The statistics of "layer" and "group" take in all channels, which must therefore be
+        copied equally often: the widths must be multiples of those of old.
+      noise: its standard deviation over that of the kernel; 0 is none.
+      key: PRNG key of the noise.
+
+    Raises:
+      ValueError: parameters of another network, another number of widths than layers, a width below that of its layer
+        or not a multiple of it where it has to be, an unknown normalisation, a noise below 0 or without a key.
+
+    Source: Chen, Goodfellow and Shlens 2016, Net2Net: Accelerating Learning via Knowledge Transfer, arXiv:1511.05641.
+
+    >>> import jax, jax.numpy as jnp, metajax
+    >>> small, large = metajax.models.mlp(1, hidden=(4, 4)), metajax.models.mlp(1, hidden=(6, 8))
+    >>> params, inputs = small.init(jax.random.key(0), jnp.ones([1, 2])), jnp.ones([3, 2])
+    >>> growth = metajax.strategies.widen(params, (6, 8), noise=0.1, key=jax.random.key(1))
+    >>> bool(jnp.allclose(large.apply(growth.params(params), inputs), small.apply(params, inputs), atol=1e-6))
+    True
+    """
+    _validate.one_of("normalisation", normalisation, _NORMALISATIONS)
+    _validate.non_negative_float("noise", noise)
+    if noise and key is None:
+        raise ValueError(f"key must be given for a noise of {noise}, got None")
+    leaves, layers = _flat(params), _layers(params)
+    old = [leaves[f"{layer}/kernel"].shape[-1] for layer in layers]
+    new = list(widths) if isinstance(widths, Sequence) else [widths] * len(old)
+    if len(new) != len(old):
+        raise ValueError(f"widths must hold one width for each of the {len(old)} layers, got {widths!r}")
+    uniform = layers[:1] == ["block_0"] and normalisation in ("layer", "group")
+    for layer, before, after in zip(layers, old, new, strict=True):
+        if _validate.positive_int("widths", after) < before or (uniform and after % before):
+            told = f"a multiple of {before}" if uniform else f"at least {before}"
+            raise ValueError(f"widths must be {told} for {layer}, got {after}")
+    origins = [np.arange(after) * before // after for before, after in zip(old, new, strict=True)]
+    plan = {path: _Leaf(path) for path in leaves}
+    for index, layer in enumerate([*layers, "head"][: len(layers) + ("head" in params)]):
+        inward = None if index == 0 else _Spread(origins[index - 1], -2, 1.0)
+        unread = layer != "head" and index + 1 == len(layers) and "head" not in params
+        for path in [path for path in leaves if path.startswith(f"{layer}/")]:
+            kernel = path == f"{layer}/kernel"
+            # features that nothing reads are divided where they are scaled last
+            exponent = 0.5 if unread and (not kernel or normalisation == "none") else 0.0
+            outward = None if layer == "head" else _Spread(origins[index], -1, exponent)
+            blurred = outward if unread else inward
+            spreads = [spread for spread in (inward if kernel else None, outward) if spread is not None]
+            blur = None
+            if kernel and noise and blurred is not None and key is not None:
+                blur = _blur(blurred, noise, jax.random.fold_in(key, index))
+            plan[path] = _spread(path, spreads, blur)
+    return _growth(plan)
+
+
+class _Spread(NamedTuple):
+    """Units along an axis become those of `origin`, each divided by the number of its copies to an exponent.
+
+    Where c copies share a number x as x / c^e each, the gradient of each is g / c^(1 - e).
+    """
+
+    origin: np.ndarray
+    axis: int
+    exponent: float
+
+    def __call__(self, leaf: Any, exponent: float) -> Any:
+        counts = np.bincount(self.origin)
+        divisor = jnp.asarray(counts[self.origin] ** exponent, leaf.dtype)
+        if self.axis == -1:
+            return jnp.take(leaf, self.origin, -1) / divisor
+        taken = jnp.take(_by_unit(leaf, len(counts)), self.origin, -2) / divisor[:, None]
+        return taken.reshape(-1, leaf.shape[-1]) if leaf.ndim == 2 else taken
+
+
+def _by_unit(kernel: Any, units: int) -> Any:
+    """A kernel of a linear layer as `[positions, units, outputs]`: in flattened features the units come last."""
+    return kernel.reshape(-1, units, kernel.shape[-1]) if kernel.ndim == 2 else kernel
+
+
+def _spread(path: str, spreads: Sequence[_Spread], blur: Callable[[Any], Any] | None) -> _Leaf:
+    def params(leaf: Any) -> Any:
+        new = leaf
+        for spread in spreads:
+            new = spread(new, spread.exponent)
+        return new if blur is None else new + blur(new) * jnp.std(leaf)
+
+    def moments(leaf: Any, power: int) -> Any:
+        for spread in spreads:
+            leaf = spread(leaf, (1 - spread.exponent) * power)
+        return leaf
+
+    return _Leaf(path, params, moments)
+
+
+def _blur(spread: _Spread, noise: float, key: jax.Array) -> Callable[[Any], Any]:
+    """Makes noise for a widened kernel that has the mean 0 over the copies of each unit."""
+    alike = spread.origin[:, None] == spread.origin
+
+    def make(leaf: Any) -> Any:
+        drawn = noise * jax.random.normal(key, leaf.shape, leaf.dtype)
+        mean = jnp.asarray(alike / alike.sum(1), leaf.dtype)
+        if spread.axis == -1:
+            return drawn - drawn @ mean
+        drawn = _by_unit(drawn, len(alike))
+        return (drawn - mean @ drawn).reshape(leaf.shape)
+
+    return make
+
+
+def deepen(params: Params, after: int | Sequence[int]) -> Growth:
+    """Net2DeeperNet: layers that do nothing yet are put in.
+
+    A layer of `mlp` begins as the identity, which ReLU leaves as it is behind another ReLU. A block of a transformer
+    begins as a copy of the block in front whose output projections are zero, so that it adds nothing. The blocks of
+    `encoder` end in a normalisation: that of the block in front moves behind the new one.
+
+    The moments of what is new are 0. Under Adam, whose count goes on, its first step is up to 3.2 times as long as the
+    rate.
+
+    Args:
+      params: of `metajax.models.mlp`, `decoder`, `vit` or `encoder`; arrays or their shapes.
+      after: the layer behind which one is put in, from 0, or several; a number that stands twice puts in two.
+
+    Raises:
+      ValueError: parameters of another network, or no number of a layer.
+
+    Source: Chen, Goodfellow and Shlens 2016, arXiv:1511.05641; for blocks, Gong et al. 2019, Efficient Training of BERT
+      by Progressively Stacking, PMLR 97, whose copies `stack_blocks` has.
+
+    >>> import jax, jax.numpy as jnp, metajax
+    >>> small, large = (metajax.models.decoder(100, width=16, depth=depth, heads=4) for depth in (2, 4))
+    >>> tokens = jnp.arange(10).reshape(2, 5)
+    >>> params = small.init(jax.random.key(0), tokens)
+    >>> growth = metajax.strategies.deepen(params, (0, 1))
+    >>> bool(jnp.allclose(large.apply(growth.params(params), tokens), small.apply(params, tokens), atol=1e-5))
+    True
+    """
+    several = list(after) if isinstance(after, Sequence) else [after]
+    leaves, layers = _flat(params), [] if "blocks" in params else _layers(params, ("layer",))
+    depth = len(layers) or _depth(leaves)
+    for place in several:
+        if isinstance(place, bool) or not isinstance(place, int) or not 0 <= place < depth:
+            raise ValueError(f"after must hold numbers of layers, from 0 to {depth - 1}, got {after!r}")
+    origin = np.array(sorted([*range(depth), *several]), int)
+    fresh = np.append(False, origin[1:] == origin[:-1])
+    if layers:
+        plan = {path: _Leaf(path) for path in leaves if path.startswith("head/")}
+        for index, (old, new) in enumerate(zip(origin, fresh, strict=True)):
+            for name in ("kernel", "bias"):
+                plan[f"layer_{index}/{name}"] = (
+                    _identity(f"layer_{old}/bias", name) if new else _Leaf(f"layer_{old}/{name}")
+                )
+        return _growth(plan)
+    last = np.append(origin[1:] != origin[:-1], True)  # of what comes from one block
+    plan = {}
+    for path in leaves:
+        part, name = path.split("/")[1:3] if path.startswith("blocks/") else ("", "")
+        if not part:
+            plan[path] = _Leaf(path)
+        elif part in ("out", "down"):
+            plan[path] = _rows(path, origin, ~fresh, 0.0)
+        elif part in ("attention_norm", "mlp_norm") and "embed_norm/scale" in leaves:
+            # a unit normalisation leaves what one has normalised
+            kept = last if part == "mlp_norm" else ~fresh
+            plan[path] = _rows(path, origin, kept, 1.0 if name == "scale" else 0.0)
+        else:
+            plan[path] = _rows(path, origin, ~fresh, None)
+    return _growth(plan)
+
+
+def stack_blocks(params: Params, depth: int) -> Growth:
+    """Stacks copies of all blocks on each other (Gong et al. 2019). The function changes, and the moments are copied.
+
+    Args:
+      params: of `metajax.models.decoder`, `vit` or `encoder`; arrays or their shapes.
+      depth: number of blocks, not below what there is; block i is a copy of block `i mod depth` of old.
+
+    Raises:
+      ValueError: parameters of another network, or a depth below that of old.
+
+    Source: Gong et al. 2019, Efficient Training of BERT by Progressively Stacking, PMLR 97.
+
+    >>> import jax, jax.numpy as jnp, metajax
+    >>> model = metajax.models.vit(5, patch=7, width=16, depth=2, heads=4)
+    >>> params = model.init(jax.random.key(0), jnp.ones([1, 28, 28, 1]))
+    >>> metajax.strategies.stack_blocks(params, 4).params(params)["blocks"]["out"]["kernel"].shape
+    (4, 16, 16)
+    """
+    leaves = _flat(params)
+    old = _depth(leaves)
+    _validate.int_at_least("depth", depth, old)
+    origin = np.arange(depth) % old
+    everything = np.ones(depth, bool)
+    return _growth({p: _rows(p, origin, everything, None) if p.startswith("blocks/") else _Leaf(p) for p in leaves})
+
+
+def _identity(bias: str, name: str) -> _Leaf:
+    """A leaf of a layer that gives what it gets; `bias` is one of its width."""
+
+    def zeros(leaf: Any, power: int = 1) -> Any:
+        del power
+        return jnp.zeros(leaf.shape * (2 if name == "kernel" else 1), leaf.dtype)
+
+    return _Leaf(bias, lambda leaf: jnp.eye(len(leaf), dtype=leaf.dtype) if name == "kernel" else zeros(leaf), zeros)
+
+
+def _rows(path: str, origin: np.ndarray, kept: np.ndarray, fill: float | None) -> _Leaf:
+    """A leaf `[depth, ...]` of a stack: rows of old, of which those that are not `kept` hold `fill`, where it is given,
+    and have no moments."""
+
+    def masked(leaf: Any, value: float) -> Any:
+        rows = jnp.take(leaf, origin, 0)
+        return jnp.where(kept.reshape(-1, *[1] * (leaf.ndim - 1)), rows, jnp.asarray(value, leaf.dtype))
+
+    def params(leaf: Any) -> Any:
+        return jnp.take(leaf, origin, 0) if fill is None else masked(leaf, fill)
+
+    return _Leaf(path, params, lambda leaf, power: masked(leaf, 0.0))
+
+
+def _layers(params: Params, kinds: Sequence[str] = ("layer", "block")) -> list[str]:
+    """The names of the hidden layers of an `mlp`, or of the blocks of a `conv4`."""
+    groups = params if isinstance(params, Mapping) else {}
+    inside = {"layer": ["bias", "kernel"], "block": ["kernel", "norm"]}
+    for kind in kinds:
+        names = [f"{kind}_{index}" for index in range(len([name for name in groups if re.match(rf"{kind}_\d", name)]))]
+        if names and set(names) == set(groups) - {"head"} and all(sorted(groups[n]) == inside[kind] for n in names):
+            return names
+    raise ValueError(
+        "params must be those of metajax.models.mlp with a hidden layer, or of "
+        f"{'conv4' if len(kinds) > 1 else 'decoder, vit or encoder'}, got a tree of {sorted(groups)}"
+    )
+
+
+def _depth(leaves: Leaves) -> int:
+    """The number of blocks of a transformer."""
+    blocks = {path: leaf for path, leaf in leaves.items() if path.startswith("blocks/")}
+    names = {tuple(path.split("/")[1:]) for path in blocks}
+    plain = all(len(name) == 2 and name[0] in _BLOCK and name[1] in ("kernel", "bias", "scale") for name in names)
+    if not blocks or not plain:
+        found = sorted({path.split("/")[0] for path in leaves} if not blocks else {"/".join(name) for name in names})
+        raise ValueError(f"params must be those of a decoder, vit or encoder without adapters, got a tree of {found}")
+    return next(iter(blocks.values())).shape[0]
+
+
+def grow_state(state: MetaState, growth: Growth, outer: OuterUpdate, episode: Episode) -> MetaState:
+    """Lets the state of a training run grow: parameters, and what the optimizer keeps of them.
+
+    The optimizer's moments become those that it would have if the gradients before had been those of the large network:
+    where c copies of a unit share what it does, each has 1 / c of its gradient. What else it keeps, such as its number
+    of steps, goes on; so do the step and the key of the state. States of a persistent estimator begin anew.
+
+    Args:
+      state: of the small network.
+      growth: made for `state.params`.
+      outer: the meta step of the large network, with an optimizer like that of the small one.
+      episode: one episode, without a task axis.
+
+    Raises:
+      ValueError: the optimizer keeps something for the parameters that is not known to be a mean of their gradients or
+        of their squares, as those of Adam, RMSProp, Adagrad, Lion and momentum are.
+
+    >>> import jax, jax.numpy as jnp, optax, metajax
+    >>> learner = metajax.learners.maml(metajax.models.mlp(2, hidden=(4,)), inner=optax.sgd(0.1))
+    >>> outer = metajax.outer_update(learner, optax.adam(1e-3), hypergrad=metajax.hypergrad.mixed_mode())
+    >>> examples = metajax.Examples(jnp.eye(4), jnp.array([0, 0, 1, 1]), jnp.ones(4, bool))
+    >>> episode = metajax.Episode(examples, examples)
+    >>> state = outer.init(jax.random.key(0), episode)
+    >>> large = metajax.learners.maml(metajax.models.mlp(2, hidden=(6,)), inner=optax.sgd(0.1))
+    >>> outer = metajax.outer_update(large, optax.adam(1e-3), hypergrad=metajax.hypergrad.mixed_mode())
+    >>> growth = metajax.strategies.widen(state.params, 6)
+    >>> metajax.strategies.grow_state(state, growth, outer, episode).opt_state[0].mu["layer_0"]["bias"].shape
+    (6,)
+    """
+    _validate.instance("growth", growth, Growth)
+    _validate.instance("outer", outer, OuterUpdate)
+    states = jax.tree.leaves(state.hypergrad_state)
+    tasks = {"num_tasks": states[0].shape[0]} if states else {}
+    fresh = outer.init(state.key, episode, growth.params(state.params), **tasks)
+    shapes = {path: jnp.shape(leaf) for path, leaf in _flat(state.params).items()}
+    carried: dict[str, Any] = {}
+    copies: dict[str, dict[str, Any]] = {}  # leaves for parameters, by the field that holds them
+    for path, leaf in _with_paths(state.opt_state):
+        place, own = _parameter(path, shapes)
+        if own is None:
+            carried[path] = leaf
+        else:
+            copies.setdefault(place, {})[own] = leaf
+    for place, leaves in copies.items():
+        power = _POWERS.get(place.rsplit("/", 1)[-1])
+        if power is None or any(jnp.shape(leaf) != shapes[own] for own, leaf in leaves.items()):
+            raise ValueError(
+                f"state.opt_state must hold moments of the gradients of whole parameters, in fields called "
+                f"{', '.join(_POWERS)}, got {place!r}"
+            )
+        carried |= {f"{place}/{own}": leaf for own, leaf in growth.moments(leaves, power).items()}
+    filled = [carried.get(path, leaf) for path, leaf in _with_paths(fresh.opt_state)]
+    opt_state = jax.tree.unflatten(jax.tree.structure(fresh.opt_state), filled)
+    return fresh._replace(opt_state=opt_state, step=state.step, key=state.key)
+
+
+def _with_paths(tree: Any) -> list[tuple[str, Any]]:
+    return list(zip(_tree.paths(tree), jax.tree.leaves(tree), strict=True))
+
+
+def _parameter(path: str, parameters: Mapping[str, Any]) -> tuple[str, str | None]:
+    """The field of an optimizer's state and the parameter in it that a path names; no parameter where it names none."""
+    parts = path.split("/")
+    for index in range(1, len(parts)):
+        if (own := "/".join(parts[index:])) in parameters:
+            return "/".join(parts[:index]), own
+    return path, None
