@@ -8,6 +8,8 @@ def base() -> ConfigDict:
     return ConfigDict(
         {
             "seed": 0,
+            # run folder whose network this run begins with; heads that do not fit are made anew. "" none
+            "init": "",
             "data": {
                 # glyphs, omniglot, image_folder, tfds, sinusoids, cycles; cifar_fs, fc100, mini_imagenet,
                 # tiered_imagenet, cub, meta_dataset
@@ -61,7 +63,7 @@ def base() -> ConfigDict:
             # outer.trainable: "lora" both.
             "adapter": {"name": "", "rank": 8, "where": ""},
             "learner": {
-                "name": "prototypical",  # maml, reptile, bayesian, prototypical, finetune
+                "name": "prototypical",  # maml, reptile, bayesian, prototypical, finetune; without labels: moco, simclr
                 "distance": "euclidean",  # prototypical: euclidean or cosine
                 "scale": 0.0,  # prototypical: of its logits; 0 is 1 for Euclidean distances and 10 for cosines
                 "adapts": "",  # maml, reptile, bayesian: path regex of what adapts; "" all
@@ -72,6 +74,9 @@ def base() -> ConfigDict:
                 "samples": 1,  # bayesian: draws of the weights in an inner step and in the outer loss
                 "head": "linear",  # finetune: linear or cosine
             },
+            # moco, simclr: divisor of the cosines, size of the compared vectors, hidden units of the heads. moco: share
+            # of the average that stays in a step, keys of earlier batches (multiple of outer.meta_batch; 0 is MoCo v3)
+            "contrast": {"momentum": 0.99, "queue": 4096, "temperature": 0.2, "dim": 128, "hidden": 256},
             # mixed_mode, unrolled, first_order, displacement, finite_difference, forward_mode, implicit, sama
             "hypergrad": {"name": "mixed_mode"},
             "episode": {
@@ -99,7 +104,7 @@ def base() -> ConfigDict:
                 "schedule": "cosine",  # constant, cosine, linear
                 "clip": 10.0,  # global norm of the hypergradient; 0 does not clip
                 "steps": 1000,
-                "meta_batch": 4,  # tasks in a step; for finetune, examples
+                "meta_batch": 4,  # tasks in a step; for finetune, moco, simclr: examples
                 "trainable": "",  # path regex of what is meta-trained; "" all
                 "task_batching": "auto",  # how a device runs its tasks: auto, vmap, scan, or tasks at a time, as "4"
             },

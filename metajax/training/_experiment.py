@@ -17,10 +17,12 @@ from metajax import adapters, data, hypergrad, learners, models, pretrained
 from metajax.core import _validate
 from metajax.core._losses import squared_error
 from metajax.core._types import Hypergrad, Learner, Loss, Model, Params
+from metajax.strategies._contrast import TRAINED, contrastive
 from metajax.training import _checkpoint
 
 Config = Mapping[str, Any]
-LEARNERS = ("maml", "reptile", "bayesian", "prototypical", "finetune")
+LEARNERS = ("maml", "reptile", "bayesian", "prototypical", "finetune", "moco", "simclr")
+_CONTRASTIVE = ("moco", "simclr")
 ESTIMATORS = (  # those that need no argument
     "displacement", "finite_difference", "first_order", "forward_mode", "implicit", "mixed_mode", "sama", "unrolled"
 )  # fmt: skip
@@ -41,6 +43,7 @@ class Experiment(NamedTuple):
       trainable: path regex of the meta-parameters that are trained, None for all.
       transform: what `augment` does to the training images, None for nothing.
       start: `() -> meta_params` to begin with, from pretrained weights; None where the learner makes them.
+      batches: whether training takes batches of examples of all classes (`metajax.data.batches`), and no episodes.
 
     >>> Experiment._fields[0]
     'learner'
@@ -57,6 +60,7 @@ class Experiment(NamedTuple):
     trainable: str | None
     transform: data.Transform | None
     start: Callable[[], Params] | None = None
+    batches: bool = False
 
 
 def build(config: Config, *, num_classes: int | None = None) -> Experiment:
@@ -84,8 +88,9 @@ def build(config: Config, *, num_classes: int | None = None) -> Experiment:
     for section in ("validation", "evaluation"):
         _validate.int_at_least(f"{section}.episodes", config[section]["episodes"], 2)
     sampler = config["data"].get("sampler", "pipeline")  # runs of old do not have it
-    if _validate.one_of("data.sampler", sampler, ("pipeline", "device")) == "device" and trained is not learner:
-        name = config["learner"]["name"]
+    name = config["learner"]["name"]
+    batches = trained is not learner or name in _CONTRASTIVE
+    if _validate.one_of("data.sampler", sampler, ("pipeline", "device")) == "device" and batches:
         raise ValueError(f"data.sampler must be 'pipeline' for {name}, which trains on no episodes, got 'device'")
     _validate.int_at_least("seed", config["seed"], 0)
     _validate.int_at_least("evaluation.seed", config["evaluation"]["seed"], 0)
@@ -96,7 +101,8 @@ def build(config: Config, *, num_classes: int | None = None) -> Experiment:
     return Experiment(
         learner, trained, getattr(hypergrad, config["hypergrad"]["name"])(), _outer_optimizer(config["outer"]),
         spec, train_spec, eval_steps, "mse" if regression else "accuracy",
-        config["outer"].get("trainable", "") or None, _transform(config), start,
+        config["outer"].get("trainable", "") or (TRAINED if name in _CONTRASTIVE else None), _transform(config), start,
+        batches,
     )  # fmt: skip
 
 
@@ -161,11 +167,23 @@ def _learners(
             f"got {name!r}"
         )
     features = _model(config, None)
+    if name in _CONTRASTIVE:
+        built = _contrastive(config, features)
+        return built, built
     if name == "prototypical":
         built = learners.prototypical(features, distance=learner["distance"], scale=learner.get("scale") or None)
         return built, built
     head = learner["head"]
     return learners.finetune(features, rule, steps, head=head), learners.pretrain(features, num_classes or 1, head=head)
+
+
+def _contrastive(config: Config, features: Model) -> Learner:
+    if config["data"]["name"] == "text":
+        raise ValueError(f"learner.name must be one that learns from text, got {config['learner']['name']!r}")
+    options = dict(config["contrast"])
+    if config["learner"]["name"] == "simclr":
+        options |= {"momentum": None, "queue": 0}
+    return contrastive(features, **options)
 
 
 def _model(config: Config, outputs: int | None) -> Model:
