@@ -78,10 +78,10 @@ def supervised(
     for Few-Shot Learning (P>M>F), arXiv:2204.07305.
 
     >>> import metajax
-    >>> model, spec = metajax.models.conv4(width=8, pool=False), metajax.data.EpisodeSpec(ways=5, shots=1, queries=3)
+    >>> model, spec = metajax.models.mlp(8, hidden=()), metajax.data.EpisodeSpec(ways=5, shots=1, queries=3)
     >>> found = supervised(model, metajax.data.glyphs("val"), spec, steps=(2, 1), batch=8)
     >>> sorted(found.params)
-    ['block_0', 'block_1', 'block_2', 'block_3']
+    ['head']
     """
     _validate.instance("model", model, Model)
     for name, value in (("steps", steps), ("rates", rates)):
