@@ -103,11 +103,11 @@ def _candidates() -> list[Any]:
 
     from metajax import hypergrad, learners, models, outer_update, strategies
 
-    conv = {"width": 16, "depth": 3, "pool": False, "normalisation": "support"}
+    conv: dict[str, Any] = {"width": 16, "depth": 3, "pool": False, "normalisation": "support"}
     features, network = models.conv4(**conv), models.conv4(5, **conv)
     flat, step = models.mlp(5, hidden=(64,)), optax.sgd(0.4)
     first, exact = hypergrad.first_order(), hypergrad.mixed_mode()
-    several = {
+    several: dict[str, Any] = {
         "proto": (learners.prototypical(features), exact, 3e-3),
         "proto_cosine": (learners.prototypical(features, distance="cosine"), exact, 3e-3),
         "proto_slow": (learners.prototypical(features), exact, 1e-4),
@@ -131,10 +131,10 @@ def _scripts(split: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
     import metajax
 
-    source = metajax.data.glyphs(split, size=_SIZE)  # type: ignore[arg-type]
+    source: Any = metajax.data.glyphs(split, size=_SIZE)
     for script, members in source.nodes.items():
         classes = np.array(members)
-        groups = source.groups[classes]  # type: ignore[index]
+        groups = source.groups[classes]
         order = np.random.default_rng(_SEED.value).permutation(np.unique(groups))
         places = np.array([0.5, 0.75]) * len(order)
         parts = {}
@@ -142,8 +142,8 @@ def _scripts(split: str) -> Iterator[tuple[str, dict[str, Any]]]:
             kept = classes[np.isin(groups, some)]
             rows = np.flatnonzero(np.isin(source.labels, kept))
             parts[part] = metajax.data.arrays(
-                source.inputs[rows], source.labels[rows], split=part, groups=source.groups[kept],  # type: ignore[index]
-                families=source.families[rows], name=script.lower(),  # type: ignore[index]
+                source.inputs[rows], source.labels[rows], split=part, groups=source.groups[kept],
+                families=source.families[rows], name=script.lower(),
             )  # fmt: skip
         yield script, parts
 
