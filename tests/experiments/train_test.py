@@ -1,6 +1,7 @@
 """`experiments.train` as a process: it trains, resumes bit by bit, and refuses what it must without writing."""
 
 import fcntl
+import functools
 import json
 import pathlib
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import launchers
 import numpy as np
 import pytest
@@ -86,8 +88,8 @@ def test_a_run_begins_with_the_backbone_that_contrast_has_made(launch, pictures,
     told = f"begins with 3 arrays of {before} (step 10); new: head/bias, head/kernel"
     assert told in done.stdout.splitlines()
     _, begun = metajax.load_run(after)
-    for name, leaf in params["backbone"]["block_0"].items():
-        np.testing.assert_allclose(begun["block_0"][name], leaf, atol=1e-9)
+    close = functools.partial(np.testing.assert_allclose, atol=1e-9)
+    jax.tree.map(close, begun["block_0"], params["backbone"]["block_0"])
     assert begun["head"]["bias"].shape == (3,)
 
 
