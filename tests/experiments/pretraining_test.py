@@ -25,17 +25,21 @@ def folder(tmp_path):
 @pytest.mark.slow  # three trainings, in a process of their own
 def test_the_arms_take_as_long(launch, folder, tmp_path):
     out = tmp_path / "out"
-    sizes = ("--pretrain_steps=8", "--meta_steps=8", "--width=8", "--episodes=20")
-    done = launch("pretraining", f"--data={folder}", f"--out={out}", *sizes)
+    flags = [f"--data={folder}", f"--out={out}", "--pretrain_steps=8", "--meta_steps=8", "--width=8", "--episodes=20"]
+    done = launch("pretraining", *flags)
     assert done.returncode == 0, done.stderr
-    found = json.loads((out / "pretraining.json").read_text())
-    seconds = found["seconds"]
-    assert 0.5 < seconds["scratch"] / seconds["moco"] < 2
-    assert [len(curve) for curve in found["validation"].values()] == [9, pytest.approx(9, abs=9)]
-    gain = found["accuracy"]["moco"][0] - found["accuracy"]["scratch"][0]
-    assert found["gain_percent"][0] == pytest.approx(100 * gain)
-    assert len(done.stdout.splitlines()) == 5
+    moco, scratch = (json.loads((out / f"{arm}.json").read_text()) for arm in ("moco", "scratch"))
+    assert moco["steps"] == 8
+    assert scratch["steps"] == round(moco["seconds"] / moco["cost"]) > 8
+    assert moco["curve"][0][0] > 0
+    assert len(moco["curve"]) == 9
+    gain = 100 * np.mean(np.subtract(moco["accuracy"], scratch["accuracy"]))
+    table = done.stdout.splitlines()[-4:]
+    assert table[-1].startswith("gain, episode by episode")
+    assert float(table[-1].split()[4]) == pytest.approx(gain, abs=0.006)
     assert (out / "pretraining.png").read_bytes()[1:4] == b"PNG"
+    again = launch("pretraining", *flags)
+    assert again.stdout.splitlines() == table, "nothing is trained again"
 
 
 def test_bad_input_is_refused(refusals, tmp_path):
@@ -44,6 +48,7 @@ def test_bad_input_is_refused(refusals, tmp_path):
         (["--data=x", f"--out={tmp_path / 'file'}"], "out must be a folder, got"),
         (["--data=x", "--meta_steps=3"], "pretrain_steps and meta_steps must be at least 8, got 1000 and 3"),
         (["--data=no/such/folder"], "no/such/folder"),
+        (["--data=x", "--arms=both"], "arms must be among moco and scratch, got ['both']"),
     ]
     for text, (_, expected) in zip(refusals("pretraining", [flags for flags, _ in cases]), cases, strict=True):
         assert expected in text
