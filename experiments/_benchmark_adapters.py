@@ -6,7 +6,15 @@ import statistics
 import time
 from typing import Any
 
-_MINILM = {"vocab": 30522, "width": 384, "depth": 6, "heads": 12, "hidden": 1536, "positions": 512, "types": 2}
+_MINILM: dict[str, Any] = {
+    "vocab": 30522,
+    "width": 384,
+    "depth": 6,
+    "heads": 12,
+    "hidden": 1536,
+    "positions": 512,
+    "types": 2,
+}
 _TASKS, _STEPS, _LENGTH, _WAYS, _RANK = 8, 5, 64, 5, 8
 _WORDS = 12  # of a text that `fast_adapt_model` reads
 
@@ -28,12 +36,12 @@ def _memory() -> dict[str, Any]:
 
     import metajax
 
-    base = metajax.models.encoder(_MINILM["vocab"], _WAYS, **{k: v for k, v in _MINILM.items() if k != "vocab"})
+    base = metajax.models.encoder(outputs=_WAYS, **_MINILM)
     model = metajax.adapters.lora(base, rank=_RANK)
     learner = metajax.learners.maml(model, optax.sgd(0.01), _STEPS, adapts="lora|head")
     key = jax.eval_shape(lambda: jax.random.key(0))
 
-    def examples(n: int, *leading: int) -> metajax.Examples:
+    def examples(n: int, *leading: int) -> Any:
         def leaf(dtype: Any, *shape: int) -> Any:
             return jax.ShapeDtypeStruct((*leading, *shape), dtype)
 
@@ -50,7 +58,7 @@ def _memory() -> dict[str, Any]:
         )
         state = jax.eval_shape(outer.init, key, metajax.Episode(examples(_WAYS), examples(_WAYS)))
         batch = metajax.Episode(examples(_WAYS, _TASKS), examples(_WAYS, _TASKS))
-        found = jax.jit(outer.update).lower(state, batch).compile().memory_analysis()
+        found: Any = jax.jit(outer.update).lower(state, batch).compile().memory_analysis()
         weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params))
         figures[name] = {
             "temporaries": found.temp_size_in_bytes, "arguments": found.argument_size_in_bytes, "weights": weights

@@ -38,14 +38,33 @@ class Job(NamedTuple):
     @property
     def stride(self) -> int:
         """How far a step moves the position in the stream."""
-        return 1 if self.config.learner.name == "finetune" else self.config.outer.meta_batch
+        return 1 if self.experiment.batches else self.config.outer.meta_batch
 
-    def init(self) -> Any:
-        """The state before the first step."""
+    def init(self, *, begin: bool = True) -> Any:
+        """The state before the first step; without `begin`, that of no other run, for its structure alone."""
         import jax
 
         params = None if self.experiment.start is None else self.experiment.start()
+        if begin and self.config.init:
+            params = self.beginning(params).params
         return self.outer.init(jax.random.key(self.config.seed), self.example, params)
+
+    def beginning(self, params: Any = None) -> Any:
+        """What this run takes of the one that `config.init` names.
+
+        Args:
+          params: what it is put into; None lets the learner make it.
+
+        Raises:
+          ValueError: there is no such run, or it does not fit.
+        """
+        import jax
+
+        from metajax import training
+
+        if params is None:
+            params = self.experiment.trained.init(jax.random.key(self.config.seed), self.example.support.inputs)
+        return training.begin_with(self.config.init, params)
 
     def stream(self, start: int) -> Any:
         """The batches of the pipeline from a position on, each task on the device that trains on it."""
@@ -74,8 +93,8 @@ def open_job(config: Any, devices: Sequence[Any] | None = None) -> Job:
     experiment = training.build(config, num_classes=getattr(train, "num_classes", None))
     validation.check(experiment.spec)
     test.check(experiment.spec)
-    # fine-tuning trains on one batch of examples, which no devices divide
-    tasks = 1 if config.learner.name == "finetune" else config.outer.meta_batch
+    # one batch of examples is one task, which no devices divide
+    tasks = 1 if experiment.batches else config.outer.meta_batch
     mesh = _placement.make_mesh(config, tasks, devices=devices)
     job = Job(config, experiment, train, validation, test, mesh, tasks, None, None, None)
     if config.data.sampler == "device":
@@ -129,7 +148,7 @@ def _batches(job: Job, tasks: int, start: int, *, alone: bool = False) -> Any:
     from metajax import data, parallel
 
     config = job.config
-    if config.learner.name == "finetune":
+    if job.experiment.batches:
         return data.batches(job.train, config.outer.meta_batch, config.seed, start=start)
     index, count = (0, 1) if alone else parallel.process_block(job.mesh, tasks)
     return data.episodes(

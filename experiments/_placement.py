@@ -31,7 +31,8 @@ def make_mesh(config: Any, tasks: int, *, devices: Sequence[Any] | None = None) 
     mesh = parallel.make_mesh(**sizes, devices=found)
     groups = parallel.num_groups(mesh)
     if tasks % groups:
-        name = "the tasks in a step of finetune" if config.learner.name == "finetune" else "outer.meta_batch"
+        whole = tasks != config.outer.meta_batch
+        name = f"the tasks in a step of {config.learner.name}" if whole else "outer.meta_batch"
         raise ValueError(f"{name} must be a multiple of mesh.task * mesh.fsdp, {groups} here, got {tasks}")
     return mesh
 

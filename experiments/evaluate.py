@@ -4,6 +4,7 @@ python -m experiments.evaluate --workdir=RUN                                 # a
 python -m experiments.evaluate --workdir=RUN --ways=20 --shots=5             # other episodes
 python -m experiments.evaluate --workdir=RUN --data=PATH --split=test        # other data of the same kind
 python -m experiments.evaluate --workdir=RUN --data=FILE --checkpoint=start  # texts, by the weights that it began with
+python -m experiments.evaluate --workdir=RUN --suite=cross_domain --suite_data=omniglot=PATH,mine=FOLDER  # other images
 
 For a run on text, FILE is .json (as CLINC150), .jsonl, .csv or .tsv, maybe with .gz, and all its labels are classes.
 Where a .json file has parts of texts of no class (oos_test and others), the AUROC of telling them from queries is found
@@ -37,6 +38,13 @@ _SPLIT = flags.DEFINE_string(
 )
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "last", "last, best (by validation), or start: the pretrained weights.")
 _SHUFFLE = flags.DEFINE_bool("shuffle_support", False, "Also evaluate with shuffled support labels: stands at chance.")
+_SUITE = flags.DEFINE_enum("suite", None, ["cross_domain"], "Also evaluates on other sources of images, in one table.")
+_SUITE_DATA = flags.DEFINE_list(
+    "suite_data",
+    [],
+    "Beside the built-in characters: NAME=PATH, where NAME is omniglot, cifar_fs and so on, or any other "
+    "for a folder CLASS/NAME.png.",
+)
 _OUTPUT = flags.DEFINE_string("output", None, "File for the result; evaluation.json in the run folder by default.")
 
 
@@ -44,11 +52,14 @@ def main() -> int:
     """Evaluates and prints the table; the last line is the result."""
     _launch.prepare()
     import metajax
-    from experiments import _inputs, _job, _runs
+    from experiments import _inputs, _job, _runs, _suite
 
     workdir = pathlib.Path(_WORKDIR.value)
     config = _inputs.with_columns(metajax.training.load_config(workdir), _TEXT.value, _LABEL.value)
     experiment = metajax.training.build(config)
+    if _SUITE_DATA.value and not _SUITE.value:
+        raise ValueError(f"suite_data must come with suite, got {_SUITE_DATA.value}")
+    others = _suite.parse(_SUITE_DATA.value, config) if _SUITE.value else {}
     given: dict[str, Any] = {"ways": _WAYS.value, "shots": _SHOTS.value, "queries": _QUERIES.value}
     spec = dataclasses.replace(experiment.spec, **{name: size for name, size in given.items() if size is not None})
     if _DATA.value and config["data"]["name"] == "text":
@@ -68,6 +79,9 @@ def main() -> int:
         raise ValueError("shuffle_support must not be given for squad, which has no classes, got True")
     found = _job.evaluate(config, learner, params, source, spec, **options)
     more, notes = _more(config, found, learner, params, source, spec, options)
+    if _SUITE.value:
+        more["suite"] = _suite.evaluate(config, learner, params, source, spec, others, options)
+        notes.append(_suite.table(more["suite"]))
     result = {
         "learner": config["learner"]["name"],
         **_runs.describe(found),

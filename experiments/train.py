@@ -63,11 +63,14 @@ def run(config: ConfigDict, workdir: pathlib.Path, *, resume: bool = False, prof
     from metajax import parallel
 
     opened: list[_job.Job] = []
+    told: list[str] = []
 
     def prepare() -> None:
         job = _job.open_job(config)
         for watcher in _watchers(job, workdir, profile):  # refuses what is out of range
             watcher.close()
+        if config.init and not (workdir / "config.json").exists():
+            told.append(str(job.beginning()))
         opened.append(job)
 
     parallel.agree(prepare)
@@ -78,6 +81,8 @@ def run(config: ConfigDict, workdir: pathlib.Path, *, resume: bool = False, prof
         return 0
     spread = f" on {jax.process_count()} processes" if jax.process_count() > 1 else ""
     _say(f"training {config.learner.name} on {job.train.name} into {workdir}{spread}")
+    for line in told:
+        _say(line)
     params, seconds = _train(job, workdir, profile)
     parallel.from_first(lambda: _report(job, folder, params, seconds))
     return 0
@@ -94,8 +99,9 @@ def _train(job: _job.Job, workdir: pathlib.Path, profile: str | None) -> tuple[A
     checkpoints = training.Checkpoints(workdir / "checkpoints")
 
     def begin() -> tuple[Any, dict[str, Any]]:
-        state, extra = job.init(), {"seconds": 0.0, "best": None}
-        if checkpoints.latest() is not None:
+        found = checkpoints.latest()
+        state, extra = job.init(begin=found is None), {"seconds": 0.0, "best": None}
+        if found is not None:
             state, extra = checkpoints.restore(state)
         return state, {"position": int(state.step) * job.stride, "rollbacks": 0, "waiting": [], **extra}
 

@@ -34,6 +34,7 @@ from metajax.core import (
     inner_update,
 )
 from metajax.pretrained import load_pretrained_model, save_pretrained_model
+from metajax.strategies import select
 from metajax.training import load_run, outer_update
 
 __all__ = [
@@ -66,6 +67,7 @@ __all__ = [
     "parallel",
     "pretrained",
     "save_pretrained_model",
+    "select",
     "strategies",
     "training",
 ]

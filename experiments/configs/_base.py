@@ -8,6 +8,8 @@ def base() -> ConfigDict:
     return ConfigDict(
         {
             "seed": 0,
+            # run folder whose network this run begins with; heads that do not fit are made anew. "" none
+            "init": "",
             "data": {
                 # glyphs, omniglot, image_folder, tfds, sinusoids, cycles, text, squad; cifar_fs, fc100, mini_imagenet,
                 # tiered_imagenet, cub, meta_dataset
@@ -68,7 +70,8 @@ def base() -> ConfigDict:
             # outer.trainable: "lora" both.
             "adapter": {"name": "", "rank": 8, "where": ""},
             "learner": {
-                "name": "prototypical",  # maml, reptile, bayesian, prototypical, finetune, in_context
+                # maml, reptile, bayesian, prototypical, finetune, in_context; without labels: moco, simclr
+                "name": "prototypical",
                 "distance": "euclidean",  # prototypical: euclidean or cosine
                 "scale": 0.0,  # prototypical: of its logits; 0 is 1 for Euclidean distances and 10 for cosines
                 "adapts": "",  # maml, reptile, bayesian: path regex of what adapts; "" all
@@ -83,6 +86,9 @@ def base() -> ConfigDict:
                 "end": "\n",  # in_context: text behind a demonstration
                 "content_free": "",  # in_context: a text that says nothing, to calibrate by; "" does not
             },
+            # moco, simclr: divisor of the cosines, size of the compared vectors, hidden units of the heads. moco: share
+            # of the average that stays in a step, keys of earlier batches (multiple of outer.meta_batch; 0 is MoCo v3)
+            "contrast": {"momentum": 0.99, "queue": 4096, "temperature": 0.2, "dim": 128, "hidden": 256},
             # mixed_mode, unrolled, first_order, displacement, finite_difference, forward_mode, implicit, sama
             "hypergrad": {"name": "mixed_mode"},
             "episode": {
@@ -110,7 +116,7 @@ def base() -> ConfigDict:
                 "schedule": "cosine",  # constant, cosine, linear
                 "clip": 10.0,  # global norm of the hypergradient; 0 does not clip
                 "steps": 1000,
-                "meta_batch": 4,  # tasks in a step; for finetune, examples
+                "meta_batch": 4,  # tasks in a step; for finetune, moco, simclr: examples
                 "trainable": "",  # path regex of what is meta-trained; "" all
                 "task_batching": "auto",  # how a device runs its tasks: auto, vmap, scan, or tasks at a time, as "4"
             },

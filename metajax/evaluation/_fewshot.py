@@ -16,7 +16,7 @@ from metajax.data._episodes import check_source, episode_batch
 from metajax.data._sources import Source
 from metajax.data._spec import EpisodeSpec, told
 from metajax.evaluation import _metrics
-from metajax.training import choose_task_batching
+from metajax.training._outer import choose_task_batching
 
 
 class Evaluation(NamedTuple):

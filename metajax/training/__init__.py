@@ -1,6 +1,7 @@
 """The meta step, the loop around it, and runs on disk."""
 
 from metajax.training._augment import augment
+from metajax.training._beginning import Beginning, begin_with
 from metajax.training._callbacks import Progress, Recorder, Saving, Validation, read_metrics
 from metajax.training._checkpoint import CheckpointError, Checkpoints, warm_start
 from metajax.training._data import image_options, open_out_of_scope, open_source, text_options
@@ -12,6 +13,7 @@ from metajax.training._outer import choose_task_batching, outer_update
 from metajax.training._watch import Heartbeat, Preempted, Preemption, Profile, Stall, Throughput
 
 __all__ = [
+    "Beginning",
     "CheckpointError",
     "Checkpoints",
     "Experiment",
@@ -31,6 +33,7 @@ __all__ = [
     "Throughput",
     "Validation",
     "augment",
+    "begin_with",
     "build",
     "choose_task_batching",
     "fit",

@@ -19,11 +19,13 @@ from metajax.core import _validate
 from metajax.core._losses import span_cross_entropy, squared_error
 from metajax.core._types import Hypergrad, Learner, Loss, Model, Params
 from metajax.data._tokens import load_tokenizer
+from metajax.strategies._contrast import TRAINED, contrastive
 from metajax.training import _checkpoint
 
 Config = Mapping[str, Any]
 _LOSSES: dict[str, Loss] = {"sinusoids": squared_error, "squad": span_cross_entropy}  # others: cross-entropy
-LEARNERS = ("maml", "reptile", "bayesian", "prototypical", "finetune", "in_context")
+LEARNERS = ("maml", "reptile", "bayesian", "prototypical", "finetune", "in_context", "moco", "simclr")
+_CONTRASTIVE = ("moco", "simclr")
 ESTIMATORS = (  # those that need no argument
     "displacement", "finite_difference", "first_order", "forward_mode", "implicit", "mixed_mode", "sama", "unrolled"
 )  # fmt: skip
@@ -44,6 +46,7 @@ class Experiment(NamedTuple):
       trainable: path regex of the meta-parameters that are trained, None for all.
       transform: what `augment` does to the training images, None for nothing.
       start: `() -> meta_params` to begin with, from pretrained weights; None where the learner makes them.
+      batches: whether training takes batches of examples of all classes (`metajax.data.batches`), and no episodes.
 
     >>> Experiment._fields[0]
     'learner'
@@ -60,6 +63,7 @@ class Experiment(NamedTuple):
     trainable: str | None
     transform: data.Transform | None
     start: Callable[[], Params] | None = None
+    batches: bool = False
 
 
 def build(config: Config, *, num_classes: int | None = None) -> Experiment:
@@ -85,8 +89,9 @@ def build(config: Config, *, num_classes: int | None = None) -> Experiment:
     for section in ("validation", "evaluation"):
         _validate.int_at_least(f"{section}.episodes", config[section]["episodes"], 2)
     sampler = config["data"].get("sampler", "pipeline")  # runs of old do not have it
-    if _validate.one_of("data.sampler", sampler, ("pipeline", "device")) == "device" and trained is not learner:
-        name = config["learner"]["name"]
+    name = config["learner"]["name"]
+    batches = trained is not learner or name in _CONTRASTIVE
+    if _validate.one_of("data.sampler", sampler, ("pipeline", "device")) == "device" and batches:
         raise ValueError(f"data.sampler must be 'pipeline' for {name}, which trains on no episodes, got 'device'")
     _validate.int_at_least("seed", config["seed"], 0)
     _validate.int_at_least("evaluation.seed", config["evaluation"]["seed"], 0)
@@ -97,7 +102,8 @@ def build(config: Config, *, num_classes: int | None = None) -> Experiment:
     return Experiment(
         learner, trained, getattr(hypergrad, config["hypergrad"]["name"])(), _outer_optimizer(config["outer"]),
         spec, train_spec, eval_steps, {"sinusoids": "mse", "squad": "f1"}.get(config["data"]["name"], "accuracy"),
-        config["outer"].get("trainable", "") or None, _transform(config), start,
+        config["outer"].get("trainable", "") or (TRAINED if name in _CONTRASTIVE else None), _transform(config), start,
+        batches,
     )  # fmt: skip
 
 
@@ -168,6 +174,9 @@ def _learners(config: Config, spec: data.EpisodeSpec, num_classes: int | None) -
             f"learner.name must be 'maml', 'reptile' or 'bayesian' for {source}, which has no classes, got {name!r}"
         )
     features = _model(config, None)
+    if name in _CONTRASTIVE:
+        built = _contrastive(config, features)
+        return built, built
     if name == "prototypical":
         built = learners.prototypical(features, distance=learner["distance"], scale=learner.get("scale") or None)
         return built, built
@@ -200,6 +209,15 @@ def _prompts(config: Config, ways: int) -> dict[str, Any]:
         "separator": tokens(fields["separator"]), "end": tokens(fields["end"]),
         "content_free": tokens(fields["content_free"]) or None,
     }  # fmt: skip
+
+
+def _contrastive(config: Config, features: Model) -> Learner:
+    if config["data"]["name"] == "text":
+        raise ValueError(f"learner.name must be one that learns from text, got {config['learner']['name']!r}")
+    options = dict(config["contrast"])
+    if config["learner"]["name"] == "simclr":
+        options |= {"momentum": None, "queue": 0}
+    return contrastive(features, **options)
 
 
 def _model(config: Config, outputs: int | None) -> Model:

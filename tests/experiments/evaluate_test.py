@@ -83,6 +83,7 @@ def test_bad_input_is_refused_before_anything_is_written(refusals, metric_run, h
         (head_run, "--steps=-1", "num_steps must be an integer of at least 0, got -1"),
         (metric_run, "--workdir=nowhere", "workdir must be the folder of a run"),
         (metric_run, "--checkpoint=first", "checkpoint must be one of"),
+        (metric_run, "--suite_data=omniglot=x", "suite_data must come with suite, got ['omniglot=x']"),
     ]
     for folder in (metric_run, head_run):
         (folder / "evaluation.json").unlink(missing_ok=True)

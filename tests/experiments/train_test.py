@@ -1,6 +1,7 @@
 """`experiments.train` as a process: it trains, resumes bit by bit, and refuses what it must without writing."""
 
 import fcntl
+import functools
 import json
 import pathlib
 import shutil
@@ -9,7 +10,9 @@ import subprocess
 import sys
 import time
 
+import jax
 import launchers
+import numpy as np
 import pytest
 
 import metajax
@@ -62,6 +65,46 @@ def test_a_run_leaves_everything_about_itself(whole_run):
     assert _runs.params_sha256(params) == results["params_sha256"]
     assert learner.problem is None
     metajax.load_run(workdir, checkpoint="best")
+
+
+_CONTRAST = (
+    "--config.learner.name=moco", "--config.contrast.queue=12", "--config.contrast.dim=4", "--config.contrast.hidden=8",
+    "--config.model.normalisation=layer", "--config.outer.meta_batch=6",
+)  # fmt: skip
+
+
+def test_a_run_begins_with_the_backbone_that_contrast_has_made(launch, pictures, tmp_path):
+    before, after = tmp_path / "moco", tmp_path / "maml"
+    done = launch("train", *_flags(pictures, before, *_CONTRAST, steps=10))
+    assert done.returncode == 0, done.stderr
+    _, params = metajax.load_run(before)
+    assert sorted(params) == ["backbone", "head", "momentum", "queue"]
+    assert _results(before)["accuracy_mean"] > 0.4, "the nearest class mean in its features, 3-way"
+    assert {"loss", "accuracy", "grad_norm"} <= set(metajax.training.read_metrics(before)[0])
+    begins = ("--config.learner.name=maml", "--config.model.normalisation=layer", "--config.outer.optimizer=sgd",
+              "--config.outer.rate=1e-12", f"--config.init={before}")  # fmt: skip
+    done = launch("train", *_flags(pictures, after, *begins, steps=2))
+    assert done.returncode == 0, done.stderr
+    told = f"begins with 3 arrays of {before} (step 10); new: head/bias, head/kernel"
+    assert told in done.stdout.splitlines()
+    _, begun = metajax.load_run(after)
+    close = functools.partial(np.testing.assert_allclose, atol=1e-9)
+    jax.tree.map(close, begun["block_0"], params["backbone"]["block_0"])
+    assert begun["head"]["bias"].shape == (3,)
+
+
+def test_a_run_that_goes_on_does_not_begin_again(launch, pictures, tmp_path):
+    """What it began with may be gone by then."""
+    before, after = tmp_path / "moco", tmp_path / "proto"
+    assert launch("train", *_flags(pictures, before, *_CONTRAST, steps=10)).returncode == 0
+    begins = (f"--config.init={before}", "--config.model.normalisation=layer")
+    _, told = _stopped(after, pictures, signal.SIGTERM, *begins)
+    assert "continues" in told
+    shutil.rmtree(before)
+    done = launch("train", *_flags(pictures, after, *begins, "--resume"))
+    assert done.returncode == 0, done.stderr
+    assert "resuming at step" in done.stdout
+    assert "begins with" not in done.stdout
 
 
 def _stopped(workdir, pictures, sent, *more, step=15, **options):
@@ -288,6 +331,10 @@ def _config(pictures, changes):
         ({"model.normalisation": "weight"}, "normalisation must be one of"),
         ({"data.path": "no/such/folder"}, "no/such/folder"),
         ({"data.path": ""}, "data.path must name the folder"),
+        ({"init": "no/such/run"}, "there is no checkpoint in"),
+        ({"learner.name": "moco"}, "model must not normalise by statistics of the batch"),
+        ({"learner.name": "moco", "model.normalisation": "layer", "contrast.queue": 7}, "queue must be a multiple of"),
+        ({"learner.name": "simclr", "data.sampler": "device"}, "data.sampler must be 'pipeline' for simclr"),
         ({"data.sampler": "host"}, "data.sampler must be one of 'pipeline', 'device', got 'host'"),
         ({"data.sampler": "device", "learner.name": "finetune"}, "data.sampler must be 'pipeline' for finetune"),
         ({"data.sampler": "device", "episode.ways": 99}, "ways is 99"),

@@ -1,0 +1,199 @@
+"""Momentum contrast before prototypical training, against prototypical training alone for as long.
+
+    python -m experiments.pretraining --data=PATH --out=runs/pretraining
+
+    python -m experiments.pretraining --data=PATH --out=OUT --arms=moco &                         # beside each other:
+    python -m experiments.pretraining --data=PATH --out=OUT --arms=scratch --scratch_steps=1250   # one core each
+
+Conv4 on CIFAR-FS. One arm learns the training images without labels first and then on episodes, the other one on
+episodes from scratch, for the same processor time. Both keep the parameters that are best on validation episodes.
+Prints the accuracy on classes never seen, 5-way 1-shot, and draws how it grows on validation classes. An arm whose
+result is in the folder is not run again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from absl import flags
+
+from experiments import _launch
+
+_DATA = flags.DEFINE_string("data", None, "CIFAR-FS, as data.path takes it.", required=True)
+_OUT = flags.DEFINE_string("out", "runs/pretraining", "Folder of the table and the picture.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of parameters, batches and episodes.")
+_PRETRAIN = flags.DEFINE_integer("pretrain_steps", 1000, "Steps of momentum contrast.")
+_META = flags.DEFINE_integer("meta_steps", 800, "Meta steps after it; from scratch, as many more as take its time.")
+_SCRATCH = flags.DEFINE_integer("scratch_steps", 0, "Meta steps from scratch; 0: as many as take the other arm's time.")
+_ARMS = flags.DEFINE_list("arms", ["moco", "scratch"], "Which to run now.")
+_WIDTH = flags.DEFINE_integer("width", 32, "Channels of Conv4.")
+_EPISODES = flags.DEFINE_integer("episodes", 600, "Test episodes.")
+_BATCH, _QUEUE, _RATE, _META_BATCH, _VALIDATIONS = 256, 2048, 2e-3, 4, 8
+
+
+def main() -> int:
+    """Trains both arms, evaluates, prints."""
+    _launch.prepare(host_devices=1)
+    import jax
+    import numpy as np
+    import optax
+
+    import metajax
+    from experiments import _runs
+
+    out = pathlib.Path(_OUT.value)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out must be a folder, got {str(out)!r}")
+    if not _ARMS.value or {*_ARMS.value} - {"moco", "scratch"}:
+        raise ValueError(f"arms must be among moco and scratch, got {_ARMS.value}")
+    if min(_PRETRAIN.value, _META.value) < _VALIDATIONS:
+        raise ValueError(
+            f"pretrain_steps and meta_steps must be at least {_VALIDATIONS}, got {_PRETRAIN.value} and {_META.value}"
+        )
+    train, validation, test = (metajax.data.cifar_fs(_DATA.value, split) for split in ("train", "val", "test"))
+    model = metajax.models.conv4(width=_WIDTH.value, pool=False, normalisation="group")
+    learner = metajax.learners.prototypical(model)
+    spec = metajax.data.EpisodeSpec(ways=5, shots=1, queries=15)
+    train_spec = metajax.data.EpisodeSpec(ways=10, shots=1, queries=10)
+    images = np.asarray(train.inputs)
+
+    def batches() -> Iterator[Any]:
+        rng = np.random.default_rng(_SEED.value)
+        while True:
+            yield images[rng.choice(len(images), _BATCH, replace=len(images) < _BATCH)]
+
+    def episodes() -> Iterator[Any]:
+        index = 0
+        while True:
+            yield metajax.data.episode_batch(train, train_spec, seed=_SEED.value, start=index, count=_META_BATCH)
+            index += _META_BATCH
+
+    def validated(params: Any) -> float:
+        return metajax.evaluation.evaluate(learner, params, validation, spec, episodes=200).mean
+
+    def contrast(steps: int) -> Any:
+        rule = optax.adam(optax.cosine_decay_schedule(_RATE, steps))
+        return metajax.strategies.moco(model, rule, queue=_QUEUE)
+
+    def meta_step(steps: int) -> Any:
+        rule = optax.chain(optax.clip_by_global_norm(10.0), optax.adam(optax.cosine_decay_schedule(_RATE, steps)))
+        outer = metajax.outer_update(learner, rule, hypergrad=metajax.hypergrad.unrolled(), before=False)
+        standard = [metajax.data.random_crop(padding=4), metajax.data.random_flip()]
+        return metajax.training.augment(outer, standard)
+
+    def pretrained(steps: int) -> tuple[Any, float]:
+        """The backbone and the processor seconds that it took."""
+        outer, stream = contrast(steps), batches()
+        state = outer.init(jax.random.key(_SEED.value), next(stream))
+        clock = _Clock()
+        state = metajax.training.fit(outer, state, stream, steps=steps, callbacks=[clock])
+        return metajax.strategies.encoder_params(state), clock.seconds
+
+    def meta_trained(arm: str, steps: int, params: Any, before: float) -> None:
+        """Trains from `params`, tests the parameters that are best by validation, and writes what was found."""
+        outer, example = meta_step(steps), metajax.data.episode(train, train_spec, seed=0, index=0)
+        state = outer.init(jax.random.key(_SEED.value), example, params)
+        clock = _Clock()
+        curve, best = [(before, validated(state.params))], (-1.0, state.params)
+
+        def look(step: int, state: Any, metrics: Any) -> None:
+            nonlocal best
+            if step % (steps // _VALIDATIONS) == 0:
+                with clock.stopped():
+                    params = jax.tree.map(np.asarray, state.params)
+                    curve.append((before + clock.seconds, validated(params)))
+                    best = max(best, (curve[-1][1], params), key=lambda pair: pair[0])
+                    print(
+                        f"{arm}: step {step}, {curve[-1][0]:.0f} s, validation {100 * curve[-1][1]:.2f} %", flush=True
+                    )
+
+        metajax.training.fit(outer, state, episodes(), steps=steps, callbacks=[clock, look])
+        found = metajax.evaluation.evaluate(learner, best[1], test, spec, episodes=_EPISODES.value)
+        told = {"seconds": before + clock.seconds, "cost": clock.seconds / steps, "steps": steps, "curve": curve}
+        _runs.write_json(out / f"{arm}.json", {**settings, **told, "accuracy": found.values.tolist()})
+
+    out.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "seed": _SEED.value, "width": _WIDTH.value, "pretrain_steps": _PRETRAIN.value, "meta_steps": _META.value,
+        "episodes": _EPISODES.value,
+    }  # fmt: skip
+    done = {arm: _read(out / f"{arm}.json", settings) for arm in ("moco", "scratch")}
+    if "moco" in _ARMS.value and done["moco"] is None:
+        backbone, seconds = pretrained(_PRETRAIN.value)
+        print(f"moco: {_PRETRAIN.value} steps of contrast, {seconds:.0f} s", flush=True)
+        meta_trained("moco", _META.value, backbone, seconds)
+        done["moco"] = _read(out / "moco.json", settings)
+    if "scratch" in _ARMS.value and done["scratch"] is None:
+        if not _SCRATCH.value and done["moco"] is None:
+            raise ValueError("scratch_steps must be given where the other arm has no result yet, got 0")
+        meta_trained("scratch", _SCRATCH.value or round(done["moco"]["seconds"] / done["moco"]["cost"]), None, 0.0)
+        done["scratch"] = _read(out / "scratch.json", settings)
+    if None not in done.values():
+        _report(done, out)
+    return 0
+
+
+def _read(path: pathlib.Path, settings: dict[str, Any]) -> Any:
+    """The result of an arm, None where there is none."""
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in settings.items():
+        if found[name] != value:
+            raise ValueError(f"out must hold results of {name}={value}, got one of {found[name]}")
+    return found
+
+
+def _report(arms: dict[str, Any], out: pathlib.Path) -> None:
+    """Prints the table and draws the curves."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    import metajax
+
+    titles = {"scratch": "prototypical, from scratch", "moco": "momentum contrast, then prototypical"}
+    episodes = len(arms["moco"]["accuracy"])
+    print(f"CIFAR-FS, unseen classes, 5-way 1-shot, {episodes} episodes: accuracy in %, processor seconds of training")
+    rows = {title: arms[arm]["accuracy"] for arm, title in titles.items()}
+    seconds = [arms[arm]["seconds"] for arm in titles]
+    rows["gain, episode by episode"] = np.subtract(arms["moco"]["accuracy"], arms["scratch"]["accuracy"])
+    for (title, values), taken in zip(rows.items(), [*seconds, None], strict=True):
+        mean, ci95 = metajax.evaluation.mean_and_interval(100 * np.asarray(values))
+        print(f"{title:38s}{mean:7.2f} +- {ci95:.2f}" + ("" if taken is None else f"{taken:9.0f}"))
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.add_subplot(
+        xlabel="processor seconds of training", ylabel="validation accuracy, %", title="CIFAR-FS, 5-way 1-shot"
+    )
+    for arm, title in titles.items():
+        times, values = np.array(arms[arm]["curve"]).T
+        axes.plot(times, 100 * values, "o-", label=title)
+    axes.legend()
+    figure.savefig(out / "pretraining.png", dpi=120)
+
+
+class _Clock:
+    """A callback that counts the processor seconds between steps, from the second step on: without compilation."""
+
+    def __init__(self) -> None:
+        self.seconds, self._since = 0.0, 0.0
+
+    def __call__(self, step: int, state: Any, metrics: Any) -> None:
+        float(metrics["loss"])  # the step has ended
+        if step > 1:
+            self.seconds += time.process_time() - self._since
+        self._since = time.process_time()
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """What is inside does not count."""
+        yield
+        self._since = time.process_time()
+
+
+if __name__ == "__main__":
+    _launch.run(main)

@@ -1,0 +1,159 @@
+"""Choosing a strategy for a family of tasks: successive halving against training every candidate to the end.
+
+    python -m experiments.select --out=runs/select
+
+Six families, one for each script of the built-in characters. Of each, half of the letters are trained on, a quarter
+validates, and the last quarter judges: is the chosen strategy within one 95 % interval of the one that turns out best,
+and what did it cost, in meta steps and in processor time of the steps? Prints a row for each family.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from absl import flags
+
+from experiments import _launch
+
+_OUT = flags.DEFINE_string("out", "runs/select", "Folder of the table, the pictures, and what makes it go on.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the division of letters, parameters and episodes.")
+_BUDGET = flags.DEFINE_integer("budget", 600, "Meta steps of all candidates together, for each family.")
+_EPISODES = flags.DEFINE_integer("episodes", 600, "Test episodes.")
+_FAMILIES = flags.DEFINE_integer("families", 6, "How many of the scripts.")
+_META_BATCH, _SIZE, _VALIDATION = 2, 14, 100
+
+
+def main() -> int:
+    """Chooses for each family, trains all candidates, compares, prints."""
+    _launch.prepare(host_devices=1)
+    import jax
+
+    import metajax
+    from experiments import _runs
+
+    out = pathlib.Path(_OUT.value)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out must be a folder, got {str(out)!r}")
+    families = [(name, source) for split in ("train", "val", "test") for name, source in _scripts(split)]
+    if not 1 <= _FAMILIES.value <= len(families):
+        raise ValueError(f"families must be an integer from 1 to {len(families)}, got {_FAMILIES.value}")
+    candidates = _candidates()
+    spec = metajax.data.EpisodeSpec(ways=5, shots=1, queries=5)
+    rows: list[dict[str, Any]] = []
+    out.mkdir(parents=True, exist_ok=True)
+    head = f"{'family':10s}{'chosen':>14s}{'test accuracy':>16s}{'best':>14s}{'test accuracy':>16s}"
+    print(f"{head}  within  steps  processor time")
+    for name, parts in families[: _FAMILIES.value]:
+        found = metajax.select(
+            candidates, (parts["train"], parts["val"]), _BUDGET.value, spec=spec, meta_batch=_META_BATCH,
+            episodes=_VALIDATION, shots=(1, 5), seed=_SEED.value,
+        )  # fmt: skip
+        found.plot(out / f"{name.lower()}.png")
+
+        def stream(source: Any = parts["train"]) -> Iterator[Any]:
+            index = 0
+            while True:
+                yield metajax.data.episode_batch(source, spec, seed=_SEED.value, start=index, count=_META_BATCH)
+                index += _META_BATCH
+
+        trained, cost, longest = {}, {}, found.rows[0].steps
+        for candidate in candidates:
+            example = metajax.data.episode(parts["train"], spec, seed=_SEED.value, index=0)
+            state = candidate.outer.init(jax.random.key(_SEED.value), example)
+            times: list[float] = []
+
+            def clock(step: int, state: Any, metrics: Any, times: list[float] = times) -> None:
+                float(metrics["loss"])  # the step has ended
+                times.append(time.process_time())
+
+            state = metajax.training.fit(candidate.outer, state, stream(), steps=longest, callbacks=[clock])
+            trained[candidate.name] = state.params
+            cost[candidate.name] = (times[-1] - times[0]) / (longest - 1)  # of a step, without compilation
+
+        def tested(candidate: Any, params: Any, source: Any = parts["test"]) -> Any:
+            options = {"episodes": _EPISODES.value, "seed": _SEED.value, "num_steps": candidate.num_steps}
+            return metajax.evaluation.evaluate(candidate.learner, params, source, spec, **options)
+
+        judged = {candidate.name: tested(candidate, trained[candidate.name]) for candidate in candidates}
+        chosen, best = tested(found.winner, found.params), max(judged, key=lambda one: judged[one].mean)
+        row = {
+            "family": name, "chosen": found.winner.name, "chosen_accuracy": [chosen.mean, chosen.ci95],
+            "best": best, "best_accuracy": [judged[best].mean, judged[best].ci95],
+            "within": bool(chosen.mean >= judged[best].mean - judged[best].ci95),
+            "share_of_steps": found.steps / found.full_steps,
+            "share_of_seconds": sum(row.steps * cost[row.name] for row in found.rows) / (longest * sum(cost.values())),
+            "all": {one: [value.mean, value.ci95] for one, value in judged.items()},
+        }  # fmt: skip
+        rows.append(row)
+        print(
+            f"{name:10s}{row['chosen']:>14s}{_told(chosen):>16s}{best:>14s}{_told(judged[best]):>16s}"
+            f"{'yes' if row['within'] else 'no':>8s}{100 * row['share_of_steps']:5.0f} %"
+            f"{100 * row['share_of_seconds']:14.0f} %",
+            flush=True,
+        )
+        _runs.write_json(out / "select.json", {"seed": _SEED.value, "budget": _BUDGET.value, "families": rows})
+    print(f"chosen within one interval of the best: {sum(row['within'] for row in rows)} of {len(rows)}")
+    print(found)
+    return 0
+
+
+def _candidates() -> list[Any]:
+    """Ten strategies on two small networks."""
+    import optax
+
+    from metajax import hypergrad, learners, models, outer_update, strategies
+
+    conv: dict[str, Any] = {"width": 16, "depth": 3, "pool": False, "normalisation": "support"}
+    features, network = models.conv4(**conv), models.conv4(5, **conv)
+    flat, step = models.mlp(5, hidden=(64,)), optax.sgd(0.4)
+    first, exact = hypergrad.first_order(), hypergrad.mixed_mode()
+    several: dict[str, Any] = {
+        "proto": (learners.prototypical(features), exact, 3e-3),
+        "proto_cosine": (learners.prototypical(features, distance="cosine"), exact, 3e-3),
+        "proto_slow": (learners.prototypical(features), exact, 1e-4),
+        "proto_flat": (learners.prototypical(models.mlp(64, hidden=(64,))), exact, 3e-3),
+        "maml_1": (learners.maml(network, step, 1), exact, 3e-3),
+        "maml_3": (learners.maml(network, step, 3), exact, 3e-3),
+        "fomaml_3": (learners.maml(network, step, 3), first, 3e-3),
+        "anil_3": (learners.maml(network, step, 3, adapts="head"), exact, 3e-3),
+        "maml_flat": (learners.maml(flat, step, 3), exact, 3e-3),
+        "reptile": (learners.reptile(network, optax.sgd(0.1), 3), hypergrad.displacement(), 1e-2),
+    }
+    return [
+        strategies.Candidate(name, learner, outer_update(learner, optax.adam(rate), hypergrad=rule, before=False))
+        for name, (learner, rule, rate) in several.items()
+    ]
+
+
+def _scripts(split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The scripts of a split, each with its letters in three parts; look-alikes are in one part."""
+    import numpy as np
+
+    import metajax
+
+    source: Any = metajax.data.glyphs(split, size=_SIZE)
+    for script, members in source.nodes.items():
+        classes = np.array(members)
+        groups = source.groups[classes]
+        order = np.random.default_rng(_SEED.value).permutation(np.unique(groups))
+        places = np.array([0.5, 0.75]) * len(order)
+        parts = {}
+        for part, some in zip(("train", "val", "test"), np.split(order, places.astype(int)), strict=True):
+            kept = classes[np.isin(groups, some)]
+            rows = np.flatnonzero(np.isin(source.labels, kept))
+            parts[part] = metajax.data.arrays(
+                source.inputs[rows], source.labels[rows], split=part, groups=source.groups[kept],
+                families=source.families[rows], name=script.lower(),
+            )  # fmt: skip
+        yield script, parts
+
+
+def _told(found: Any) -> str:
+    return f"{100 * found.mean:.2f} +- {100 * found.ci95:.2f}"
+
+
+if __name__ == "__main__":
+    _launch.run(main)
