@@ -15,6 +15,7 @@ from metajax import (
     models,
     parallel,
     pretrained,
+    strategies,
     training,
 )
 from metajax.adaptation import FewShotClassifier, adapt_model, fast_adapt_model
@@ -65,5 +66,6 @@ __all__ = [
     "parallel",
     "pretrained",
     "save_pretrained_model",
+    "strategies",
     "training",
 ]
