@@ -34,9 +34,7 @@ def run_length_init(longest: int) -> jax.Array:
     return jnp.full([longest + 1], -jnp.inf).at[0].set(0.0)
 
 
-def run_length_update(
-    belief: jax.Array, log_likelihoods: jax.Array, *, hazard: float
-) -> tuple[jax.Array, jax.Array]:
+def run_length_update(belief: jax.Array, log_likelihoods: jax.Array, *, hazard: float) -> tuple[jax.Array, jax.Array]:
     """One step of Bayesian online change-point detection (Adams and MacKay 2007).
 
     Each run length r predicted the step from its last r ones. The belief is weighed by how well, and then moved on:

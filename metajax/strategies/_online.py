@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
@@ -38,6 +39,8 @@ class Online(NamedTuple):
 def run_online(online: Online, state: Any, stream: Iterable[Any], *, steps: int) -> tuple[Any, np.ndarray]:
     """Takes a strategy along a stream: each item is first judged, then observed, then learned from.
 
+    Compiled once for a strategy and a shape of items.
+
     Args:
       online: the strategy.
       state: where to start.
@@ -60,19 +63,20 @@ def run_online(online: Online, state: Any, stream: Iterable[Any], *, steps: int)
     """
     _validate.instance("online", online, Online)
     _validate.positive_int("steps", steps)
-
-    @jax.jit
-    def step(state: Any, item: Any) -> tuple[Any, jax.Array]:
-        loss = online.loss(state, item)
-        return online.update(online.observe(state, item))[0], loss
-
     losses = []
     for _, item in zip(range(steps), stream, strict=False):
-        state, loss = step(state, item)
+        state, loss = _step(state, item, online=online)
         losses.append(loss)
     if len(losses) < steps:
         raise ValueError(f"stream must last for {steps} steps, got {len(losses)}")
     return state, np.asarray(jnp.stack(losses))
+
+
+# static: its functions are the key under which the compiled step is found again
+@functools.partial(jax.jit, static_argnames="online")
+def _step(state: Any, item: Any, *, online: Online) -> tuple[Any, jax.Array]:
+    loss = online.loss(state, item)
+    return online.update(online.observe(state, item))[0], loss
 
 
 class LeaderState(NamedTuple):

@@ -43,9 +43,8 @@ def recovery_time(
 ) -> float:
     """How long after a change errors stay above their earlier level.
 
-    Errors are averaged over the last `window` steps. The level is the highest of these averages before the change, and
-    a learner has recovered from the step on from which the averages of the steps after the change never exceed it
-    again.
+    Errors are averaged over each `window` consecutive steps that lie before the change, and each that lie after it. The
+    level is the highest average before, and recovered is the first step from which on no average exceeds it.
 
     Args:
       errors: `[steps]`, one series.
@@ -55,8 +54,8 @@ def recovery_time(
       level: instead of that of the steps before the change, in the unit of the errors.
 
     Returns:
-      Steps from the change to the end of the first average that stays at or below the level, less `window`: 0 where
-      nothing was lost, and infinity where errors are still above it in the end, or not finite.
+      Steps from the change to the begin of the first average from which on all stay at or below the level: 0 where
+      nothing was lost, and infinity where the last average is above it or not finite.
 
     Raises:
       ValueError: `errors` is no series, `change` is outside of it, or a number is out of its range.
