@@ -24,9 +24,9 @@ _SEEDS = flags.DEFINE_integer("seeds", 10, "Streams: letters, images and weights
 _ROUNDS = flags.DEFINE_integer("rounds", 200, "Rounds of a stream.")
 _TURN = flags.DEFINE_float("turn", 1.0, "Degrees by which the images turn in a round.")
 _WAYS, _SHOTS, _QUERIES, _SIDE = 5, 2, 2, 14
-_INNER_RATE, _INNER_STEPS, _META_RATE, _META_STEPS, _META_BATCH = 0.1, 5, 2e-3, 10, 8
+_INNER_RATE, _INNER_STEPS, _META_RATE, _META_STEPS, _META_BATCH = 0.1, 5, 3e-3, 5, 8
 _ONCE = 5  # training once ends after this part of the rounds
-_RATES, _FITS = (0.01, 0.03, 0.1, 0.3), (5, 30)  # what is tried for the two without meta-learning
+_RATES, _FITS = (0.03, 0.1, 0.3), (5, 30)  # what is tried for the two without meta-learning
 _ROWS = {
     "leader": "meta-leader, trained on a sample of all rounds",
     "latest": "meta-leader, trained on the latest rounds",
