@@ -30,7 +30,7 @@ _DT, _SPEED = 0.05, 20.0  # s, m/s
 _BEND = 0.005  # largest curvature, 1/m: 2 m/s^2 sideways, of the 3.4 that the slippery road allows
 _CHANGE, _DRIVE = 600, 800  # steps: 30 s, and 10 s more
 _AVERAGE = 20  # steps over which lateral errors are averaged: 1 s
-_TOLERANCE = 0.1  # of the earlier level
+_TOLERANCE = 0.25  # of the earlier level
 _INNER_RATE, _INNER_STEPS, _QUERY, _RATE = 0.3, 5, 20, 3e-3
 _VEHICLES, _RECORD = 4096, 100  # training drives, and their steps
 _GUST, _GUST_LASTS = (0.1, 0.02), 0.95  # standard deviation, m/s^2 and rad/s^2; correlation from step to step
@@ -91,9 +91,8 @@ def main() -> int:
     two = _CHANGE + round(2 / _DT)
     found: dict[str, dict[str, list[float]]] = {}
     print(f"friction {_BEFORE.value} to {_AFTER.value} at {_SPEED:.0f} m/s; lateral error in m, {_SEEDS.value} drives")
-    print(
-        f"{'a vehicle that':46s}{'before':>18s}{'first 2 s':>18s}{'later':>18s}{'later - before':>18s}   recovered in 2 s"
-    )
+    heads = "".join(f"{head:>18s}" for head in ("before", "first 2 s", "later", "difference"))
+    print(f"{'a vehicle that':46s}{heads}   back within 2 s")
     for name, title in _ROWS.items():
         series = errors[name]
         parts = {"before": series[:, :_CHANGE], "first_two_seconds": series[:, _CHANGE:two], "later": series[:, two:]}
@@ -150,7 +149,7 @@ def _drive(learner: Any, params: Any, key: Any, vehicles: Any, learns: Any, *, t
 
     from metajax import strategies
 
-    online, keeper = strategies.recent(learner, window=_WINDOW.value), strategies.lane_keeper(dt=_DT, effort=0.3)
+    online, keeper = strategies.recent(learner, window=_WINDOW.value), strategies.lane_keeper(dt=_DT, effort=0.15)
     road_key, gust_key, camera_key = jax.random.split(key, 3)
     road, ahead = _road(road_key, _BEND), _SPEED * _DT * jnp.arange(len(keeper.init()))
     start = jax.tree.map(jnp.asarray, strategies.Motion(speed=_SPEED))

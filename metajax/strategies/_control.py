@@ -39,22 +39,23 @@ def lane_keeper(
     dt: float = 0.05,
     limit: float = 8.0,
     iterations: int = 2,
-    heading_weight: float = 2.0,
+    drift_weight: float = 0.1,
     effort: float = 0.1,
     damping: float = 1e-3,
 ) -> LaneKeeper:
     """Model-predictive control by a few Gauss-Newton steps, each started at the plan of the step before.
 
-    The cost of a plan is the sum over the horizon of the squares of the offset from the lane, the heading against it
-    and the change of the steering angle. Its residuals are differentiated forward through the whole prediction, so
-    that a step is one linear least squares problem of `horizon` unknowns.
+    The cost of a plan is the sum over the horizon of the squares of the offset from the lane, its rate and the change
+    of the steering angle. The heading has no cost: in a bend a vehicle points inwards or outwards as its tyres ask.
+    The residuals are differentiated forward through the whole prediction, so that a step is one linear least squares
+    problem of `horizon` unknowns.
 
     Args:
       horizon: steps that are planned, at least 1.
       dt: length of a step, s.
       limit: largest angle of the steering wheel either way, rad.
       iterations: Gauss-Newton steps, at least 1.
-      heading_weight: of one rad of heading against one m of offset, m/rad.
+      drift_weight: of one m/s by which the offset changes against one m of offset, s.
       effort: of one rad of change from step to step against one m of offset, m/rad.
       damping: of Levenberg and Marquardt, above 0: steps stay finite where the tyres slide and steering has no effect.
 
@@ -80,7 +81,7 @@ def lane_keeper(
     _validate.positive_int("iterations", iterations)
     for name, value in (("dt", dt), ("limit", limit), ("damping", damping)):
         _validate.positive_float(name, value)
-    for name, value in (("heading_weight", heading_weight), ("effort", effort)):
+    for name, value in (("drift_weight", drift_weight), ("effort", effort)):
         _validate.non_negative_float(name, value)
 
     def predict(dynamics: Dynamics, motion: Motion, plan: jax.Array, curvature: jax.Array) -> Motion:
@@ -98,8 +99,8 @@ def lane_keeper(
     def improve(dynamics: Dynamics, motion: Motion, last: Any, plan: jax.Array, curvature: jax.Array) -> jax.Array:
         def residuals(plan: jax.Array) -> tuple[jax.Array, jax.Array]:
             ahead = predict(dynamics, motion, plan, curvature)
-            change = jnp.diff(plan, prepend=last)
-            values = jnp.concatenate([ahead.offset, heading_weight * ahead.heading, effort * change])
+            drift = jnp.diff(ahead.offset, prepend=motion.offset) / dt
+            values = jnp.concatenate([ahead.offset, drift_weight * drift, effort * jnp.diff(plan, prepend=last)])
             return values, values
 
         slopes, values = jax.jacfwd(residuals, has_aux=True)(plan)

@@ -177,7 +177,7 @@ def test_angles_stay_within_the_limit():
         ("dt", 0.0, "a finite number above 0"),
         ("limit", -1.0, "a finite number above 0"),
         ("damping", 0.0, "a finite number above 0"),
-        ("heading_weight", -1.0, "a finite number of at least 0"),
+        ("drift_weight", -1.0, "a finite number of at least 0"),
         ("effort", float("nan"), "a finite number of at least 0"),
     ],
 )
