@@ -29,7 +29,7 @@ def test_bad_input_is_refused(refusals, tmp_path):
         ([f"--out={tmp_path / 'file'}"], "out must be a folder, got"),
         (["--before=0"], "before must be a friction above 0 and up to 2, got 0.0"),
         (["--after=-0.1"], "after must be a friction above 0 and up to 2, got -0.1"),
-        (["--seeds=1"], "seeds must be at least 2 and steps at least 1, got 1 and 5000"),
+        (["--seeds=1"], "seeds must be at least 2 and steps at least 1, got 1 and 8000"),
         (["--steps=0"], "seeds must be at least 2 and steps at least 1, got 10 and 0"),
         (["--window=0"], "window must be an integer from 1 to 80, got 0"),
         (["--window=81"], "window must be an integer from 1 to 80, got 81"),
