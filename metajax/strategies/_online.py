@@ -1,0 +1,258 @@
+"""Learning from a stream: one protocol, and the strategies that keep up with a task that changes without notice."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metajax.core import _validate
+from metajax.core._types import Episode, Examples, Learner, MetaState, OuterUpdate, Params
+
+
+class Online(NamedTuple):
+    """A strategy on a stream of items, as pure functions of a state that is a pytree: all run under `jit` and `scan`.
+
+    Attributes:
+      init: `(key, item, params=None) -> state`; an item gives the shapes, `params` are meta-parameters to begin with.
+      adapt: `(state) -> adapted`, for `learner.predict`. Where the state does not remember the task at hand,
+        `(state, support) -> adapted`.
+      loss: `(state, item) -> scalar`, what the item costs before anything is learned from it.
+      observe: `(state, item) -> state`, remembers it.
+      update: `(state) -> (state, metrics)`, trains the meta-parameters; `(state, {})` where nothing does.
+
+    >>> Online._fields
+    ('init', 'adapt', 'loss', 'observe', 'update')
+    """
+
+    init: Callable[..., Any]
+    adapt: Callable[..., Any]
+    loss: Callable[..., jax.Array]
+    observe: Callable[..., Any]
+    update: Callable[..., tuple[Any, dict[str, Any]]]
+
+
+def run_online(online: Online, state: Any, stream: Iterable[Any], *, steps: int) -> tuple[Any, np.ndarray]:
+    """Takes a strategy along a stream: each item is first judged, then observed, then learned from.
+
+    Compiled once for a strategy and a shape of items.
+
+    Args:
+      online: the strategy.
+      state: where to start.
+      stream: items of one shape; `Episode` or `Examples`, as the strategy says.
+      steps: how many items are taken.
+
+    Returns:
+      The state after the last item, and the losses `[steps]`, for `cumulative_regret`.
+
+    Raises:
+      ValueError: `steps` is below 1, a part has another type, or the stream ends early.
+
+    >>> import optax, metajax
+    >>> learner = metajax.learners.maml(metajax.models.mlp(1), optax.sgd(0.1), loss=metajax.core.squared_error)
+    >>> online = recent(learner, window=4)
+    >>> item = metajax.Examples(jnp.ones([1, 1]), jnp.ones([1, 1]), jnp.ones(1, bool))
+    >>> state, losses = run_online(online, online.init(jax.random.key(0), item), [item] * 3, steps=3)
+    >>> bool(losses[2] < losses[0])
+    True
+    """
+    _validate.instance("online", online, Online)
+    _validate.positive_int("steps", steps)
+    losses = []
+    for _, item in zip(range(steps), stream, strict=False):
+        state, loss = _step(state, item, online=online)
+        losses.append(loss)
+    if len(losses) < steps:
+        raise ValueError(f"stream must last for {steps} steps, got {len(losses)}")
+    return state, np.asarray(jnp.stack(losses))
+
+
+# static: its functions are the key under which the compiled step is found again
+@functools.partial(jax.jit, static_argnames="online")
+def _step(state: Any, item: Any, *, online: Online) -> tuple[Any, jax.Array]:
+    loss = online.loss(state, item)
+    return online.update(online.observe(state, item))[0], loss
+
+
+class LeaderState(NamedTuple):
+    """What `follow_the_meta_leader` carries.
+
+    Attributes:
+      meta: of the meta step.
+      tasks: the buffer, leaves `[capacity, ...]`; what is not filled yet is padding.
+      seen: int32 scalar, tasks observed so far.
+      key: PRNG key of the buffer.
+
+    >>> LeaderState._fields
+    ('meta', 'tasks', 'seen', 'key')
+    """
+
+    meta: MetaState
+    tasks: Episode
+    seen: jax.Array
+    key: jax.Array
+
+
+def follow_the_meta_leader(
+    learner: Learner,
+    outer: OuterUpdate,
+    *,
+    capacity: int,
+    meta_batch: int = 8,
+    meta_steps: int = 1,
+    keep: Literal["sample", "latest"] = "sample",
+) -> Online:
+    """Online meta-learning (Finn et al. 2019): after each task, meta steps on all tasks so far.
+
+    The leader is the meta-parameters under which adaptation does best over all tasks seen, and a few steps of
+    `outer.update` on tasks drawn from a buffer follow it from task to task. The buffer is of bounded size and lies on
+    the device: it holds a uniform sample of all tasks, or the latest ones, which a drift makes the better ones.
+
+    Items are `Episode`s, tasks with a support set to adapt to and a query set that judges; both are trained on later.
+
+    Args:
+      learner: what adapts to a task.
+      outer: its meta step, `metajax.outer_update(learner, ...)`.
+      capacity: tasks that the buffer holds, at least 1.
+      meta_batch: tasks of a meta step, drawn with replacement, at least 1.
+      meta_steps: meta steps after each task, at least 1.
+      keep: "sample" (reservoir sampling) or "latest".
+
+    Returns:
+      An `Online` whose `adapt` takes the support set of the task at hand. `update` gives the metrics of its last meta
+      step. Before the first task the buffer is padding, and an update has a hypergradient of zero.
+
+    Raises:
+      ValueError: a part of another type, a number below 1, an unknown `keep`.
+
+    Source: Finn, Rajeswaran, Kakade and Levine 2019, Online Meta-Learning, arXiv:1902.08438; the sample: Vitter 1985,
+    Random sampling with a reservoir.
+
+    >>> import optax, metajax
+    >>> learner = metajax.learners.maml(metajax.models.mlp(2), optax.sgd(0.1))
+    >>> outer = metajax.outer_update(learner, optax.adam(1e-3), hypergrad=metajax.hypergrad.mixed_mode())
+    >>> online = follow_the_meta_leader(learner, outer, capacity=100)
+    >>> examples = metajax.Examples(jnp.eye(4), jnp.array([0, 0, 1, 1]), jnp.ones(4, bool))
+    >>> task = metajax.Episode(examples, examples)
+    >>> state, losses = run_online(online, online.init(jax.random.key(0), task), [task] * 3, steps=3)
+    >>> int(state.seen), int(state.meta.step)
+    (3, 3)
+    """
+    _validate.instance("learner", learner, Learner)
+    _validate.instance("outer", outer, OuterUpdate)
+    for name, value in (("capacity", capacity), ("meta_batch", meta_batch), ("meta_steps", meta_steps)):
+        _validate.positive_int(name, value)
+    _validate.one_of("keep", keep, ("sample", "latest"))
+
+    def init(key: jax.Array, item: Episode, params: Params | None = None) -> LeaderState:
+        meta_key, key = jax.random.split(key)
+        empty = jax.tree.map(lambda leaf: jnp.zeros([capacity, *jnp.shape(leaf)], jnp.result_type(leaf)), item)
+        return LeaderState(outer.init(meta_key, item, params), empty, jnp.zeros([], jnp.int32), key)
+
+    def adapt(state: LeaderState, support: Examples) -> Any:
+        return learner.adapt(state.meta.params, support)
+
+    def loss(state: LeaderState, item: Episode) -> jax.Array:
+        return learner.outer_loss(adapt(state, item.support), state.meta.params, item.query)[0]
+
+    def observe(state: LeaderState, item: Episode) -> LeaderState:
+        place = state.seen % capacity
+        if keep == "sample":
+            # task number n stays with probability capacity / n, in a random place
+            key = jax.random.fold_in(jax.random.split(state.key)[0], state.seen)
+            drawn = jax.random.randint(key, [], 0, state.seen + 1)
+            place = jnp.where(state.seen < capacity, state.seen, drawn)
+        tasks = jax.tree.map(lambda kept, new: kept.at[place].set(new, mode="drop"), state.tasks, item)
+        return state._replace(tasks=tasks, seen=state.seen + 1)
+
+    def update(state: LeaderState) -> tuple[LeaderState, dict[str, Any]]:
+        filled, draw_key = jnp.clip(state.seen, 1, capacity), jax.random.split(state.key)[1]
+
+        def step(meta: MetaState, _: None) -> tuple[MetaState, dict[str, Any]]:
+            key = jax.random.fold_in(draw_key, meta.step)
+            rows = jax.random.randint(key, [meta_batch], 0, filled)
+            return outer.update(meta, jax.tree.map(lambda leaf: leaf[rows], state.tasks))
+
+        meta, metrics = jax.lax.scan(step, state.meta, length=meta_steps)
+        return state._replace(meta=meta), jax.tree.map(lambda leaf: leaf[-1], metrics)
+
+    return Online(init, adapt, loss, observe, update)
+
+
+class RecentState(NamedTuple):
+    """What `recent` carries.
+
+    Attributes:
+      params: meta-parameters.
+      support: the last steps in order of time; in front, padding where there were fewer.
+
+    >>> RecentState._fields
+    ('params', 'support')
+    """
+
+    params: Params
+    support: Examples
+
+
+def recent(learner: Learner, *, window: int) -> Online:
+    """Online adaptation from the last steps (Nagabandi et al. 2019): at each step anew, from a meta-learned prior.
+
+    With `learners.maml` this is GrBAL (gradient steps), with `strategies.recurrent` ReBAL (a hidden state). The prior
+    is meta-trained on episodes whose support set is `window` consecutive steps and whose query set is the next ones.
+
+    Items are `Examples` of one step, `[n, ...]`, without a class mask.
+
+    Args:
+      learner: what adapts.
+      window: steps that are remembered, M in the paper, at least 1.
+
+    Returns:
+      An `Online` whose `adapt` takes the state alone, and whose meta-parameters do not change.
+
+    Raises:
+      ValueError: a part of another type, or `window` is below 1.
+
+    Source: Nagabandi et al. 2019, Learning to Adapt in Dynamic, Real-World Environments through Meta-Reinforcement
+    Learning, arXiv:1803.11347.
+
+    >>> import optax, metajax
+    >>> learner = metajax.learners.maml(metajax.models.mlp(1), optax.sgd(0.1), loss=metajax.core.squared_error)
+    >>> online = recent(learner, window=2)
+    >>> item = metajax.Examples(jnp.ones([1, 1]), jnp.ones([1, 1]), jnp.ones(1, bool))
+    >>> state = online.observe(online.init(jax.random.key(0), item), item)
+    >>> state.support.mask.tolist()
+    [False, True]
+    """
+    _validate.instance("learner", learner, Learner)
+    _validate.positive_int("window", window)
+
+    def init(key: jax.Array, item: Examples, params: Params | None = None) -> RecentState:
+        return RecentState(learner.init(key, item.inputs) if params is None else params, no_steps(item, window))
+
+    def adapt(state: RecentState) -> Any:
+        return learner.adapt(state.params, state.support)
+
+    def loss(state: RecentState, item: Examples) -> jax.Array:
+        return learner.outer_loss(adapt(state), state.params, item)[0]
+
+    def observe(state: RecentState, item: Examples) -> RecentState:
+        return state._replace(support=push(state.support, item))
+
+    return Online(init, adapt, loss, observe, lambda state: (state, {}))
+
+
+def no_steps(item: Examples, window: int) -> Examples:
+    """A support set of `window` steps of padding."""
+    if item.class_mask is not None:
+        raise ValueError("class_mask must be None for items of a stream of steps: it is not theirs but the task's")
+    return jax.tree.map(lambda leaf: jnp.zeros([window * leaf.shape[0], *leaf.shape[1:]], leaf.dtype), item)
+
+
+def push(support: Examples, item: Examples) -> Examples:
+    """Moves the steps on by one, such that the oldest falls out."""
+    return jax.tree.map(lambda kept, new: jnp.concatenate([kept[new.shape[0] :], new]), support, item)

@@ -1,0 +1,287 @@
+"""A vehicle whose road, load and steering change while it drives, and what it learns its own motion from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from metajax.core import _validate
+from metajax.core._types import Examples, Model
+from metajax.models import mlp
+
+GRAVITY = 9.81  # m/s^2
+_SLOWEST = 1.0  # m/s: slip angles are taken at this speed or above
+Tyre = Callable[["Vehicle", jax.Array, jax.Array], jax.Array]  # (vehicle, load N, slip rad) -> lateral force N
+
+
+class Vehicle(NamedTuple):
+    """What a vehicle is; scalars, or `[steps]` leaves for one that changes while it drives.
+
+    Attributes:
+      friction: between tyre and road, no unit: 0.9 is dry asphalt, 0.35 packed snow.
+      mass: kg, load included.
+      inertia: about the vertical axis, kg m^2.
+      front: from the centre of mass to the front axle, m.
+      rear: from the centre of mass to the rear axle, m.
+      ratio: of steering wheel angle to road wheel angle, no unit.
+      stiffness: Pacejka's B, 1/rad. The cornering stiffness of an axle is B C times friction times load.
+      shape: Pacejka's C, no unit.
+
+    >>> Vehicle(friction=0.35).mass
+    1500.0
+    """
+
+    friction: Any = 0.9
+    mass: Any = 1500.0
+    inertia: Any = 2500.0
+    front: Any = 1.2
+    rear: Any = 1.5
+    ratio: Any = 15.0
+    stiffness: Any = 10.0
+    shape: Any = 1.3
+
+
+class Motion(NamedTuple):
+    """How a vehicle moves, beside its lane.
+
+    Attributes:
+      offset: of the centre of mass from the lane's centre, m, positive to the left.
+      heading: against the lane, rad.
+      speed: forward, m/s.
+      sway: sideways speed, m/s.
+      yaw_rate: rad/s.
+      distance: along the lane, m.
+
+    >>> Motion(speed=20.0).offset
+    0.0
+    """
+
+    offset: Any = 0.0
+    heading: Any = 0.0
+    speed: Any = 0.0
+    sway: Any = 0.0
+    yaw_rate: Any = 0.0
+    distance: Any = 0.0
+
+
+def pacejka(vehicle: Vehicle, load: Any, slip: Any) -> jax.Array:
+    """Lateral force of an axle by the magic formula, `friction load sin(C atan(B slip))`, in N.
+
+    Args:
+      vehicle: whose friction and tyres.
+      load: on the axle, N.
+      slip: angle, rad.
+
+    Source: Bakker, Nyborg and Pacejka 1987, Tyre Modelling for Use in Vehicle Dynamics Studies, SAE 870421.
+
+    >>> float(pacejka(Vehicle(friction=0.5, shape=1.0), 1000.0, 1e6))  # sliding: half of the load
+    500.0
+    """
+    return vehicle.friction * load * jnp.sin(vehicle.shape * jnp.arctan(vehicle.stiffness * jnp.asarray(slip)))
+
+
+def linear_tyre(vehicle: Vehicle, load: Any, slip: Any) -> jax.Array:
+    """Lateral force of an axle that never slides, `friction load C B slip`, in N: the tangent of `pacejka` at 0.
+
+    Args:
+      vehicle: whose friction and tyres.
+      load: on the axle, N.
+      slip: angle, rad.
+
+    >>> float(linear_tyre(Vehicle(friction=0.5, shape=1.0), 1000.0, 0.01))
+    50.0
+    """
+    return vehicle.friction * load * vehicle.shape * vehicle.stiffness * jnp.asarray(slip)
+
+
+def lateral_accelerations(vehicle: Vehicle, motion: Motion, steering: Any, *, tyre: Tyre = pacejka) -> jax.Array:
+    """What the tyres do: `[2]`, the lateral acceleration in m/s^2 and the yaw acceleration in rad/s^2.
+
+    The lateral one is what an accelerometer feels, `d sway / dt + speed * yaw_rate`.
+
+    Args:
+      vehicle: scalars.
+      motion: of which speed, sway and yaw rate count.
+      steering: angle of the steering wheel, rad.
+      tyre: `pacejka` or `linear_tyre`.
+
+    >>> lateral_accelerations(Vehicle(), Motion(speed=20.0), 0.0).tolist()
+    [0.0, 0.0]
+    """
+    wheel = steering / vehicle.ratio
+    front_force, rear_force = _forces(vehicle, motion, wheel, tyre)
+    sideways = front_force * jnp.cos(wheel)
+    yaw = vehicle.front * sideways - vehicle.rear * rear_force
+    return jnp.stack([(sideways + rear_force) / vehicle.mass, yaw / vehicle.inertia])
+
+
+def _forces(vehicle: Vehicle, motion: Motion, wheel: Any, tyre: Tyre) -> tuple[jax.Array, jax.Array]:
+    speed, weight = jnp.maximum(motion.speed, _SLOWEST), vehicle.mass * GRAVITY
+    base = vehicle.front + vehicle.rear
+    front_slip = wheel - jnp.arctan((motion.sway + vehicle.front * motion.yaw_rate) / speed)
+    rear_slip = -jnp.arctan((motion.sway - vehicle.rear * motion.yaw_rate) / speed)
+    return (
+        tyre(vehicle, weight * vehicle.rear / base, front_slip),
+        tyre(vehicle, weight * vehicle.front / base, rear_slip),
+    )
+
+
+def lane_rates(motion: Motion, accelerations: Any, curvature: Any, pull: Any = 0.0) -> Motion:
+    """Time derivative of the motion under given accelerations: kinematics alone, which nobody has to learn.
+
+    Args:
+      motion: now.
+      accelerations: `[2]`, as `lateral_accelerations` gives them.
+      curvature: of the lane where the vehicle is, 1/m, positive to the left.
+      pull: forward acceleration that is felt, m/s^2.
+
+    >>> float(lane_rates(Motion(speed=20.0), jnp.zeros(2), 0.01).heading)  # rad/s: the lane turns away
+    -0.2...
+    """
+    cos, sin = jnp.cos(motion.heading), jnp.sin(motion.heading)
+    # beyond the centre of the curve there is no lane
+    along = (motion.speed * cos - motion.sway * sin) / jnp.maximum(1 - curvature * motion.offset, 0.1)
+    return Motion(
+        offset=motion.speed * sin + motion.sway * cos,
+        heading=motion.yaw_rate - curvature * along,
+        speed=pull + motion.sway * motion.yaw_rate,
+        sway=accelerations[0] - motion.speed * motion.yaw_rate,
+        yaw_rate=accelerations[1],
+        distance=along,
+    )
+
+
+def vehicle_step(
+    vehicle: Vehicle,
+    motion: Motion,
+    steering: Any,
+    *,
+    curvature: Any,
+    pull: Any = 0.0,
+    gust: Any = 0.0,
+    dt: float = 0.05,
+    tyre: Tyre = pacejka,
+) -> Motion:
+    """One step of the dynamic bicycle model in a lane, by the classical Runge-Kutta method with held inputs.
+
+    Args:
+      vehicle: scalars; under `lax.scan`, a step of one that changes.
+      motion: at the begin of the step; float32 leaves `[]` where it is carried by a scan.
+      steering: angle of the steering wheel, rad.
+      curvature: of the lane, 1/m, positive to the left.
+      pull: of the engine or the brakes, m/s^2.
+      gust: accelerations that come on top, scalar 0 or `[2]`, m/s^2 and rad/s^2.
+      dt: length of the step, s.
+      tyre: `pacejka` or `linear_tyre`.
+
+    Raises:
+      ValueError: `dt` is not a finite number above 0.
+
+    Source: Rajamani 2012, Vehicle Dynamics and Control, chapter 2 (bicycle model, motion with respect to the road).
+
+    >>> after = vehicle_step(Vehicle(), Motion(speed=20.0), 0.0, curvature=0.0)
+    >>> float(after.distance), float(after.offset)
+    (1.0, 0.0)
+    """
+    _validate.positive_float("dt", dt)
+
+    def rates(motion: Motion) -> Motion:
+        wheel = steering / vehicle.ratio
+        drag = _forces(vehicle, motion, wheel, tyre)[0] * jnp.sin(wheel) / vehicle.mass
+        felt = lateral_accelerations(vehicle, motion, steering, tyre=tyre) + gust
+        return lane_rates(motion, felt, curvature, pull - drag)
+
+    def moved(rate: Motion, time: float) -> Motion:
+        return jax.tree.map(lambda value, slope: value + time * slope, motion, rate)
+
+    first = rates(motion)
+    second = rates(moved(first, dt / 2))
+    third = rates(moved(second, dt / 2))
+    fourth = rates(moved(third, dt))
+    mean = jax.tree.map(lambda a, b, c, d: (a + 2 * b + 2 * c + d) / 6, first, second, third, fourth)
+    return moved(mean, dt)
+
+
+def motion_features(motion: Motion, steering: Any) -> jax.Array:
+    """What the accelerations depend on: `[4]` of speed m/s, sway m/s, yaw rate rad/s, steering wheel angle rad.
+
+    >>> motion_features(Motion(speed=20.0), 0.5).tolist()
+    [20.0, 0.0, 0.0, 0.5]
+    """
+    parts = (motion.speed, motion.sway, motion.yaw_rate, steering)
+    return jnp.stack([jnp.asarray(part, jnp.float32) for part in parts])
+
+
+def motion_example(before: Motion, steering: Any, after: Motion, *, dt: float = 0.05) -> Examples:
+    """What one step teaches: features, and the accelerations that were felt on average.
+
+    Args:
+      before: motion at the begin of the step. Sway and yaw rate are taken as measured.
+      steering: held during the step, rad.
+      after: motion at its end.
+      dt: length of the step, s.
+
+    Returns:
+      One example: inputs `[1, 4]` of `motion_features`, targets `[1, 2]` in m/s^2 and rad/s^2.
+
+    Raises:
+      ValueError: `dt` is not a finite number above 0.
+
+    >>> motion_example(Motion(speed=20.0), 0.0, Motion(speed=20.0, sway=0.1), dt=0.1).targets.tolist()
+    [[1.0, 0.0]]
+    """
+    _validate.positive_float("dt", dt)
+    felt = jnp.stack(
+        [
+            (jnp.asarray(after.sway) - before.sway) / dt + before.speed * before.yaw_rate,
+            (jnp.asarray(after.yaw_rate) - before.yaw_rate) / dt,
+        ]
+    )
+    return Examples(motion_features(before, steering)[None], felt[None], jnp.ones(1, bool))
+
+
+_CENTRE, _SPREAD = (20.0, 0.0, 0.0, 0.0), (5.0, 1.0, 0.2, 1.0)  # of the features, in their units
+_SCALE = (4.0, 1.0)  # of the accelerations, m/s^2 and rad/s^2
+
+
+def residual_dynamics(nominal: Vehicle | None = None, *, hidden: tuple[int, ...] = (32, 32)) -> Model:
+    """A nominal bicycle model plus a network that learns what it misses, from the features and what the model says.
+
+    Args:
+      nominal: the vehicle that is assumed, scalars; None is `Vehicle()`, on dry asphalt.
+      hidden: widths of the network.
+
+    Returns:
+      A `Model` from features `[n, 4]` (`motion_features`) to accelerations `[n, 2]` (`lateral_accelerations`).
+
+    Raises:
+      ValueError: a width below 1, or `nominal` is no `Vehicle`.
+
+    >>> model = residual_dynamics()
+    >>> features = motion_features(Motion(speed=20.0), 0.5)[None]
+    >>> model.apply(model.init(jax.random.key(0), features), features).shape
+    (1, 2)
+    """
+    assumption = _validate.instance("nominal", Vehicle() if nominal is None else nominal, Vehicle)
+    network = mlp(2, hidden=hidden)
+
+    def assumed(features: jax.Array) -> jax.Array:
+        speed, sway, yaw_rate, steering = features
+        return lateral_accelerations(assumption, Motion(speed=speed, sway=sway, yaw_rate=yaw_rate), steering)
+
+    def seen(inputs: Any, nominal: jax.Array) -> jax.Array:
+        # a vehicle that spins is nothing that was learned from, and must not move the weights far
+        features = jnp.clip((inputs - jnp.array(_CENTRE)) / jnp.array(_SPREAD), -4, 4)
+        return jnp.concatenate([features, nominal / jnp.array(_SCALE)], axis=1)
+
+    def init(key: jax.Array, inputs: Any) -> Any:
+        return network.init(key, seen(inputs, jax.vmap(assumed)(inputs)))
+
+    def apply(params: Any, inputs: Any) -> jax.Array:
+        nominal = jax.vmap(assumed)(inputs)
+        return nominal + jnp.array(_SCALE) * network.apply(params, seen(inputs, nominal))
+
+    return Model(init, apply)
