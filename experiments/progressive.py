@@ -11,9 +11,9 @@ multiply-add; seconds are those of the processor, of all cores. Prints the table
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import time
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -133,19 +133,25 @@ def _compute(phase: Phase, source: Any, prices: dict[Any, float]) -> float:
     return _steps_of(phase) * prices[kind]
 
 
-def _run(phases: Sequence[Phase], sources: dict[str, Any], seed: int) -> tuple[float, float]:
-    """The test accuracy after training by a schedule, and the processor seconds that training took, all cores."""
-    import jax
+@functools.cache  # the runs of a schedule share their programs
+def _parts_of(phases: tuple[Phase, ...]) -> list[tuple[Any, Any]]:
     import optax
-
-    import metajax
-    from metajax.strategies import Stage, curriculum, widen
 
     hold = sum(_steps_of(phase) for phase in phases[:-1])  # the rate falls in the last phase
     falls = optax.cosine_decay_schedule(_RATE, _steps_of(phases[-1]))
     rate = optax.join_schedules([optax.constant_schedule(_RATE), falls], [hold])
     rule = optax.chain(optax.clip_by_global_norm(10.0), optax.adam(rate))
-    stages, parts = [], [_parts(phase, rule) for phase in phases]
+    return [_parts(phase, rule) for phase in phases]
+
+
+def _run(phases: tuple[Phase, ...], sources: dict[str, Any], seed: int) -> tuple[float, float]:
+    """The test accuracy after training by a schedule, and the processor seconds that training took, all cores."""
+    import jax
+
+    import metajax
+    from metajax.strategies import Stage, curriculum, widen
+
+    stages, parts = [], _parts_of(phases)
     for index, (phase, (_, outer)) in enumerate(zip(phases, parts, strict=True)):
         grows = index > 0 and phase.width > phases[index - 1].width
         width, key = round(phase.width * _WIDTH.value), jax.random.fold_in(jax.random.key(seed), index)
