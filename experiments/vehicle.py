@@ -254,20 +254,21 @@ def _train(learner: Any, seed: int) -> tuple[Any, list[float]]:
 
 
 def _draw(path: pathlib.Path, errors: dict[str, Any]) -> None:
+    """Mean over the drives, and its 95 % interval."""
     import matplotlib.figure
     import numpy as np
 
-    figure = matplotlib.figure.Figure(figsize=(9, 4), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    time = _DT * (np.arange(_DRIVE) - _CHANGE)
-    for color, (name, title) in enumerate(_ROWS.items()):
-        for number, series in enumerate(errors[name]):
-            smooth = np.convolve(series, np.ones(_AVERAGE) / _AVERAGE, mode="valid")
-            axes.plot(time[_AVERAGE - 1 :], smooth, color=f"C{color}", alpha=0.5, lw=1, label=None if number else title)
+    shown = slice(_CHANGE - round(6 / _DT), None)
+    time = (_DT * (np.arange(_DRIVE) - _CHANGE))[shown]
+    for name, title in _ROWS.items():
+        smooth = np.array([np.convolve(one, np.ones(_AVERAGE) / _AVERAGE)[:_DRIVE] for one in errors[name]])[:, shown]
+        mean, half = smooth.mean(0), 1.96 * smooth.std(0, ddof=1) / np.sqrt(len(smooth))
+        line = axes.plot(time, mean, label=title)[0]
+        axes.fill_between(time, mean - half, mean + half, alpha=0.2, color=line.get_color(), lw=0)
     axes.axvline(0, color="0.3", lw=1, ls=":")
-    axes.set(
-        xlabel="seconds after the change of friction", ylabel="lateral error, mean of the last second, m", yscale="log"
-    )
+    axes.set(xlabel="seconds after the change of friction", ylabel="lateral error, mean of the last second, m")
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
