@@ -28,7 +28,8 @@ _ONCE = 5  # training once ends after this part of the rounds
 _RATES, _FITS = (0.005, 0.01, 0.02), (30, 100)  # what is tried for the two without meta-learning
 _ROWS = {
     "leader": "follows the meta-leader",
-    "once": "meta-trained once, on the first fifth",
+    "once": "meta-trained once, in the first fifth",
+    "longer": "likewise, and as many meta steps as the leader",
     "tuned": "fine-tuned from round to round",
     "scratch": "from scratch in each round",
 }
@@ -73,7 +74,7 @@ def main() -> int:
         plain[name] = _plain(*best, carry=name == "tuned")
     leader, part = _leader(rounds), rounds // _ONCE
     frozen = leader._replace(update=_same)
-    # as many meta steps in all, those of the later rounds at once
+    # the meta steps of the later rounds, at once
     at_once = jax.jit(_leader(rounds, steps=(rounds - part) * _META_STEPS).update)
     losses: dict[str, list[Any]] = {name: [] for name in _ROWS}
     for seed in range(_SEED.value, _SEED.value + _SEEDS.value):
@@ -81,7 +82,8 @@ def main() -> int:
         for name in plain:
             losses[name].append(follow(plain[name], items, seed)[1])
         state, first = follow(leader, items[:part], seed)
-        for name, online, start in (("leader", leader, state), ("once", frozen, at_once(state)[0])):
+        starts = ("leader", leader, state), ("once", frozen, state), ("longer", frozen, at_once(state)[0])
+        for name, online, start in starts:
             _, later = strategies.run_online(online, start, items[part:], steps=rounds - part)
             losses[name].append(np.append(first, later))
     regrets = {name: strategies.cumulative_regret(values) for name, values in losses.items()}

@@ -27,8 +27,8 @@ def test_bad_input_is_refused(refusals, tmp_path):
     (tmp_path / "file").write_text("")
     cases = [
         ([f"--out={tmp_path / 'file'}"], "out must be a folder, got"),
-        (["--before=0"], "before must be a friction above 0 and up to 2, got 0.0"),
-        (["--after=-0.1"], "after must be a friction above 0 and up to 2, got -0.1"),
+        (["--before=0"], "before and after must be frictions above 0 and up to 2, got (0.0, 0.35)"),
+        (["--after=-0.1"], "before and after must be frictions above 0 and up to 2, got (0.9, -0.1)"),
         (["--seeds=1"], "seeds must be at least 2 and steps at least 1, got 1 and 8000"),
         (["--steps=0"], "seeds must be at least 2 and steps at least 1, got 10 and 0"),
         (["--window=0"], "window must be an integer from 1 to 80, got 0"),
