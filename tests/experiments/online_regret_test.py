@@ -22,7 +22,7 @@ def test_bad_input_is_refused(refusals, tmp_path):
     (tmp_path / "file").write_text("")
     cases = [
         ([f"--out={tmp_path / 'file'}"], "out must be a folder, got"),
-        (["--seeds=1"], "seeds must be at least 2 and rounds at least 10, got 1 and 120"),
+        (["--seeds=1"], "seeds must be at least 2 and rounds at least 10, got 1 and 200"),
         (["--rounds=9"], "seeds must be at least 2 and rounds at least 10, got 10 and 9"),
     ]
     told = refusals("online_regret", [flags for flags, _ in cases])
