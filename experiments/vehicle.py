@@ -58,36 +58,32 @@ def main() -> int:
     out = pathlib.Path(_OUT.value)
     if out.exists() and not out.is_dir():
         raise ValueError(f"out must be a folder, got {str(out)!r}")
-    for name, value in (("before", _BEFORE.value), ("after", _AFTER.value)):
-        if not 0 < value <= 2:
-            raise ValueError(f"{name} must be a friction above 0 and up to 2, got {value}")
+    frictions = _BEFORE.value, _AFTER.value
+    if not all(0 < value <= 2 for value in frictions):
+        raise ValueError(f"before and after must be frictions above 0 and up to 2, got {frictions}")
     if _SEEDS.value < 2 or _STEPS.value < 1:
         raise ValueError(f"seeds must be at least 2 and steps at least 1, got {_SEEDS.value} and {_STEPS.value}")
     if not 1 <= _WINDOW.value <= _RECORD - _QUERY:
         raise ValueError(f"window must be an integer from 1 to {_RECORD - _QUERY}, got {_WINDOW.value}")
 
-    scale = jnp.array([4.0, 1.0])  # m/s^2, rad/s^2
-
-    def loss(outputs: Any, targets: Any) -> Any:
-        return metajax.core.squared_error(outputs / scale, targets / scale)
-
     inner = optax.chain(metajax.inner.clip_by_global_norm(1.0), optax.sgd(_INNER_RATE))
-    learner = metajax.learners.maml(strategies.residual_dynamics(), inner, _INNER_STEPS, loss=loss)
+    learner = metajax.learners.maml(strategies.residual_dynamics(), inner, _INNER_STEPS, loss=strategies.dynamics_loss)
     params, fits = _train(learner, _SEED.value)
     print(f"mean squared error of the accelerations: {fits[0]:.4f} before adaptation, {fits[1]:.4f} after it")
 
     changed = np.arange(_DRIVE) >= _CHANGE
-    before, after = (strategies.Vehicle(friction=value) for value in (_BEFORE.value, _AFTER.value))
+    before, after = (strategies.Vehicle(friction=value) for value in frictions)
     vehicles = jax.tree.map(lambda one, other: jnp.where(changed, other, one), before, after)
-    learns = {"adaptive": np.ones(_DRIVE, bool), "frozen": ~changed, "prior": np.zeros(_DRIVE, bool)}
+    learns = {"adaptive": np.ones(_DRIVE, bool), "frozen": ~changed, "prior": np.zeros(_DRIVE, bool), "told": ~changed}
     keys = jax.vmap(jax.random.key)(_SEED.value + jnp.arange(_SEEDS.value))
-    errors: dict[str, Any] = {}
-    for told in (False, True):
-        drive = jax.jit(jax.vmap(functools.partial(_drive, learner, told=told), (None, 0, None, None)))
-        for name in ("told",) if told else learns:
-            steps = learns.get(name, learns["prior"])
-            errors[name] = np.abs(np.asarray(drive(params, keys, vehicles, jnp.array(steps)), np.float64))
-
+    drives = {
+        told: jax.jit(jax.vmap(functools.partial(_drive, learner, told=told), (None, 0, None, None)))
+        for told in (False, True)
+    }
+    errors = {
+        name: np.abs(np.asarray(drives[name == "told"](params, keys, vehicles, jnp.array(steps)), np.float64))
+        for name, steps in learns.items()
+    }
     two = _CHANGE + round(2 / _DT)
     found: dict[str, dict[str, list[float]]] = {}
     print(f"friction {_BEFORE.value} to {_AFTER.value} at {_SPEED:.0f} m/s; lateral error in m, {_SEEDS.value} drives")
@@ -149,7 +145,10 @@ def _drive(learner: Any, params: Any, key: Any, vehicles: Any, learns: Any, *, t
 
     from metajax import strategies
 
-    online, keeper = strategies.recent(learner, window=_WINDOW.value), strategies.lane_keeper(dt=_DT, effort=0.15)
+    online, keeper = (
+        strategies.recent(learner, window=_WINDOW.value),
+        strategies.lane_keeper(dt=_DT, effort=0.15, drift_weight=0.1),
+    )
     road_key, gust_key, camera_key = jax.random.split(key, 3)
     road, ahead = _road(road_key, _BEND), _SPEED * _DT * jnp.arange(len(keeper.init()))
     start = jax.tree.map(jnp.asarray, strategies.Motion(speed=_SPEED))
@@ -191,15 +190,10 @@ def _record(key: Any) -> Any:
     from metajax import strategies
 
     kind, road_key, start_key, wag_key, gust_key = jax.random.split(key, 5)
-    draw = jax.random.uniform(kind, [7])
-    mass = 1300 + 800 * draw[1]
-    vehicle = strategies.Vehicle(
-        friction=0.25 + 0.75 * draw[0], mass=mass, inertia=mass * (1.5 + 0.4 * draw[2]), front=1.1 + 0.3 * draw[3],
-        rear=1.6 - 0.3 * draw[3], ratio=13 + 4 * draw[4], stiffness=8 + 4 * draw[5],
-    )  # fmt: skip
-    begin = jax.random.uniform(start_key, [4]) * jnp.array([8.0, 1.0, 0.1, 0.4])
+    vehicle = strategies.random_vehicle(kind)
+    begin = jax.random.uniform(start_key, [5]) * jnp.array([8.0, 1.0, 0.1, 0.4, 0.007])
     speed = 16 + begin[0]
-    road = _road(road_key, 0.002 + 0.007 * draw[6])
+    road = _road(road_key, 0.002 + begin[4])
 
     def step(carry: Any, inputs: Any) -> Any:
         motion, wag = carry
@@ -254,20 +248,21 @@ def _train(learner: Any, seed: int) -> tuple[Any, list[float]]:
 
 
 def _draw(path: pathlib.Path, errors: dict[str, Any]) -> None:
+    """Mean over the drives, and its 95 % interval."""
     import matplotlib.figure
     import numpy as np
 
-    figure = matplotlib.figure.Figure(figsize=(9, 4), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    time = _DT * (np.arange(_DRIVE) - _CHANGE)
-    for color, (name, title) in enumerate(_ROWS.items()):
-        for number, series in enumerate(errors[name]):
-            smooth = np.convolve(series, np.ones(_AVERAGE) / _AVERAGE, mode="valid")
-            axes.plot(time[_AVERAGE - 1 :], smooth, color=f"C{color}", alpha=0.5, lw=1, label=None if number else title)
+    shown = slice(_CHANGE - round(6 / _DT), None)
+    time = (_DT * (np.arange(_DRIVE) - _CHANGE))[shown]
+    for name, title in _ROWS.items():
+        smooth = np.array([np.convolve(one, np.ones(_AVERAGE) / _AVERAGE)[:_DRIVE] for one in errors[name]])[:, shown]
+        mean, half = smooth.mean(0), 1.96 * smooth.std(0, ddof=1) / np.sqrt(len(smooth))
+        line = axes.plot(time, mean, label=title)[0]
+        axes.fill_between(time, mean - half, mean + half, alpha=0.2, color=line.get_color(), lw=0)
     axes.axvline(0, color="0.3", lw=1, ls=":")
-    axes.set(
-        xlabel="seconds after the change of friction", ylabel="lateral error, mean of the last second, m", yscale="log"
-    )
+    axes.set(xlabel="seconds after the change of friction", ylabel="lateral error, mean of the last second, m")
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 

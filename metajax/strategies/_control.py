@@ -39,8 +39,8 @@ def lane_keeper(
     dt: float = 0.05,
     limit: float = 8.0,
     iterations: int = 2,
-    drift_weight: float = 0.1,
-    effort: float = 0.1,
+    drift_weight: float = 0.3,
+    effort: float = 0.3,
     damping: float = 1e-3,
 ) -> LaneKeeper:
     """Model-predictive control by a few Gauss-Newton steps, each started at the plan of the step before.
@@ -60,7 +60,8 @@ def lane_keeper(
       damping: of Levenberg and Marquardt, above 0: steps stay finite where the tyres slide and steering has no effect.
 
     Returns:
-      A `LaneKeeper`. Dynamics that are not finite give a plan that is not.
+      A `LaneKeeper`. Dynamics that are not finite give a plan that is not. Weights much below the defaults track more
+      closely, and far from the lane ask for more than the tyres can give: the vehicle slides.
 
     Raises:
       ValueError: an argument is out of its range.

@@ -54,7 +54,7 @@ def run_online(online: Online, state: Any, stream: Iterable[Any], *, steps: int)
       ValueError: `steps` is below 1, a part has another type, or the stream ends early.
 
     >>> import optax, metajax
-    >>> learner = metajax.learners.maml(metajax.models.mlp(1), optax.sgd(0.1), loss=metajax.core.squared_error)
+    >>> learner = metajax.learners.maml(metajax.models.mlp(1), optax.sgd(0.01), loss=metajax.core.squared_error)
     >>> online = recent(learner, window=4)
     >>> item = metajax.Examples(jnp.ones([1, 1]), jnp.ones([1, 1]), jnp.ones(1, bool))
     >>> state, losses = run_online(online, online.init(jax.random.key(0), item), [item] * 3, steps=3)

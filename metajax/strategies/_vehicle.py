@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metajax.core import _validate
+from metajax.core import _validate, squared_error
 from metajax.core._types import Examples, Model
 from metajax.models import mlp
 
@@ -65,6 +65,27 @@ class Motion(NamedTuple):
     sway: Any = 0.0
     yaw_rate: Any = 0.0
     distance: Any = 0.0
+
+
+def random_vehicle(key: jax.Array) -> Vehicle:
+    """A vehicle to meta-train on: friction 0.25 to 1, 1,300 to 2,100 kg, and arms, steering and tyres that vary too.
+
+    Args:
+      key: PRNG key.
+
+    Returns:
+      A `Vehicle`: inertia 1.5 to 1.9 m^2 times the mass, the front axle 1.1 to 1.4 m from the centre of mass, the axles
+      2.7 m apart, steering ratio 13 to 17, Pacejka's B 8 to 12 per rad; all uniform.
+
+    >>> bool(0.25 <= random_vehicle(jax.random.key(0)).friction <= 1)
+    True
+    """
+    draw = jax.random.uniform(key, [6])
+    mass = 1300 + 800 * draw[1]
+    return Vehicle(
+        friction=0.25 + 0.75 * draw[0], mass=mass, inertia=mass * (1.5 + 0.4 * draw[2]), front=1.1 + 0.3 * draw[3],
+        rear=1.6 - 0.3 * draw[3], ratio=13 + 4 * draw[4], stiffness=8 + 4 * draw[5],
+    )  # fmt: skip
 
 
 def pacejka(vehicle: Vehicle, load: Any, slip: Any) -> jax.Array:
@@ -138,8 +159,8 @@ def lane_rates(motion: Motion, accelerations: Any, curvature: Any, pull: Any = 0
       curvature: of the lane where the vehicle is, 1/m, positive to the left.
       pull: forward acceleration that is felt, m/s^2.
 
-    >>> float(lane_rates(Motion(speed=20.0), jnp.zeros(2), 0.01).heading)  # rad/s: the lane turns away
-    -0.2...
+    >>> round(float(lane_rates(Motion(speed=20.0), jnp.zeros(2), 0.01).heading), 6)  # rad/s: the lane turns away
+    -0.2
     """
     cos, sin = jnp.cos(motion.heading), jnp.sin(motion.heading)
     # beyond the centre of the curve there is no lane
@@ -245,6 +266,22 @@ def motion_example(before: Motion, steering: Any, after: Motion, *, dt: float = 
 
 _CENTRE, _SPREAD = (20.0, 0.0, 0.0, 0.0), (5.0, 1.0, 0.2, 1.0)  # of the features, in their units
 _SCALE = (4.0, 1.0)  # of the accelerations, m/s^2 and rad/s^2
+
+
+def dynamics_loss(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    """Squared error of accelerations `[n, 2]`, in which 4 m/s^2 weigh what 1 rad/s^2 does: `[n]`, no unit.
+
+    Args:
+      outputs: predicted, m/s^2 and rad/s^2.
+      targets: felt, likewise.
+
+    Raises:
+      ValueError: the shapes differ.
+
+    >>> dynamics_loss(jnp.array([[4.0, 0.0]]), jnp.zeros([1, 2])).tolist()
+    [0.5]
+    """
+    return squared_error(outputs / jnp.array(_SCALE), targets / jnp.array(_SCALE))
 
 
 def residual_dynamics(nominal: Vehicle | None = None, *, hidden: tuple[int, ...] = (32, 32)) -> Model:

@@ -1,4 +1,4 @@
-"""`experiments.vehicle` as a process: a short training already tells the vehicles apart."""
+"""`experiments.vehicle` as a process: half of the training already tells the vehicles apart."""
 
 import json
 
@@ -8,7 +8,7 @@ import pytest
 
 @pytest.mark.slow  # trains, and drives for 40 simulated seconds, in a process of its own
 def test_the_vehicle_that_adapts_keeps_its_lane_better(launch, tmp_path):
-    done = launch("vehicle", "--seeds=2", "--steps=300", f"--out={tmp_path}")
+    done = launch("vehicle", "--seeds=2", "--steps=3000", f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "vehicle.json").read_text())
     assert found["model_error"][1] < 0.8 * found["model_error"][0]
@@ -27,8 +27,8 @@ def test_bad_input_is_refused(refusals, tmp_path):
     (tmp_path / "file").write_text("")
     cases = [
         ([f"--out={tmp_path / 'file'}"], "out must be a folder, got"),
-        (["--before=0"], "before must be a friction above 0 and up to 2, got 0.0"),
-        (["--after=-0.1"], "after must be a friction above 0 and up to 2, got -0.1"),
+        (["--before=0"], "before and after must be frictions above 0 and up to 2, got (0.0, 0.35)"),
+        (["--after=-0.1"], "before and after must be frictions above 0 and up to 2, got (0.9, -0.1)"),
         (["--seeds=1"], "seeds must be at least 2 and steps at least 1, got 1 and 8000"),
         (["--steps=0"], "seeds must be at least 2 and steps at least 1, got 10 and 0"),
         (["--window=0"], "window must be an integer from 1 to 80, got 0"),

@@ -195,3 +195,18 @@ def test_bad_input_of_a_vehicle_is_refused():
         strategies.residual_dynamics(0.9)
     with pytest.raises(ValueError, match="hidden must be an integer of at least 1, got 0"):
         strategies.residual_dynamics(hidden=(0,))
+
+
+def test_random_vehicles_stay_within_their_bounds():
+    vehicles = jax.vmap(strategies.random_vehicle)(jax.random.split(jax.random.key(0), 500))
+    bounds = {"friction": (0.25, 1), "mass": (1300, 2100), "front": (1.1, 1.4), "rear": (1.3, 1.6), "ratio": (13, 17)}
+    for name, (low, high) in bounds.items():
+        values = np.asarray(getattr(vehicles, name))
+        assert low <= values.min() < low + 0.05 * (high - low)
+        assert high - 0.05 * (high - low) < values.max() <= high
+    np.testing.assert_allclose(vehicles.front + vehicles.rear, 2.7, rtol=1e-6)
+
+
+def test_the_loss_weighs_both_accelerations():
+    found = strategies.dynamics_loss(jnp.array([[4.0, 0.0], [0.0, 2.0]]), jnp.zeros([2, 2]))
+    np.testing.assert_allclose(found, [0.5, 2.0])
