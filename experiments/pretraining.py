@@ -49,6 +49,8 @@ def main() -> int:
     out = pathlib.Path(_OUT.value)
     if out.exists() and not out.is_dir():
         raise ValueError(f"out must be a folder, got {str(out)!r}")
+    if 0 != _SCRATCH.value < _VALIDATIONS:
+        raise ValueError(f"scratch_steps must be 0 or at least {_VALIDATIONS}, got {_SCRATCH.value}")
     if not _ARMS.value or {*_ARMS.value} - {"moco", "scratch"}:
         raise ValueError(f"arms must be among moco and scratch, got {_ARMS.value}")
     if min(_PRETRAIN.value, _META.value) < _VALIDATIONS:
