@@ -31,9 +31,10 @@ _PRETRAIN = flags.DEFINE_integer("pretrain_steps", 1000, "Steps of momentum cont
 _META = flags.DEFINE_integer("meta_steps", 800, "Meta steps after it; from scratch, as many more as take its time.")
 _SCRATCH = flags.DEFINE_integer("scratch_steps", 0, "Meta steps from scratch; 0: as many as take the other arm's time.")
 _ARMS = flags.DEFINE_list("arms", ["moco", "scratch"], "Which to run now.")
+_QUEUE = flags.DEFINE_integer("queue", 2048, "Keys of earlier batches, a multiple of 256; 0: MoCo v3.")
 _WIDTH = flags.DEFINE_integer("width", 32, "Channels of Conv4.")
 _EPISODES = flags.DEFINE_integer("episodes", 600, "Test episodes.")
-_BATCH, _QUEUE, _RATE, _META_BATCH, _VALIDATIONS = 256, 2048, 2e-3, 4, 8
+_BATCH, _RATE, _META_BATCH, _VALIDATIONS = 256, 2e-3, 4, 8
 
 
 def main() -> int:
@@ -49,6 +50,8 @@ def main() -> int:
     out = pathlib.Path(_OUT.value)
     if out.exists() and not out.is_dir():
         raise ValueError(f"out must be a folder, got {str(out)!r}")
+    if 0 != _SCRATCH.value < _VALIDATIONS:
+        raise ValueError(f"scratch_steps must be 0 or at least {_VALIDATIONS}, got {_SCRATCH.value}")
     if not _ARMS.value or {*_ARMS.value} - {"moco", "scratch"}:
         raise ValueError(f"arms must be among moco and scratch, got {_ARMS.value}")
     if min(_PRETRAIN.value, _META.value) < _VALIDATIONS:
@@ -78,7 +81,7 @@ def main() -> int:
 
     def contrast(steps: int) -> Any:
         rule = optax.adam(optax.cosine_decay_schedule(_RATE, steps))
-        return metajax.strategies.moco(model, rule, queue=_QUEUE)
+        return metajax.strategies.moco(model, rule, queue=_QUEUE.value)
 
     def meta_step(steps: int) -> Any:
         rule = optax.chain(optax.clip_by_global_norm(10.0), optax.adam(optax.cosine_decay_schedule(_RATE, steps)))
@@ -120,7 +123,7 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     settings = {
         "seed": _SEED.value, "width": _WIDTH.value, "pretrain_steps": _PRETRAIN.value, "meta_steps": _META.value,
-        "episodes": _EPISODES.value,
+        "episodes": _EPISODES.value, "queue": _QUEUE.value,
     }  # fmt: skip
     done = {arm: _read(out / f"{arm}.json", settings) for arm in ("moco", "scratch")}
     if "moco" in _ARMS.value and done["moco"] is None:

@@ -20,10 +20,10 @@ from experiments import _launch
 
 _OUT = flags.DEFINE_string("out", "runs/select", "Folder of the table, the pictures, and what makes it go on.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the division of letters, parameters and episodes.")
-_BUDGET = flags.DEFINE_integer("budget", 600, "Meta steps of all candidates together, for each family.")
+_BUDGET = flags.DEFINE_integer("budget", 1200, "Meta steps of all candidates together, for each family.")
 _EPISODES = flags.DEFINE_integer("episodes", 600, "Test episodes.")
 _FAMILIES = flags.DEFINE_integer("families", 6, "How many of the scripts.")
-_META_BATCH, _SIZE, _VALIDATION = 2, 14, 100
+_META_BATCH, _SIZE, _VALIDATION = 2, 14, 200
 
 
 def main() -> int:

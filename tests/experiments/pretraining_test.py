@@ -47,6 +47,7 @@ def test_bad_input_is_refused(refusals, tmp_path):
     cases = [
         (["--data=x", f"--out={tmp_path / 'file'}"], "out must be a folder, got"),
         (["--data=x", "--meta_steps=3"], "pretrain_steps and meta_steps must be at least 8, got 1000 and 3"),
+        (["--data=x", "--scratch_steps=7"], "scratch_steps must be 0 or at least 8, got 7"),
         (["--data=no/such/folder"], "no/such/folder"),
         (["--data=x", "--arms=both"], "arms must be among moco and scratch, got ['both']"),
     ]
