@@ -13,7 +13,7 @@ from metajax.core import _losses, _validate
 from metajax.core._types import Model
 from metajax.models import _wrap
 from metajax.models._attention import attend, heads_of
-from metajax.models._blocks import layer_norm, scanned, stacked, with_prompt
+from metajax.models._blocks import gelu, layer_norm, scanned, stacked, with_prompt
 from metajax.models._linear import Linear
 
 Head = Literal["mean", "cls", "tokens", "span"]
@@ -32,7 +32,7 @@ class _Block(nnx.Module):
     def __call__(self, values: jax.Array, mask: jax.Array | None) -> jax.Array:
         query, key, value = (heads_of(part(values), self.size) for part in (self.query, self.key, self.value))
         values = self.attention_norm(values + self.out(attend(query, key, value, mask)))
-        return self.mlp_norm(values + self.down(jax.nn.gelu(self.up(values), approximate=False)))
+        return self.mlp_norm(values + self.down(gelu(self.up(values))))
 
 
 class _Encoder(nnx.Module):

@@ -13,7 +13,7 @@ from metajax.core import _validate
 from metajax.core._types import Model
 from metajax.models import _wrap
 from metajax.models._attention import attend, heads_of
-from metajax.models._blocks import layer_norm, scanned, stacked
+from metajax.models._blocks import gelu, layer_norm, scanned, stacked
 from metajax.models._linear import Linear
 
 Pooling = Literal["cls", "mean"]
@@ -33,7 +33,7 @@ class _Block(nnx.Module):
         normed = self.attention_norm(values)
         query, key, value = (heads_of(part(normed), self.size) for part in (self.query, self.key, self.value))
         values = values + self.out(attend(query, key, value))
-        return values + self.down(jax.nn.gelu(self.up(self.mlp_norm(values)), approximate=False))
+        return values + self.down(gelu(self.up(self.mlp_norm(values))))
 
 
 class _ViT(nnx.Module):
