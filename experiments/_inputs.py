@@ -40,3 +40,17 @@ def with_columns(config: dict[str, Any], text: str | None, label: str | None) ->
         name, column = next(iter(given.items()))
         raise ValueError(f"{name}_column must not be given for a run on {config['data']['name']}, got {column!r}")
     return {**config, "data": {**config["data"], **given}}
+
+
+def with_names(config: dict[str, Any], split: str, names: list[str]) -> dict[str, Any]:
+    """The config with some of the classes or domains of a split alone.
+
+    Raises:
+      ValueError: the config of the run does not name them.
+    """
+    fields = config["data"]
+    known = fields.get("names", {}).get(split) or ()
+    unknown = [name for name in names if isinstance(known, int | float) or name not in known]
+    if unknown:
+        raise ValueError(f"names must be among those that the run's config has for {split}, {known}, got {unknown}")
+    return {**config, "data": {**fields, "names": {**fields["names"], split: names}}}

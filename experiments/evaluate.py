@@ -4,6 +4,7 @@ python -m experiments.evaluate --workdir=RUN                                 # a
 python -m experiments.evaluate --workdir=RUN --ways=20 --shots=5             # other episodes
 python -m experiments.evaluate --workdir=RUN --data=PATH --split=test        # other data of the same kind
 python -m experiments.evaluate --workdir=RUN --data=FILE --checkpoint=start  # texts, by the weights that it began with
+python -m experiments.evaluate --workdir=RUN --names=fin_Latn,swh_Latn       # texts, some domains of the split alone
 python -m experiments.evaluate --workdir=RUN --suite=cross_domain --suite_data=omniglot=PATH,mine=FOLDER  # other images
 
 For a run on text, FILE is .json (as CLINC150), .jsonl, .csv or .tsv, maybe with .gz, and all its labels are classes.
@@ -33,6 +34,7 @@ _DATA = flags.DEFINE_string(
 )
 _TEXT = flags.DEFINE_string("text_column", None, "Column of texts in such a file; as in the run's config by default.")
 _LABEL = flags.DEFINE_string("label_column", None, "Column of labels; as in the run's config by default.")
+_NAMES = flags.DEFINE_list("names", None, "Texts: some of the classes or domains of the split, alone.")
 _SPLIT = flags.DEFINE_string(
     "split", "test", "train, val or test; of a folder that is not divided, test is a fifth of its classes."
 )
@@ -56,6 +58,8 @@ def main() -> int:
 
     workdir = pathlib.Path(_WORKDIR.value)
     config = _inputs.with_columns(metajax.training.load_config(workdir), _TEXT.value, _LABEL.value)
+    if _NAMES.value:
+        config = _inputs.with_names(config, _SPLIT.value, _NAMES.value)
     experiment = metajax.training.build(config)
     if _SUITE_DATA.value and not _SUITE.value:
         raise ValueError(f"suite_data must come with suite, got {_SUITE_DATA.value}")

@@ -65,6 +65,16 @@ def test_evaluation_on_other_texts(run, launch):
     assert 0 < found["oos_auroc_mean"] <= 1  # the words of no class are as those of classes: the encoder is random
 
 
+def test_evaluation_on_some_domains_of_the_run(run, launch):
+    command = ["evaluate", f"--workdir={run / 'run'}", "--episodes=4", f"--output={run / 'names.json'}"]
+    done = launch(*command, "--names=work")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((run / "names.json").read_text())["episodes"] == 4
+    done = launch(*command, "--names=small_talk")
+    assert done.returncode == 2
+    assert "names must be among those that the run's config has for test, ['work'], got ['small_talk']" in done.stderr
+
+
 def test_adaptation_to_a_file_of_texts(run, launch):
     flags = [f"--workdir={run / 'run'}", f"--support={run / 'support.jsonl'}", f"--query={run / 'query.csv'}"]
     rng = np.random.default_rng(3)
