@@ -141,6 +141,26 @@ def params_sha256(params: Any) -> str:
     return digest.hexdigest()
 
 
+def out_folder(value: str) -> pathlib.Path:
+    """The folder that `--out` names, which need not be there yet.
+
+    Raises:
+      ValueError: it is something else.
+    """
+    out = pathlib.Path(value)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out must be a folder, got {str(out)!r}")
+    return out
+
+
+def told(values: Any, digits: int) -> str:
+    """Mean and 95 % interval of values as text."""
+    from metajax import evaluation
+
+    mean, ci95 = evaluation.mean_and_interval(values)
+    return f"{mean:.{digits}f} +- {ci95:.{digits}f}"
+
+
 def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
     """Writes a file that is there whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")

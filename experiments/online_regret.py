@@ -45,9 +45,7 @@ def main() -> int:
     from experiments import _runs
     from metajax import strategies
 
-    out = pathlib.Path(_OUT.value)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out must be a folder, got {str(out)!r}")
+    out = _runs.out_folder(_OUT.value)
     rounds = _ROUNDS.value
     if _SEEDS.value < 2 or rounds < 10:
         raise ValueError(f"seeds must be at least 2 and rounds at least 10, got {_SEEDS.value} and {rounds}")
@@ -87,7 +85,7 @@ def main() -> int:
     for name, title in _ROWS.items():
         late = np.array(losses[name])[:, rounds // 2 :].mean(1)
         last, more = regrets[name][:, -1], regrets[name][:, -1] - regrets["leader"][:, -1]
-        print(f"{title:50s}{_told(last):>20s}{_told(more):>24s}{_told(late):>20s}")
+        print(f"{title:50s}{_runs.told(last, 2):>20s}{_runs.told(more, 2):>24s}{_runs.told(late, 2):>20s}")
     out.mkdir(parents=True, exist_ok=True)
     found |= {"regret": {name: values[:, -1].tolist() for name, values in regrets.items()}}
     _runs.write_json(out / "online_regret.json", found)
@@ -110,13 +108,6 @@ def _stream(seed: int, rounds: int) -> list[Any]:
         wave = metajax.Examples(x, (amplitude * np.sin(x - phase)).astype(np.float32), np.ones(len(x), bool))
         items.append(metajax.Episode(*(metajax.Examples(*(leaf[part] for leaf in wave[:3])) for part in _PARTS)))
     return items
-
-
-def _told(values: Any) -> str:
-    import metajax
-
-    mean, ci95 = metajax.evaluation.mean_and_interval(values)
-    return f"{mean:.2f} +- {ci95:.2f}"
 
 
 def _same(state: Any) -> Any:

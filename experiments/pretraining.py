@@ -47,9 +47,7 @@ def main() -> int:
     import metajax
     from experiments import _runs
 
-    out = pathlib.Path(_OUT.value)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out must be a folder, got {str(out)!r}")
+    out = _runs.out_folder(_OUT.value)
     if 0 != _SCRATCH.value < _VALIDATIONS:
         raise ValueError(f"scratch_steps must be 0 or at least {_VALIDATIONS}, got {_SCRATCH.value}")
     if not _ARMS.value or {*_ARMS.value} - {"moco", "scratch"}:

@@ -49,9 +49,7 @@ def main() -> int:
     import metajax
     from experiments import _runs
 
-    out = pathlib.Path(_OUT.value)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out must be a folder, got {str(out)!r}")
+    out = _runs.out_folder(_OUT.value)
     if _SEEDS.value < 2 or _STEPS.value < 10:
         raise ValueError(f"seeds must be at least 2 and steps at least 10, got {_SEEDS.value} and {_STEPS.value}")
     if _WIDTH.value < 2 or _WIDTH.value % 2:

@@ -40,9 +40,7 @@ def main() -> int:
     import metajax
     from experiments import _runs
 
-    out = pathlib.Path(_OUT.value)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out must be a folder, got {str(out)!r}")
+    out = _runs.out_folder(_OUT.value)
     if _SEEDS.value < 2 or _STEPS.value < 1:
         raise ValueError(f"seeds must be at least 2 and steps at least 1, got {_SEEDS.value} and {_STEPS.value}")
     if _CAPACITY.value < max(_REPLAYED, _ALPHABETS):
@@ -86,13 +84,13 @@ def main() -> int:
         final = tables[:, -1].mean(-1)
         forgetting = (tables.max(1) - tables[:, -1])[:, :-1].mean(-1)
         rows[name] = {"accuracy": final, "forgetting": forgetting}
-        print(f"{title:32s}{_told(final):>20s}{_told(forgetting):>20s}")
+        print(f"{title:32s}{_runs.told(final, 1):>20s}{_runs.told(forgetting, 1):>20s}")
     found: dict[str, Any] = {}
     for name in memories:
         gain = rows[name]["accuracy"] - rows["without"]["accuracy"]
         ratio = float(rows[name]["forgetting"].mean() / rows["without"]["forgetting"].mean())
         found[name] = {"gain": metajax.evaluation.mean_and_interval(gain), "forgetting_ratio": ratio}
-        print(f"{_ROWS[name]}: {_told(gain)} above no replay, {ratio:.2f} of its forgetting")
+        print(f"{_ROWS[name]}: {_runs.told(gain, 1)} above no replay, {ratio:.2f} of its forgetting")
     out.mkdir(parents=True, exist_ok=True)
     settings = {
         "steps": _STEPS.value, "seed": _SEED.value, "seeds": _SEEDS.value, "capacity": _CAPACITY.value,
@@ -103,13 +101,6 @@ def main() -> int:
     _draw(out / "replay.png", accuracies)
     print(f"figure: {out / 'replay.png'}")
     return 0
-
-
-def _told(values: Any) -> str:
-    import metajax
-
-    mean, ci95 = metajax.evaluation.mean_and_interval(values)
-    return f"{mean:.1f} +- {ci95:.1f}"
 
 
 def _alphabets(path: str | None) -> dict[str, list[Any]]:

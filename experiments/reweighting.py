@@ -11,7 +11,6 @@ training on the same data.
 from __future__ import annotations
 
 import itertools
-import pathlib
 from typing import Any
 
 from absl import flags
@@ -45,9 +44,7 @@ def main() -> int:
     import metajax
     from experiments import _runs
 
-    out = pathlib.Path(_OUT.value)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out must be a folder, got {str(out)!r}")
+    out = _runs.out_folder(_OUT.value)
     source = metajax.data.glyphs("val", size=14, per_family=_PER_FAMILY)
     most = int(np.bincount(source.labels).min()) - _CLEAN - _TEST
     if not 1 <= _TRAIN.value <= most:

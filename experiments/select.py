@@ -9,7 +9,6 @@ and what did it cost, in meta steps and in processor time of the steps? Prints a
 
 from __future__ import annotations
 
-import pathlib
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -34,9 +33,7 @@ def main() -> int:
     import metajax
     from experiments import _runs
 
-    out = pathlib.Path(_OUT.value)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out must be a folder, got {str(out)!r}")
+    out = _runs.out_folder(_OUT.value)
     families = [(name, source) for split in ("train", "val", "test") for name, source in _scripts(split)]
     if not 1 <= _FAMILIES.value <= len(families):
         raise ValueError(f"families must be an integer from 1 to {len(families)}, got {_FAMILIES.value}")

@@ -31,9 +31,7 @@ def main() -> int:
     import metajax
     from experiments import _runs
 
-    out = pathlib.Path(_OUT.value)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out must be a folder, got {str(out)!r}")
+    out = _runs.out_folder(_OUT.value)
     model, loss = metajax.models.mlp(1), metajax.core.squared_error
 
     def adapting(rate: float) -> Any:

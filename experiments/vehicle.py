@@ -55,9 +55,7 @@ def main() -> int:
     from experiments import _runs
     from metajax import strategies
 
-    out = pathlib.Path(_OUT.value)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out must be a folder, got {str(out)!r}")
+    out = _runs.out_folder(_OUT.value)
     frictions = _BEFORE.value, _AFTER.value
     if not all(0 < value <= 2 for value in frictions):
         raise ValueError(f"before and after must be frictions above 0 and up to 2, got {frictions}")
@@ -97,7 +95,7 @@ def main() -> int:
         recovery = functools.partial(strategies.recovery_time, window=_AVERAGE, tolerance=_TOLERANCE)
         row["recovery"] = [_DT * recovery(one, _CHANGE) for one in series]
         quick = sum(time <= 2 for time in row["recovery"])
-        told_parts = "".join(_told(row[part]) for part in (*parts, "change"))
+        told_parts = "".join(_runs.told(row[part], 3).rjust(18) for part in (*parts, "change"))
         print(f"{title:46s}{told_parts}   {quick} of {len(series)}")
         found[name] = row
     out.mkdir(parents=True, exist_ok=True)
@@ -106,13 +104,6 @@ def main() -> int:
     _draw(out / "vehicle.png", errors)
     print(f"figure: {out / 'vehicle.png'}")
     return 0
-
-
-def _told(values: Any) -> str:
-    import metajax
-
-    mean, ci95 = metajax.evaluation.mean_and_interval(values)
-    return f"{mean:.3f} +- {ci95:.3f}".rjust(18)
 
 
 def _road(key: Any, bend: Any) -> Any:

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from metajax.core import _rng, _validate
-from metajax.core._types import Episode, Examples, Learner, Params
-from metajax.data._episodes import check_source, episode_batch
+from metajax.core._types import Examples, Learner, Params
+from metajax.data._episodes import check_source, episode, episode_batch
 from metajax.data._questions import AnswerSource
 from metajax.data._sources import cut_to, read
 from metajax.data._spec import EpisodeSpec, told
@@ -190,7 +190,7 @@ def evaluate_answers(
     params = jax.tree.map(_fewshot.settled, params)
     steps = {"after": num_steps} if learner.problem is None else {"before": 0, "after": num_steps}
     values: dict[str, list[np.ndarray]] = {name: [] for name in steps}
-    first: Episode = jax.tree.map(lambda leaf: leaf[0], episode_batch(source, spec, seed=seed, start=0, count=1))
+    first = episode(source, spec, seed=seed, index=0)
     transductive = _fewshot.is_transductive(learner, params, first, num_steps, key)
     for start in range(0, episodes, batch):
         chunk = episode_batch(source, spec, seed=seed, start=start, count=batch)

@@ -10,6 +10,7 @@ from flax import nnx
 
 from metajax.core import _losses, _validate
 from metajax.core._types import Examples, Learner, Loss, Model, Params
+from metajax.learners._forward import query_loss
 from metajax.models import from_nnx
 
 
@@ -99,14 +100,7 @@ def recurrent(model: Model, outputs: int, *, hidden: int = 32, loss: Loss = _los
         del key
         return model.apply(adapted.params, beside(_flat(_losses.clear_padding(inputs, mask)), adapted.hidden))
 
-    def outer_loss(
-        adapted: _Remembering, meta_params: Params, query: Examples, *, key: Any = None
-    ) -> tuple[jax.Array, dict[str, Any]]:
-        del meta_params
-        found = predict(adapted, query.inputs, mask=query.mask, key=key)
-        return _losses.mean_loss(loss, found, query), {"outputs": found}
-
-    return Learner(init, adapt, predict, outer_loss, None)
+    return Learner(init, adapt, predict, query_loss(predict, loss), None)
 
 
 def _flat(inputs: jax.Array) -> jax.Array:

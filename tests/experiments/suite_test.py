@@ -17,6 +17,7 @@ def test_what_is_given_has_names_of_its_own():
         (["omniglot"], IMAGES, "suite_data must be NAME=PATH,... with names of their own, got 'omniglot'"),
         (["a=b", "a=c"], IMAGES, "suite_data must be .* got 'a=c'"),
         ([], SINES, "suite must be of a run on images, got one on sinusoids"),
+        ([], {"data": {"name": "squad"}}, "suite must be of a run on images, got one on squad"),
     ):
         with pytest.raises(ValueError, match=text):
             _suite.parse(given, config)
