@@ -81,10 +81,16 @@ def main() -> int:
     }
     if _SHUFFLE.value and config["data"]["name"] == "squad":
         raise ValueError("shuffle_support must not be given for squad, which has no classes, got True")
-    found = _job.evaluate(config, learner, params, source, spec, **options)
-    more, notes = _more(config, found, learner, params, source, spec, options)
+    outside = metajax.training.open_out_of_scope(config, path=_DATA.value) if source.split == "test" else None
+    truncated = getattr(source, "truncated", 0)
+    deployed, known, (source, outside) = metajax.training.on_features(config, learner, params, source, outside)
+    found = _job.evaluate(config, deployed, known, source, spec, **options)
+    more, notes = _more(config, found, deployed, known, source, outside, spec, options)
+    if truncated:
+        more["truncated"] = truncated
+        notes.append(f"{'truncated':<13}  {truncated} texts of more than {config['data']['length']} tokens")
     if _SUITE.value:
-        more["suite"] = _suite.evaluate(config, learner, params, source, spec, others, options)
+        more["suite"] = _suite.evaluate(config, deployed, known, source, spec, others, options)
         notes.append(_suite.table(more["suite"]))
     result = {
         "learner": config["learner"]["name"],
@@ -106,16 +112,13 @@ def main() -> int:
 
 
 def _more(
-    config: Any, found: Any, learner: Any, params: Any, source: Any, spec: Any, options: dict[str, Any]
+    config: Any, found: Any, learner: Any, params: Any, source: Any, outside: Any, spec: Any, options: dict[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
     """What is evaluated beside the accuracy: `(fields of the result, lines)`."""
     import metajax
 
     fields: dict[str, Any] = {}
     notes: list[str] = []
-    if truncated := getattr(source, "truncated", 0):
-        fields["truncated"] = truncated
-        notes.append(f"{'truncated':<13}  {truncated} texts of more than {config['data']['length']} tokens")
     if _SHUFFLE.value:
         control = metajax.evaluation.evaluate(learner, params, source, spec, shuffle_support=True, **options)
         fields |= {
@@ -123,9 +126,6 @@ def _more(
             f"shuffled_support_{found.metric}_ci95": control.ci95,
         }
         notes.append(f"{'control':<13}  {control.summary()} with shuffled support labels")
-    outside = None
-    if source.split == "test":
-        outside = metajax.training.open_out_of_scope(config, path=_DATA.value)
     if outside is not None:
         # the nearest prototype says how far a text is from all of them, which probabilities leave out
         score: Any = "logit" if config["learner"]["name"] == "prototypical" else "probability"

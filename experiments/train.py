@@ -231,9 +231,12 @@ def _report(job: _job.Job, folder: _runs.Run, params: Any, seconds: float) -> No
 
 
 def _evaluate(job: _job.Job, params: Any, source: Any, episodes: int) -> Any:
+    from metajax import training
+
+    learner, params, (source,) = training.on_features(job.config, job.experiment.learner, params, source)
     return _job.evaluate(
-        job.config, job.experiment.learner, params, source, job.experiment.spec, episodes=episodes,
-        seed=job.config.evaluation.seed, num_steps=job.experiment.eval_steps,
+        job.config, learner, params, source, job.experiment.spec, episodes=episodes, seed=job.config.evaluation.seed,
+        num_steps=job.experiment.eval_steps,
     )  # fmt: skip
 
 

@@ -72,7 +72,7 @@ def base() -> ConfigDict:
             "learner": {
                 # maml, reptile, bayesian, prototypical, finetune, in_context; without labels: moco, simclr
                 "name": "prototypical",
-                "distance": "euclidean",  # prototypical: euclidean or cosine
+                "distance": "euclidean",  # prototypical: euclidean, cosine or centred_cosine
                 "scale": 0.0,  # prototypical: of its logits; 0 is 1 for Euclidean distances and 10 for cosines
                 "adapts": "",  # maml, reptile, bayesian: path regex of what adapts; "" all
                 "proximal": 0.0,  # maml: weight of the proximal term

@@ -11,26 +11,30 @@ from metajax.core import _losses, _validate
 from metajax.core._types import Examples, Learner, Loss, Model, Params
 from metajax.learners._forward import Adapted, forward, masked, query_loss
 
+Distance = Literal["euclidean", "cosine", "centred_cosine"]
+_SCALES = {"euclidean": 1.0, "cosine": 10.0, "centred_cosine": 10.0}
 _TINY = 1e-12  # keeps the gradient of a norm finite at zero
 
 
 def prototypical(
     model: Model,
     *,
-    distance: Literal["euclidean", "cosine"] = "euclidean",
+    distance: Distance = "euclidean",
     scale: float | None = None,
     ways: int | None = None,
     loss: Loss = _losses.cross_entropy,
 ) -> Learner:
     """Prototypical networks (Snell et al. 2017): a class is the mean of its support features.
 
-    Logits are `-scale * |feature - prototype|^2` (Euclidean) or `scale * cos(feature, prototype)`. The learner
-    takes any number of ways and shots, also other ones than it was trained on.
+    Logits are `-scale * |feature - prototype|^2` (Euclidean) or `scale * cos(feature, prototype)`. What the features of
+    a pretrained encoder all have in common makes cosines alike; centred, they are taken about the mean of the task's
+    prototypes (SimpleShot takes the mean of the base classes). The learner takes any number of ways and shots, also
+    other ones than it was trained on.
 
     Args:
       model: a network from inputs to features `[n, d]`.
-      distance: "euclidean" or "cosine".
-      scale: multiplies the logits; by default 1 for Euclidean and 10 for cosine.
+      distance: "euclidean", "cosine" or "centred_cosine".
+      scale: multiplies the logits; by default 1 for Euclidean and 10 for cosines.
       ways: number of classes where episodes carry no class mask.
       loss: `(outputs, targets) -> [n]`.
 
@@ -42,7 +46,8 @@ def prototypical(
       ValueError: a part of another type, an unknown distance, a scale that is not positive, or (under
         jit) an unknown number of ways.
 
-    Source: Snell, Swersky and Zemel 2017, Prototypical Networks for Few-shot Learning, arXiv:1703.05175.
+    Source: Snell, Swersky and Zemel 2017, Prototypical Networks for Few-shot Learning, arXiv:1703.05175; Wang et al.
+    2019, SimpleShot, arXiv:1911.04623.
 
     >>> import jax, jax.numpy as jnp, metajax
     >>> learner = metajax.learners.prototypical(metajax.Model(lambda key, x: (), lambda params, x: x))
@@ -51,10 +56,10 @@ def prototypical(
     [[-0.0, -2.0]]
     """
     _validate.instance("model", model, Model)
-    _validate.one_of("distance", distance, ("euclidean", "cosine"))
+    _validate.one_of("distance", distance, tuple(_SCALES))
     if ways is not None:
         _validate.positive_int("ways", ways)
-    factor = _validate.positive_float("scale", {"euclidean": 1.0, "cosine": 10.0}[distance] if scale is None else scale)
+    factor = _validate.positive_float("scale", _SCALES[distance] if scale is None else scale)
 
     def adapt(
         meta_params: Params, support: Examples, *, unlabelled: Any = None, num_steps: int | None = None, key: Any = None
@@ -67,7 +72,12 @@ def prototypical(
 
     def predict(adapted: Adapted, inputs: Any, *, mask: Any = None, key: Any = None) -> jax.Array:
         features, _ = forward(model, adapted.params, inputs, mask=mask, key=key, stats=adapted.stats)
-        logits = _euclidean(features, adapted.head) if distance == "euclidean" else cosine(features, adapted.head)
+        prototypes = adapted.head
+        if distance == "centred_cosine":
+            present = jnp.asarray(adapted.class_mask)[:, None]
+            centre = jnp.sum(prototypes * present, axis=0) / jnp.maximum(jnp.sum(present), 1)
+            features, prototypes = features - centre, prototypes - centre
+        logits = (_euclidean if distance == "euclidean" else cosine)(features, prototypes)
         return masked(factor * logits, adapted.class_mask)
 
     return Learner(model.init, adapt, predict, query_loss(predict, loss), None)

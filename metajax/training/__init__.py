@@ -7,7 +7,7 @@ from metajax.training._checkpoint import CheckpointError, Checkpoints, warm_star
 from metajax.training._data import image_options, open_out_of_scope, open_source, text_options
 from metajax.training._device_loop import fit_on_device
 from metajax.training._divergence import LossSpike, Rollback, SkipLimit, Spikes, skip_nonfinite
-from metajax.training._experiment import Experiment, build, load_config, load_run, normalisation
+from metajax.training._experiment import Experiment, build, load_config, load_run, normalisation, on_features
 from metajax.training._loop import NonFiniteError, fit
 from metajax.training._outer import choose_task_batching, outer_update
 from metajax.training._watch import Heartbeat, Preempted, Preemption, Profile, Stall, Throughput
@@ -42,6 +42,7 @@ __all__ = [
     "load_config",
     "load_run",
     "normalisation",
+    "on_features",
     "open_out_of_scope",
     "open_source",
     "outer_update",

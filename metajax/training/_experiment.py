@@ -26,6 +26,7 @@ Config = Mapping[str, Any]
 _LOSSES: dict[str, Loss] = {"sinusoids": squared_error, "squad": span_cross_entropy}  # others: cross-entropy
 LEARNERS = ("maml", "reptile", "bayesian", "prototypical", "finetune", "in_context", "moco", "simclr")
 _CONTRASTIVE = ("moco", "simclr")
+_IDENTITY = Model(lambda key, inputs: {}, lambda params, inputs: inputs)
 ESTIMATORS = (  # those that need no argument
     "displacement", "finite_difference", "first_order", "forward_mode", "implicit", "mixed_mode", "sama", "unrolled"
 )  # fmt: skip
@@ -178,10 +179,15 @@ def _learners(config: Config, spec: data.EpisodeSpec, num_classes: int | None) -
         built = _contrastive(config, features)
         return built, built
     if name == "prototypical":
-        built = learners.prototypical(features, distance=learner["distance"], scale=learner.get("scale") or None)
+        built = _prototypical(config, features)
         return built, built
     head = learner["head"]
     return learners.finetune(features, rule, steps, head=head), learners.pretrain(features, num_classes or 1, head=head)
+
+
+def _prototypical(config: Config, features: Model) -> Learner:
+    fields = config["learner"]
+    return learners.prototypical(features, distance=fields["distance"], scale=fields.get("scale") or None)
 
 
 def _outputs(config: Config, ways: int) -> int | None:
@@ -231,11 +237,7 @@ def _model(config: Config, outputs: int | None) -> Model:
             raise ValueError(
                 f"model.frozen must be False for {adapter['name'] or name}, which holds what is trained, got True"
             )
-        return (
-            Model(lambda key, inputs: {}, lambda params, inputs: inputs)
-            if outputs is None
-            else models.mlp(outputs, hidden=())
-        )
+        return _IDENTITY if outputs is None else models.mlp(outputs, hidden=())
     if name == "pretrained":
         return _adapted(
             pretrained.open_model(pathlib.Path(fields["path"]), **_pretrained_options(config, outputs))[2], adapter
@@ -353,6 +355,34 @@ def normalisation(config: Config) -> str:
     'none'
     """
     return config["model"]["normalisation"] if config["model"]["name"] in ("conv4", "resnet12") else "none"
+
+
+def on_features(
+    config: Config, learner: Learner, params: Params, *sources: Any
+) -> tuple[Learner, Params, tuple[Any, ...]]:
+    """A trained learner and sources for its evaluation, where what its model makes of an example never changes.
+
+    Prototypes do not adapt the model. Each text is then put through a pretrained one once, and not in every episode
+    that draws it.
+
+    Args:
+      config: of the run.
+      learner: as `load_run` gives it, or `build`.
+      params: its meta-parameters.
+      *sources: of labelled texts; None stays None.
+
+    Returns:
+      `(learner, params, sources)`: as given, or of the features, on which the learner predicts the same.
+
+    >>> from experiments.configs import prototypical_glyphs
+    >>> on_features(prototypical_glyphs.get_config(), "learner", "params", "source")  # an image's depend on its batch
+    ('learner', 'params', ('source',))
+    """
+    if config["learner"]["name"] != "prototypical" or not _is_pretrained(config) or _is_frozen(config):
+        return learner, params, sources
+    model = _model(config, None)
+    found = tuple(source and pretrained.features(model, params, source, cache=False) for source in sources)
+    return _prototypical(config, _IDENTITY), {}, found
 
 
 def load_config(workdir: str | pathlib.Path) -> dict[str, Any]:

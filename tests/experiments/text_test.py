@@ -7,6 +7,8 @@ import pytest
 import worlds
 from parity import transformers_cases as cases
 
+from metajax import evaluation, training
+
 CONFIG = "experiments/configs/proto_lora_clinc.py"
 
 
@@ -63,6 +65,21 @@ def test_evaluation_on_other_texts(run, launch):
     assert found["accuracy_mean"] > 0.4  # chance is 0.25; words of the class are two of three
     assert abs(found["shuffled_support_accuracy_mean"] - 0.25) < 0.08
     assert 0 < found["oos_auroc_mean"] <= 1  # the words of no class are as those of classes: the encoder is random
+
+
+def test_evaluation_computes_the_features_of_a_text_once_and_predicts_the_same(run):
+    config = training.load_config(run / "run")
+    learner, params = training.load_run(run / "run")
+    source, spec = training.open_source(config, "test"), training.build(config).spec
+    deployed, known, (features, none) = training.on_features(config, learner, params, source, None)
+    assert known == {}
+    assert none is None
+    assert features.inputs.shape == (len(source.labels), 16)
+    once, anew = (
+        evaluation.evaluate(*parts, spec, episodes=6)
+        for parts in ((deployed, known, features), (learner, params, source))
+    )
+    np.testing.assert_allclose(once.values, anew.values)
 
 
 def test_evaluation_on_some_domains_of_the_run(run, launch):

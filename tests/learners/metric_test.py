@@ -29,6 +29,22 @@ def test_by_hand():
     np.testing.assert_allclose(found, [[1.2, 1.6]], rtol=1e-6)
 
 
+def test_centred_cosines_by_hand():
+    learner = learners.prototypical(IDENTITY, distance="centred_cosine", scale=2.0)
+    # prototypes (1, 0) and (0, 4), their mean (0.5, 2); the query is (2, 1.5) from it, the prototypes (0.5, -2) and its
+    # negative; the absent third class has no part in the mean
+    for more in ({}, {"class_mask": jnp.array([True, True, False])}):
+        adapted = learner.adapt({}, SUPPORT._replace(**more))
+        found = learner.predict(adapted, jnp.array([[2.5, 3.5]]))[:, :2]
+        cosine = (2 * 0.5 - 1.5 * 2) / np.hypot(2, 1.5) / np.hypot(0.5, 2)
+        np.testing.assert_allclose(found, [[2 * cosine, -2 * cosine]], rtol=1e-6)
+    moved = SUPPORT._replace(inputs=SUPPORT.inputs + 100.0)
+    np.testing.assert_allclose(learner.predict(learner.adapt({}, moved), jnp.array([[102.5, 103.5]])), found, rtol=1e-4)
+    # one class alone is its own centre
+    alone = learner.adapt({}, SUPPORT._replace(targets=jnp.zeros(3, int)))
+    np.testing.assert_array_equal(learner.predict(alone, jnp.ones([1, 2])), 0)
+
+
 def test_any_ways_and_shots():
     learner = learners.prototypical(IDENTITY)
     for ways, shots in ((2, 1), (7, 3)):
@@ -87,7 +103,7 @@ def test_there_is_no_inner_problem_and_steps_mean_nothing(x64):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"distance": "manhattan"}, "distance must be one of 'euclidean', 'cosine', got 'manhattan'"),
+        ({"distance": "manhattan"}, "distance must be one of 'euclidean', 'cosine', 'centred_cosine', got 'manhattan'"),
         ({"scale": 0.0}, "scale must be a finite number above 0, got 0.0"),
         ({"scale": float("inf")}, "scale must be a finite number above 0, got inf"),
         ({"ways": 0}, "ways must be an integer of at least 1, got 0"),
