@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from typing import Any
 
 
@@ -54,3 +55,30 @@ def with_names(config: dict[str, Any], split: str, names: list[str]) -> dict[str
     if unknown:
         raise ValueError(f"names must be among those that the run's config has for {split}, {known}, got {unknown}")
     return {**config, "data": {**fields, "names": {**fields["names"], split: names}}}
+
+
+def with_fields(config: dict[str, Any], settings: list[str]) -> dict[str, Any]:
+    """The config with other values of some fields.
+
+    Args:
+      config: of a run.
+      settings: texts such as "inner.rate=2e-3".
+
+    Raises:
+      ValueError: a text is no such setting, the config has no such field, or the value is of another type.
+    """
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        section, _, field = path.partition(".")
+        if not equals or field not in config.get(section, ()):
+            raise ValueError(f"override must be FIELD=VALUE of a field of the run's config, got {setting!r}")
+        known = config[section][field]
+        try:
+            value = text if isinstance(known, str) else ast.literal_eval(text)
+        except (SyntaxError, ValueError):
+            value = text
+        value = float(value) if isinstance(known, float) and type(value) is int else value
+        if type(value) is not type(known) and not isinstance(known, list | dict):
+            raise ValueError(f"override must be of type {type(known).__name__} for {path}, got {setting!r}")
+        config = {**config, section: {**config[section], field: value}}
+    return config

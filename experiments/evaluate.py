@@ -4,6 +4,7 @@ python -m experiments.evaluate --workdir=RUN                                 # a
 python -m experiments.evaluate --workdir=RUN --ways=20 --shots=5             # other episodes
 python -m experiments.evaluate --workdir=RUN --data=PATH --split=test        # other data of the same kind
 python -m experiments.evaluate --workdir=RUN --data=FILE --checkpoint=start  # texts, by the weights that it began with
+python -m experiments.evaluate --workdir=RUN --checkpoint=start --override=learner.name=maml --override=inner.steps=10
 python -m experiments.evaluate --workdir=RUN --names=fin_Latn,swh_Latn       # texts, some domains of the split alone
 python -m experiments.evaluate --workdir=RUN --suite=cross_domain --suite_data=omniglot=PATH,mine=FOLDER  # other images
 
@@ -39,6 +40,12 @@ _SPLIT = flags.DEFINE_string(
     "split", "test", "train, val or test; of a folder that is not divided, test is a fifth of its classes."
 )
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "last", "last, best (by validation), or start: the pretrained weights.")
+_OVERRIDE = flags.DEFINE_multi_string(
+    "override",
+    [],
+    "FIELD=VALUE of the run's config to evaluate with, such as learner.distance=cosine; the parameters must fit. With "
+    "--checkpoint=start they are made for it: another learner over the same pretrained weights. As often as needed.",
+)
 _SHUFFLE = flags.DEFINE_bool("shuffle_support", False, "Also evaluate with shuffled support labels: stands at chance.")
 _SUITE = flags.DEFINE_enum("suite", None, ["cross_domain"], "Also evaluates on other sources of images, in one table.")
 _SUITE_DATA = flags.DEFINE_list(
@@ -58,6 +65,7 @@ def main() -> int:
 
     workdir = pathlib.Path(_WORKDIR.value)
     config = _inputs.with_columns(metajax.training.load_config(workdir), _TEXT.value, _LABEL.value)
+    config = _inputs.with_fields(config, _OVERRIDE.value)
     if _NAMES.value:
         config = _inputs.with_names(config, _SPLIT.value, _NAMES.value)
     experiment = metajax.training.build(config)
@@ -70,7 +78,7 @@ def main() -> int:
         spec = dataclasses.replace(spec, hierarchical=False)  # other texts have no domains
     if _STEPS.value is not None and config["learner"]["name"] == "prototypical":
         raise ValueError(f"steps must not be given for prototypical, which takes no inner steps, got {_STEPS.value}")
-    learner, params = metajax.load_run(workdir, checkpoint=_CHECKPOINT.value)
+    learner, params = metajax.load_run(workdir, checkpoint=_CHECKPOINT.value, config=config)
     source = metajax.training.open_source(config, _SPLIT.value, path=_DATA.value)
     one = metajax.data.episode(source, spec, seed=0, index=0)
     _inputs.check_inputs("data", one.query.inputs, learner, params)
@@ -97,6 +105,7 @@ def main() -> int:
         **_runs.describe(found),
         "data": _DATA.value or config["data"]["path"] or config["data"]["name"],
         "split": _SPLIT.value,
+        **({"override": _OVERRIDE.value} if _OVERRIDE.value else {}),
         "checkpoint": _CHECKPOINT.value,
         **more,
         "params_sha256": _runs.params_sha256(params),

@@ -401,12 +401,15 @@ def load_config(workdir: str | pathlib.Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def load_run(workdir: str | pathlib.Path, *, checkpoint: str = "last") -> tuple[Learner, Params]:
+def load_run(
+    workdir: str | pathlib.Path, *, checkpoint: str = "last", config: Config | None = None
+) -> tuple[Learner, Params]:
     """Loads a trained learner.
 
     Args:
       workdir: a run folder of `experiments.train`.
       checkpoint: "last" or "best" (by validation), or "start": the pretrained weights that the run began with.
+      config: instead of that of the run; what is changed must leave the parameters as they are, but for "start".
 
     Returns:
       The learner and its meta-parameters (NumPy arrays), ready for `learner.adapt(params, support)`.
@@ -419,8 +422,7 @@ def load_run(workdir: str | pathlib.Path, *, checkpoint: str = "last") -> tuple[
     ValueError: workdir must be the folder of a run, with a config.json in it, got 'no such folder'
     """
     _validate.one_of("checkpoint", checkpoint, ("last", "best", "start"))
-    config = load_config(workdir)
-    experiment = build(config)
+    experiment = build(load_config(workdir) if config is None else config)
     if checkpoint == "start":
         if experiment.start is None:
             raise ValueError(

@@ -1,12 +1,14 @@
 """Texts through the launchers: a run on a pretrained encoder, another file with texts of no class, adaptation."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 import worlds
 from parity import transformers_cases as cases
 
+from experiments import _inputs
 from metajax import evaluation, training
 
 CONFIG = "experiments/configs/proto_lora_clinc.py"
@@ -80,6 +82,44 @@ def test_evaluation_computes_the_features_of_a_text_once_and_predicts_the_same(r
         for parts in ((deployed, known, features), (learner, params, source))
     )
     np.testing.assert_allclose(once.values, anew.values)
+
+
+def test_another_learner_over_the_weights_that_a_run_began_with(run, launch):
+    command = ["evaluate", f"--workdir={run / 'run'}", "--episodes=4", f"--output={run / 'other_learner.json'}"]
+    tuned = [
+        "learner.name=maml", "learner.adapts=lora|head", "adapter.where=blocks/.*kernel", "inner.optimizer=adam",
+        "inner.rate=0.01",
+    ]  # fmt: skip
+    flags = [f"--override={setting}" for setting in tuned]
+    done = launch(*command, *flags, "--steps=2", "--checkpoint=start")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((run / "other_learner.json").read_text())
+    assert (found["learner"], found["override"]) == ("maml", tuned)
+    done = launch(*command, *flags)  # what was meta-trained has no head
+    assert done.returncode == 2
+    assert "do not fit this run: they need ['head']['bias']" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("inner.rate", "override must be FIELD=VALUE of a field of the run's config, got 'inner.rate'"),
+        ("inner.speed=2", "override must be FIELD=VALUE of a field of the run's config, got 'inner.speed=2'"),
+        ("inner.rate=fast", "override must be of type float for inner.rate, got 'inner.rate=fast'"),
+        ("inner.steps=1.5", "override must be of type int for inner.steps, got 'inner.steps=1.5'"),
+    ],
+)
+def test_fields_that_cannot_be_overridden(setting, message):
+    config = {"inner": {"rate": 0.4, "steps": 1}, "learner": {"name": "maml"}}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        _inputs.with_fields(config, [setting])
+
+
+def test_overridden_fields_keep_their_types():
+    config = {"inner": {"rate": 0.4, "steps": 1}, "learner": {"name": "maml", "labels": []}}
+    found = _inputs.with_fields(config, ["inner.rate=1", "learner.name=reptile", "learner.labels=('a','b')"])
+    assert found == {"inner": {"rate": 1.0, "steps": 1}, "learner": {"name": "reptile", "labels": ("a", "b")}}
+    assert config["inner"]["rate"] == 0.4
 
 
 def test_evaluation_on_some_domains_of_the_run(run, launch):
