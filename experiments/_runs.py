@@ -118,6 +118,7 @@ def describe(found: Any) -> dict[str, Any]:
         values |= {"exact_match_mean": found.after.exact_match, "exact_match_ci95": found.after.exact_match_ci95}
         if found.before is not None:
             values |= {"f1_before_mean": found.before.f1, "f1_before_ci95": found.before.f1_ci95}
+            values |= dict(zip(("f1_gain_mean", "f1_gain_ci95"), found.gain, strict=True))
     else:
         values = {"metric": found.metric, "value_mean": found.mean, "value_ci95": found.ci95}
     return {

@@ -99,6 +99,13 @@ class AnswerEvaluation(NamedTuple):
         """Half width of its 95 % interval."""
         return self.after.f1_ci95
 
+    @property
+    def gain(self) -> tuple[float, float] | None:
+        """What adaptation adds to F1, mean and half width of the 95 % interval over the same episodes; or None."""
+        if self.before is None:
+            return None
+        return _metrics.mean_and_interval(self.after.values[:, 1] - self.before.values[:, 1])
+
     def summary(self) -> str:
         """One line: `F1 62.50 +- 2.00 % (600 episodes)`."""
         return f"F1 {100 * self.mean:.2f} +- {100 * self.ci95:.2f} % ({self.episodes} episodes)"
@@ -112,6 +119,7 @@ class AnswerEvaluation(NamedTuple):
             "left out": f"{self.left_out} questions",
             "before": self.before,
             "after": self.after,
+            "gain": self.gain and "F1 {:+.2f} +- {:.2f} points".format(*(100 * x for x in self.gain)),
         }
         lines = [f"{name:<8}  {value}" for name, value in rows.items() if value is not None]
         return "\n".join([*lines, self.summary()])

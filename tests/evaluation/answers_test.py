@@ -165,7 +165,7 @@ def test_the_oracle_is_right_after_adaptation_only(source):
     assert (found.left_out, found.episodes, found.seed, found.spec) == (4, 30, 0, SPEC)
     table = str(found)
     assert "1 support and 2 query questions" in table
-    assert table.splitlines()[-2:] == [
+    assert [table.splitlines()[line] for line in (-3, -1)] == [
         "after     exact match 100.00 +- 0.00 %, F1 100.00 +- 0.00 %", "F1 100.00 +- 0.00 % (30 episodes)"
     ]  # fmt: skip
     assert (found.metric, found.mean, found.ci95, found.transductive) == ("f1", 1.0, 0.0, False)
@@ -186,6 +186,9 @@ def test_values_are_those_of_the_episodes(source):
     assert found.before.exact_match == pytest.approx(exact.mean())
     assert found.before.exact_match_ci95 == pytest.approx(1.96 * exact.std(ddof=1) / 5)
     assert found.before.f1 == pytest.approx(found.before.values[:, 1].mean())
+    gains = found.after.values[:, 1] - found.before.values[:, 1]  # of the same episodes: a narrower interval
+    assert found.gain == (pytest.approx(gains.mean()), pytest.approx(1.96 * gains.std(ddof=1) / len(gains) ** 0.5))
+    assert f"gain      F1 {100 * gains.mean():+.2f} +- " in str(found)
 
 
 def test_nothing_of_the_answer_is_seen(source):
@@ -218,6 +221,7 @@ def test_answers_that_are_not_finite_or_too_long_are_wrong(source):
     )  # fmt: skip
     found = evaluate_answers(learner, (), source, SPEC, episodes=4)
     assert found.before is None, "no inner loop"
+    assert found.gain is None
     assert (found.after.exact_match, found.after.f1) == (0, 0)
     assert "before" not in str(found)
     short = evaluate_answers(maml(oracle(source)), jnp.zeros([]), source, SPEC, episodes=30, max_answer=1)
