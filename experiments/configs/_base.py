@@ -47,8 +47,9 @@ def base() -> ConfigDict:
                 "buckets": (),  # text, squad: lengths that batches come in; (): a quarter of it, a half and all of it
                 "sampler": "pipeline",  # who draws training episodes: tf.data on the host, or the device
             },
-            # random affine map of each training image: degrees, fractions; all 0 changes nothing
-            "augment": {"rotation": 0.0, "scale": 0.0, "shear": 0.0, "shift": 0.0},
+            # random affine map of each training image: degrees, fractions; all 0 changes nothing. words: share of the
+            # tokens of a training text that are hidden
+            "augment": {"rotation": 0.0, "scale": 0.0, "shear": 0.0, "shift": 0.0, "words": 0.0},
             "model": {
                 "name": "conv4",  # conv4, resnet12, vit, mlp, decoder (for cycles), pretrained (for text and squad)
                 "path": "",  # pretrained: a folder with config.json and model.safetensors

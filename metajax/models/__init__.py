@@ -10,6 +10,7 @@ from metajax.models._conv_ops import convolution, max_pool
 from metajax.models._decoder import decoder
 from metajax.models._encoder import encoder
 from metajax.models._generate import generate
+from metajax.models._hide import hide_tokens
 from metajax.models._mlp import mlp
 from metajax.models._precision import mixed_precision
 from metajax.models._resnet import resnet12
@@ -24,6 +25,7 @@ __all__ = [
     "from_linen",
     "from_nnx",
     "generate",
+    "hide_tokens",
     "max_pool",
     "mixed_precision",
     "mlp",

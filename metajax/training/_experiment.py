@@ -239,9 +239,8 @@ def _model(config: Config, outputs: int | None) -> Model:
             )
         return _IDENTITY if outputs is None else models.mlp(outputs, hidden=())
     if name == "pretrained":
-        return _adapted(
-            pretrained.open_model(pathlib.Path(fields["path"]), **_pretrained_options(config, outputs))[2], adapter
-        )
+        opened = pretrained.open_model(pathlib.Path(fields["path"]), **_pretrained_options(config, outputs))[2]
+        return _hiding(config, _adapted(opened, adapter))
     if adapter["name"] and name not in ("vit", "decoder"):
         raise ValueError(
             f"adapter.name must be empty for {name}, whose layers take no adapter, got {adapter['name']!r}"
@@ -315,13 +314,21 @@ def _adapted(model: Model, config: Config) -> Model:
     return getattr(adapters, name)(model, **sizes[name], **where)
 
 
+def _hiding(config: Config, model: Model) -> Model:
+    share = config["augment"].get("words", 0.0)  # runs of old do not have it
+    return models.hide_tokens(model, _validate.non_negative_float("augment.words", share)) if share else model
+
+
 def _transform(config: Config) -> data.Transform | None:
-    fields = config["augment"]
+    fields, source = config["augment"], config["data"]["name"]
     bounds: dict[str, Any] = {name: _validate.non_negative_float(f"augment.{name}", fields[name]) for name in fields}
+    words, is_text = bounds.pop("words", 0.0), source in ("text", "squad")
+    if words and (not is_text or _is_frozen(config)):
+        raise ValueError(f"augment.words must be 0 but for texts and a model that is not frozen, got {words}")
     if not any(bounds.values()):
         return None
-    if config["data"]["name"] in ("sinusoids", "cycles"):
-        raise ValueError(f"augment must be all 0 for {config['data']['name']}, which are no images, got {bounds}")
+    if is_text or source in ("sinusoids", "cycles"):
+        raise ValueError(f"augment must be all 0 but for images, got {bounds} for {source}")
     return data.random_affine(**bounds)
 
 
@@ -380,7 +387,7 @@ def on_features(
     """
     if config["learner"]["name"] != "prototypical" or not _is_pretrained(config) or _is_frozen(config):
         return learner, params, sources
-    model = _model(config, None)
+    model = _model({**config, "augment": {}}, None)  # without a key, all tokens are seen
     found = tuple(source and pretrained.features(model, params, source, cache=False) for source in sources)
     return _prototypical(config, _IDENTITY), {}, found
 

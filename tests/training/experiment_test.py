@@ -69,3 +69,18 @@ def test_the_normalisation_that_is_stated(name, policy):
 def test_refusals(changes, message):
     with pytest.raises(ValueError, match=message):
         build(changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"augment.words": 0.1}, "augment.words must be 0 but for texts and a model that is not frozen, got 0.1"),
+        (
+            {"data.name": "sinusoids", "augment.shift": 0.1, "learner.name": "maml"},
+            "augment must be all 0 but for images",
+        ),
+    ],
+)
+def test_augmentation_that_does_not_fit_the_data(changes, message):
+    with pytest.raises(ValueError, match=message):
+        build(changes)
