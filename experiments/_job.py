@@ -40,6 +40,12 @@ class Job(NamedTuple):
         """How far a step moves the position in the stream."""
         return 1 if self.experiment.batches else self.config.outer.meta_batch
 
+    def deployed(self, state: Any) -> Any:
+        """The meta-parameters in a state that are evaluated: the average, where one is kept."""
+        from metajax import strategies
+
+        return strategies.averaged_params(state) if self.experiment.average else state.params
+
     def init(self, *, begin: bool = True) -> Any:
         """The state before the first step; without `begin`, that of no other run, for its structure alone."""
         import jax
@@ -125,6 +131,8 @@ def meta_step(config: Any, experiment: Any, mesh: Any) -> Any:
         experiment.trained, experiment.optimizer, hypergrad=experiment.hypergrad, before=config.log.before,
         trainable=experiment.trainable, task_batching=int(batching) if batching.isdecimal() else batching,
     )  # fmt: skip
+    if experiment.average:
+        outer = metajax.strategies.averaged(outer, experiment.average)
     rules = _placement.rules(config, mesh)
     if mesh.size > 1:
         outer = metajax.parallel.shard(outer, mesh, rules)

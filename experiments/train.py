@@ -121,7 +121,7 @@ def _train(job: _job.Job, workdir: pathlib.Path, profile: str | None) -> tuple[A
             _say(f"{spike}: back to step {int(state.step)}, with other episodes (rollback {count})")
             profile = None  # traced already, or never
     checkpoints.close()
-    return parallel.to_host(state.params), extra["seconds"]
+    return parallel.to_host(job.deployed(state)), extra["seconds"]
 
 
 def _fit(
@@ -151,7 +151,7 @@ def _fit(
         print("TensorFlow is not installed: metrics.jsonl is written, TensorBoard events are not")
     validating = training.Validation(
         score, recorder, every=config.validation.every, checkpoints=checkpoints, steps=steps, best=extra["best"],
-        better=(f"validation_{metric}", -1 if metric == "mse" else 1),
+        better=(f"validation_{metric}", -1 if metric == "mse" else 1), of=job.deployed,
     )  # fmt: skip
 
     def kept() -> dict[str, Any]:

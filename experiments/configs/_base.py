@@ -118,6 +118,9 @@ def base() -> ConfigDict:
                 "clip": 10.0,  # global norm of the hypergradient; 0 does not clip
                 "steps": 1000,
                 "meta_batch": 4,  # tasks in a step; for finetune, moco, simclr: examples
+                # share that stays in a step of an average of the meta-parameters, which is evaluated instead of them;
+                # 0: none is kept
+                "average": 0.0,
                 "trainable": "",  # path regex of what is meta-trained; "" all
                 "task_batching": "auto",  # how a device runs its tasks: auto, vmap, scan, or tasks at a time, as "4"
             },

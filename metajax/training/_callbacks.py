@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 import pathlib
 import time
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from metajax.core._types import MetaState
+from metajax.core._types import MetaState, Params
 from metajax.training import _loop
 from metajax.training._checkpoint import Checkpoints
 from metajax.training._watch import Throughput
@@ -209,6 +210,7 @@ class Validation:
       better: the metric to compare and its sign, 1 where higher is better.
       steps: steps in all; the last one is validated too.
       best: the best value so far.
+      of: what of a state is scored, such as `metajax.strategies.averaged_params`; None is its `params`.
 
     >>> Validation.__name__
     'Validation'
@@ -216,9 +218,9 @@ class Validation:
 
     def __init__(
         self, score: Score, recorder: Recorder, *, every: int, checkpoints: Checkpoints, better: tuple[str, int],
-        best: float | None = None, steps: int | None = None,
+        best: float | None = None, steps: int | None = None, of: Callable[[MetaState], Params] | None = None,
     ):  # fmt: skip
-        self._steps = steps
+        self._steps, self._of = steps, of or operator.attrgetter("params")
         self._score, self._recorder, self.every, self._checkpoints = score, recorder, every, checkpoints
         self._name, self._sign = better
         self.best = best
@@ -228,7 +230,7 @@ class Validation:
         if step % self.every and step != self._steps:
             return
         _loop.require_finite_loss(step, metrics)
-        found = self._score(state.params)
+        found = self._score(self._of(state))
         self._recorder.write(step, found)
         value = found[self._name]
         if np.isfinite(value) and (self.best is None or self._sign * value > self._sign * self.best):

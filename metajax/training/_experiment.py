@@ -48,6 +48,8 @@ class Experiment(NamedTuple):
       transform: what `augment` does to the training images, None for nothing.
       start: `() -> meta_params` to begin with, from pretrained weights; None where the learner makes them.
       batches: whether training takes batches of examples of all classes (`metajax.data.batches`), and no episodes.
+      average: share that stays in a step of the average of the meta-parameters (`metajax.strategies.averaged`), which
+        is then evaluated instead of them; 0 for none.
 
     >>> Experiment._fields[0]
     'learner'
@@ -65,6 +67,7 @@ class Experiment(NamedTuple):
     transform: data.Transform | None
     start: Callable[[], Params] | None = None
     batches: bool = False
+    average: float = 0.0
 
 
 def build(config: Config, *, num_classes: int | None = None) -> Experiment:
@@ -104,7 +107,7 @@ def build(config: Config, *, num_classes: int | None = None) -> Experiment:
         learner, trained, getattr(hypergrad, config["hypergrad"]["name"])(), _outer_optimizer(config["outer"]),
         spec, train_spec, eval_steps, {"sinusoids": "mse", "squad": "f1"}.get(config["data"]["name"], "accuracy"),
         config["outer"].get("trainable", "") or (TRAINED if name in _CONTRASTIVE else None), _transform(config), start,
-        batches,
+        batches, _average(config["outer"]),
     )  # fmt: skip
 
 
@@ -353,6 +356,13 @@ def _outer_optimizer(config: Config) -> optax.GradientTransformation:
     }[kind]
     rule = optax.adam(schedule) if name == "adam" else optax.sgd(schedule)
     return optax.chain(optax.clip_by_global_norm(clip), rule) if clip else rule
+
+
+def _average(config: Config) -> float:
+    decay = _validate.non_negative_float("outer.average", config.get("average", 0.0))  # runs of old do not have it
+    if decay >= 1:
+        raise ValueError(f"outer.average must be below 1, got {decay!r}")
+    return decay
 
 
 def normalisation(config: Config) -> str:

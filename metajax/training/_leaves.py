@@ -47,12 +47,18 @@ def read_state(path: pathlib.Path, like: MetaState) -> MetaState:
 
 
 def read_params(path: pathlib.Path) -> Params:
-    """The meta-parameters in `path` as NumPy arrays, in containers as Orbax gives them: dicts and lists."""
+    """The meta-parameters in `path` as NumPy arrays, in containers as Orbax gives them: dicts and lists.
+
+    Of a state that keeps their average (`metajax.strategies.averaged`), the average, which is what it is kept for.
+    """
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         stored = reader.metadata(path).item_metadata.tree
-        names = [name for name in _tree.paths(stored) if name.split("/")[0] == "params"]
+        averaged = isinstance(stored.get("opt_state"), dict) and "params" in stored["opt_state"]
+        within = "opt_state/params" if averaged else "params"
+        names = [name for name in _tree.paths(stored) if name == within or name.startswith(f"{within}/")]
         target = ocp.RestoreArgs(restore_type=np.ndarray)
-        return _restore(reader, path, stored, dict.fromkeys(names, target))["params"]
+        found = _restore(reader, path, stored, dict.fromkeys(names, target))
+        return found["opt_state"]["params"] if averaged else found["params"]
 
 
 def read(path: pathlib.Path, like: PyTree, *, name: str, part: bool = False) -> PyTree:

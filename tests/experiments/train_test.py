@@ -93,6 +93,24 @@ def test_a_run_begins_with_the_backbone_that_contrast_has_made(launch, pictures,
     assert begun["head"]["bias"].shape == (3,)
 
 
+def test_a_run_that_keeps_an_average_is_judged_by_it_and_trains_as_without(launch, pictures, tmp_path):
+    found = {}
+    for average in (0.0, 0.9):
+        workdir = tmp_path / f"average_{average}"
+        done = launch("train", *_flags(pictures, workdir, f"--config.outer.average={average}", steps=10))
+        assert done.returncode == 0, done.stderr
+        _, params = metajax.load_run(workdir)
+        assert _runs.params_sha256(params) == _results(workdir)["params_sha256"]
+        found[average] = params, [line["loss"] for line in metajax.training.read_metrics(workdir) if "loss" in line]
+    assert found[0.0][1] == found[0.9][1]
+    averaged = metajax.training.warm_start(workdir / "checkpoints", found[0.0][0])  # `params` of the state
+    jax.tree.map(np.testing.assert_array_equal, averaged, found[0.0][0])
+    moved = jax.tree.map(lambda one, other: np.abs(one - other).max(), *(params for params, _ in found.values()))
+    assert max(jax.tree.leaves(moved)) > 1e-4
+    done = launch("train", *_flags(pictures, tmp_path / "refused", "--config.outer.average=1.0"))
+    assert (done.returncode, "outer.average must be below 1, got 1.0" in done.stderr) == (2, True)
+
+
 def test_a_run_that_goes_on_does_not_begin_again(launch, pictures, tmp_path):
     """What it began with may be gone by then."""
     before, after = tmp_path / "moco", tmp_path / "proto"
