@@ -46,6 +46,24 @@ def non_negative_float(name: str, value: Any) -> float:
     return _real(name, value, "a finite number of at least 0", lambda x: x >= 0)
 
 
+def fraction(name: str, value: Any) -> float:
+    """Returns `value` if it is a number from 0 to 1.
+
+    >>> fraction("hazard", 1)
+    1.0
+    """
+    return _real(name, value, "a number from 0 to 1", lambda x: 0 <= x <= 1)
+
+
+def below_one(name: str, value: Any) -> float:
+    """Returns `value` if it is a number of at least 0 and below 1.
+
+    >>> below_one("decay", 0.9)
+    0.9
+    """
+    return _real(name, value, "a number of at least 0 and below 1", lambda x: 0 <= x < 1)
+
+
 def _real(name: str, value: Any, accepted: str, test: Any) -> float:
     ok = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not ok or not math.isfinite(value) or not test(value):

@@ -294,10 +294,9 @@ def random_affine(*, rotation: float = 0.0, scale: float = 0.0, shear: float = 0
     >>> moved.shape, moved.dtype
     ((2, 28, 28, 1), dtype('uint8'))
     """
-    for name, value in (("rotation", rotation), ("scale", scale), ("shear", shear), ("shift", shift)):
+    for name, value in (("rotation", rotation), ("shear", shear), ("shift", shift)):
         _validate.non_negative_float(name, value)
-    if scale >= 1:
-        raise ValueError(f"scale must be below 1, got {scale!r}")
+    _validate.below_one("scale", scale)
 
     def apply(images: Array, numbers: Array) -> Array:
         xp = namespace(images)

@@ -38,8 +38,7 @@ def hide_tokens(model: Model, share: float) -> Model:
     (Array(True, dtype=bool), Array(True, dtype=bool), [400, 5])
     """
     _validate.instance("model", model, Model)
-    if _validate.non_negative_float("share", share) >= 1:
-        raise ValueError(f"share must be below 1, got {share!r}")
+    _validate.below_one("share", share)
     if "key" in model.needs:
         raise ValueError(f"model must need no key of its own, got one that needs {', '.join(model.needs)}")
 

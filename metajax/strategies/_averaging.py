@@ -127,8 +127,7 @@ def averaged(outer: OuterUpdate, decay: float = 0.999) -> OuterUpdate:
     ([1.0], [0.8180000185966492])
     """
     _validate.instance("outer", outer, OuterUpdate)
-    if _validate.non_negative_float("decay", decay) >= 1:
-        raise ValueError(f"decay must be below 1, got {decay!r}")
+    _validate.below_one("decay", decay)
 
     def init(*arguments: Any, **options: Any) -> MetaState:
         state = outer.init(*arguments, **options)

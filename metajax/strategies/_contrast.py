@@ -131,8 +131,7 @@ def contrastive(
     if momentum is None and queue:
         raise ValueError(f"queue must be 0 without momentum, got {queue}")
     if momentum is not None:
-        if _validate.non_negative_float("momentum", momentum) >= 1:
-            raise ValueError(f"momentum must be below 1, got {momentum!r}")
+        _validate.below_one("momentum", momentum)
         if {"mask", "stats"} & {*model.needs}:
             raise ValueError(
                 "model must not normalise by statistics of the batch under momentum contrast, since they tell which "

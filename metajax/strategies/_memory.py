@@ -224,9 +224,8 @@ def ring(
 ) -> Memory:  # fmt: skip
     """flashbax's prioritised trajectory buffer as a `Memory`: rows of time steps, of which stretches are drawn."""
     make = _flashbax().make_prioritised_trajectory_buffer
-    for name, value in (("exponent", exponent), ("correction", correction)):
-        if _validate.non_negative_float(name, value) > 1:
-            raise ValueError(f"{name} must be a number from 0 to 1, got {value!r}")
+    _validate.fraction("exponent", exponent)
+    _validate.fraction("correction", correction)
     _validate.positive_float("floor", floor)
     starts = rows * (capacity // period)  # places where a stretch may begin
     backend = jax.default_backend()

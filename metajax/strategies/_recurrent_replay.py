@@ -143,6 +143,5 @@ def sequence_priority(errors: jax.Array, *, mix: float = 0.9) -> jax.Array:
     >>> round(float(sequence_priority(jnp.array([1.0, 3.0]))), 4)
     2.9
     """
-    if _validate.non_negative_float("mix", mix) > 1:
-        raise ValueError(f"mix must be a number from 0 to 1, got {mix!r}")
+    _validate.fraction("mix", mix)
     return mix * jnp.max(errors, axis=-1) + (1 - mix) * jnp.mean(errors, axis=-1)

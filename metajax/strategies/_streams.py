@@ -67,8 +67,7 @@ def character_stream(
     fewest = int(np.bincount(source.labels, minlength=source.num_classes).min())
     if shots + queries > fewest:
         raise ValueError(f"shots + queries must be at most {fewest}, the images of a class, got {shots + queries}")
-    if _validate.non_negative_float("hazard", hazard) > 1:
-        raise ValueError(f"hazard must be a probability from 0 to 1, got {hazard!r}")
+    _validate.fraction("hazard", hazard)
     if not np.isfinite(turn):
         raise ValueError(f"turn must be a finite number of degrees, got {turn!r}")
     return _rounds(source, seed, ways, shots, queries, float(turn), float(hazard), pool, first)

@@ -102,12 +102,13 @@ def build(config: Config, *, num_classes: int | None = None) -> Experiment:
     _validate.one_of("hypergrad.name", config["hypergrad"]["name"], ESTIMATORS)
     begins = _is_pretrained(config) and not _is_frozen(config)
     start = functools.partial(_pretrained_params, config, spec.max_ways) if begins else None
+    average = _validate.below_one("outer.average", config["outer"].get("average", 0.0))  # runs of old do not have it
     eval_steps = _validate.int_at_least("inner.eval_steps", config["inner"]["eval_steps"], 0) or None
     return Experiment(
         learner, trained, getattr(hypergrad, config["hypergrad"]["name"])(), _outer_optimizer(config["outer"]),
         spec, train_spec, eval_steps, {"sinusoids": "mse", "squad": "f1"}.get(config["data"]["name"], "accuracy"),
         config["outer"].get("trainable", "") or (TRAINED if name in _CONTRASTIVE else None), _transform(config), start,
-        batches, _average(config["outer"]),
+        batches, average,
     )  # fmt: skip
 
 
@@ -356,13 +357,6 @@ def _outer_optimizer(config: Config) -> optax.GradientTransformation:
     }[kind]
     rule = optax.adam(schedule) if name == "adam" else optax.sgd(schedule)
     return optax.chain(optax.clip_by_global_norm(clip), rule) if clip else rule
-
-
-def _average(config: Config) -> float:
-    decay = _validate.non_negative_float("outer.average", config.get("average", 0.0))  # runs of old do not have it
-    if decay >= 1:
-        raise ValueError(f"outer.average must be below 1, got {decay!r}")
-    return decay
 
 
 def normalisation(config: Config) -> str:

@@ -228,7 +228,7 @@ def test_channels_move_together():
     [
         ({"rotation": -1}, "rotation must be .* got -1"),
         ({"shift": float("nan")}, "shift must be"),
-        ({"scale": 1.0}, "scale must be below 1, got 1.0"),
+        ({"scale": 1.0}, "scale must be a number of at least 0 and below 1, got 1.0"),
     ],
 )
 def test_bad_bounds(arguments, message):

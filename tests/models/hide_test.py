@@ -51,8 +51,8 @@ def test_what_is_hidden_has_no_part_in_the_output_and_differs_between_support_an
 @pytest.mark.parametrize(
     ("model", "share", "message"),
     [
-        (ENCODER, 1.0, "share must be below 1, got 1.0"),
-        (ENCODER, -0.1, "share must be a finite number of at least 0, got -0.1"),
+        (ENCODER, 1.0, "share must be a number of at least 0 and below 1, got 1.0"),
+        (ENCODER, -0.1, "share must be a number of at least 0 and below 1, got -0.1"),
         (models.hide_tokens(ENCODER, 0.1), 0.1, "model must need no key of its own, got one that needs key"),
         ("encoder", 0.1, "model must be of type Model, got"),
     ],

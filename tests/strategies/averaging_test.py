@@ -88,7 +88,7 @@ def test_bad_input_is_refused():
             strategies.soup(*arguments)
     with pytest.raises(ValueError, match="score must give numbers"):
         strategies.greedy_soup([one, one], lambda params: float("nan"))
-    with pytest.raises(ValueError, match=r"decay must be below 1, got 1\.0"):
+    with pytest.raises(ValueError, match=r"decay must be a number of at least 0 and below 1, got 1\.0"):
         strategies.averaged(meta_step(), decay=1.0)
     with pytest.raises(ValueError, match="outer must be of type OuterUpdate"):
         strategies.averaged(5)
