@@ -18,6 +18,7 @@ from metajax.data._spec import EpisodeSpec, told
 from metajax.evaluation import _answers, _fewshot, _metrics
 
 _RULES = ("squad", "mlqa")
+_NO_SPAN = (-1, -1, -np.inf)  # start, end and score of a window that is none
 
 
 class AnswerScores(NamedTuple):
@@ -204,14 +205,18 @@ def evaluate_answers(
         chunk = episode_batch(source, spec, seed=seed, start=start, count=batch)
         ids, kept = chunk.query.inputs["id"], np.asarray(chunk.query.mask)
         rows = np.where(kept[..., None], source.windows(ids), -1)
-        inputs = _inputs(source, rows.reshape(batch, -1))
+        packed, places = _packed(rows.reshape(batch, -1))
+        inputs = _inputs(source, packed)
         side_by_side = _fewshot.side_by_side(jax.tree.map(lambda leaf: leaf[0], chunk))
         for name, taken in steps.items():
             spans = _best_spans(
-                params, chunk.support, inputs, rows.reshape(batch, -1) >= 0, key, start,
+                params, chunk.support, inputs, packed >= 0, key, start,
                 learner=learner, num_steps=taken, max_answer=max_answer, side_by_side=side_by_side,
             )  # fmt: skip
-            found = [np.asarray(leaf).reshape(rows.shape) for leaf in spans]
+            found = [
+                _unpacked(np.asarray(leaf), places, rows, nothing)
+                for leaf, nothing in zip(spans, _NO_SPAN, strict=True)
+            ]
             values[name].append(_scores(source, rows, kept, found, rules))
     name = f"{source.name} ({source.split})"
     scores = {which: _summary(np.concatenate(parts)[:episodes]) for which, parts in values.items()}
@@ -221,11 +226,29 @@ def evaluate_answers(
     )  # fmt: skip
 
 
+def _packed(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of windows `[batch, n]` without most of the -1, and the places `[batch, m]` that they were in.
+
+    Most questions have one window, and few have many. m is a multiple of 8, so that few shapes arise.
+    """
+    real = rows >= 0
+    width = min(rows.shape[1], 8 * -(-int(real.sum(axis=1).max()) // 8))
+    places = np.argsort(~real, axis=1, kind="stable")[:, :width]
+    return np.take_along_axis(rows, places, axis=1), places
+
+
+def _unpacked(found: np.ndarray, places: np.ndarray, rows: np.ndarray, nothing: float) -> np.ndarray:
+    """What was found of packed windows, in the shape of `rows`; `nothing` where there is none."""
+    whole = np.full([len(rows), rows[0].size], nothing, found.dtype)
+    np.put_along_axis(whole, places, found, axis=1)
+    return whole.reshape(rows.shape)
+
+
 def _inputs(source: AnswerSource, rows: np.ndarray) -> Any:
     """The inputs of windows, cut to the length that holds the longest."""
     length = 0
     if source.length_buckets:
-        longest = int(read(source.lengths, rows).max())
+        longest = int(read(source.lengths, rows[rows >= 0]).max())
         length = next(bucket for bucket in source.length_buckets if bucket >= longest)
     return jax.tree.map(lambda leaf: read(cut_to(source, leaf, leaf, length), rows), source.inputs)
 

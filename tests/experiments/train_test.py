@@ -108,7 +108,10 @@ def test_a_run_that_keeps_an_average_is_judged_by_it_and_trains_as_without(launc
     moved = jax.tree.map(lambda one, other: np.abs(one - other).max(), *(params for params, _ in found.values()))
     assert max(jax.tree.leaves(moved)) > 1e-4
     done = launch("train", *_flags(pictures, tmp_path / "refused", "--config.outer.average=1.0"))
-    assert (done.returncode, "outer.average must be a number of at least 0 and below 1, got 1.0" in done.stderr) == (2, True)
+    assert (done.returncode, "outer.average must be a number of at least 0 and below 1, got 1.0" in done.stderr) == (
+        2,
+        True,
+    )
 
 
 def test_a_run_that_goes_on_does_not_begin_again(launch, pictures, tmp_path):
