@@ -28,6 +28,7 @@ def base() -> ConfigDict:
                     "val": (),
                     "test": (),
                 },  # text, squad: those of each split; none: 64, 16 and 20 %
+                "at_least": 0,  # classes of fewer examples are left out (squad: articles of fewer questions)
                 "languages": {"train": (), "val": (), "test": ()},  # squad: those of each split
                 "overlap": 128,  # squad: tokens that neighbouring windows of a long context share
                 "prefix": "",  # text: stands before every text, such as E5's "query: "

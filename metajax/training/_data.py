@@ -17,6 +17,7 @@ _LATER = {
     "set": "", "splits": "", "cache_mib": 0, "vocab": 256, "length": 64,
     "test_path": "", "val_path": "", "text": "text", "label": "label", "domain": "", "divides": "class", "names": {},
     "languages": {}, "overlap": 128, "tokenizer": "", "buckets": (), "prefix": "", "long": "truncate",
+    "at_least": 0,
 }  # fmt: skip
 _MADE, _CHARACTERS = ("glyphs", "sinusoids", "cycles"), ("glyphs", "omniglot")
 _CHARACTER = 28  # pixels, where data.size is 0
@@ -59,7 +60,12 @@ def open_source(config: Config, split: str, *, path: str | None = None) -> data.
         fields |= {"names": {"test": 1}, "domain": "", "divides": "class", "test_path": given}
     if name in ("text", "squad") and given and split != "test":
         raise ValueError(f"split must be 'test' for other texts, which are not divided, got {split!r}")
-    return with_features(config, _SOURCES[name](path, split, fields))
+    source = _SOURCES[name](path, split, fields)
+    if _validate.int_at_least("data.at_least", fields["at_least"], 0):
+        if not isinstance(source, data.ClassSource):
+            raise ValueError(f"data.at_least must be 0 for {name}, which has no classes, got {fields['at_least']}")
+        source = source.at_least(fields["at_least"])
+    return with_features(config, source)
 
 
 def open_out_of_scope(config: Config, *, path: str | None = None) -> data.ClassSource | None:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import worlds
 from PIL import Image
 
 from experiments.configs._base import base
@@ -84,3 +85,17 @@ def test_images_from_outside_are_read_as_those_of_the_run():
     assert image_options(config(name="cifar_fs", size=32)) == {"size": 32, "channels": 3, "invert": False}
     assert image_options(config(name="omniglot")) == {"size": 28, "channels": 1, "invert": "auto"}
     assert image_options(config(name="tfds", size=0)) == {"size": None, "channels": None, "invert": False}
+
+
+def test_small_classes_are_left_out(tmp_path):
+    rows = [("alarm", 3), ("timer", 2), ("weather", 1)]
+    texts = [f'{{"text": "{label} {k}", "label": "{label}"}}' for label, count in rows for k in range(count)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(texts))
+    worlds.word_tokenizer(5).save(str(tmp_path / "tokenizer.json"))
+    fields = {"name": "text", "path": str(tmp_path / "rows.jsonl"), "tokenizer": str(tmp_path),
+              "names": {"test": tuple(label for label, _ in rows)}}  # fmt: skip
+    found = open_source(config(at_least=2, **fields), "test")
+    assert found.class_names == ("alarm", "timer")
+    assert open_source(config(**fields), "test").num_classes == 3
+    with pytest.raises(ValueError, match=r"data\.at_least must be 0 for sinusoids, which has no classes, got 2"):
+        open_source(config(name="sinusoids", at_least=2), "test")
