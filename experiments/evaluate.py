@@ -78,10 +78,10 @@ def main() -> int:
         spec = dataclasses.replace(spec, hierarchical=False)  # other texts have no domains
     if _STEPS.value is not None and config["learner"]["name"] == "prototypical":
         raise ValueError(f"steps must not be given for prototypical, which takes no inner steps, got {_STEPS.value}")
-    learner, params = metajax.load_run(workdir, checkpoint=_CHECKPOINT.value, config=config)
     source = metajax.training.open_source(config, _SPLIT.value, path=_DATA.value)
-    one = metajax.data.episode(source, spec, seed=0, index=0)
-    _inputs.check_inputs("data", one.query.inputs, learner, params)
+    inputs = metajax.data.episode(source, spec, seed=0, index=0).query.inputs
+    learner, params = metajax.load_run(workdir, checkpoint=_CHECKPOINT.value, config=config, inputs=inputs)
+    _inputs.check_inputs("data", inputs, learner, params)
     options: dict[str, Any] = {
         "episodes": _EPISODES.value,
         "seed": config["evaluation"]["seed"] if _SEED.value is None else _SEED.value,

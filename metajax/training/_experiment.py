@@ -413,7 +413,7 @@ def load_config(workdir: str | pathlib.Path) -> dict[str, Any]:
 
 
 def load_run(
-    workdir: str | pathlib.Path, *, checkpoint: str = "last", config: Config | None = None
+    workdir: str | pathlib.Path, *, checkpoint: str = "last", config: Config | None = None, inputs: Any = None
 ) -> tuple[Learner, Params]:
     """Loads a trained learner.
 
@@ -421,6 +421,7 @@ def load_run(
       workdir: a run folder of `experiments.train`.
       checkpoint: "last" or "best" (by validation), or "start": the pretrained weights that the run began with.
       config: instead of that of the run; what is changed must leave the parameters as they are, but for "start".
+      inputs: an example of them `[n, ...]`, from which "start" makes the parameters over a frozen model.
 
     Returns:
       The learner and its meta-parameters (NumPy arrays), ready for `learner.adapt(params, support)`.
@@ -433,12 +434,17 @@ def load_run(
     ValueError: workdir must be the folder of a run, with a config.json in it, got 'no such folder'
     """
     _validate.one_of("checkpoint", checkpoint, ("last", "best", "start"))
-    experiment = build(load_config(workdir) if config is None else config)
+    config = load_config(workdir) if config is None else config
+    experiment = build(config)
     if checkpoint == "start":
-        if experiment.start is None:
-            raise ValueError(
-                "checkpoint must be 'last' or 'best' for a run that trains no pretrained weights, got 'start'"
-            )
-        return experiment.learner, jax.tree.map(np.asarray, experiment.start())
+        if _is_frozen(config):
+            if inputs is None:
+                raise ValueError("inputs must be given where checkpoint is 'start' and the model frozen, got None")
+            params = experiment.learner.init(jax.random.key(config["seed"]), inputs)
+        elif experiment.start is not None:
+            params = experiment.start()
+        else:
+            raise ValueError("checkpoint must be 'last' or 'best' for a run on no pretrained weights, got 'start'")
+        return experiment.learner, jax.tree.map(np.asarray, params)
     params, _ = _checkpoint.restore_params(pathlib.Path(workdir) / "checkpoints", kind=checkpoint)
     return experiment.learner, params

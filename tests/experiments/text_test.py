@@ -86,10 +86,7 @@ def test_evaluation_computes_the_features_of_a_text_once_and_predicts_the_same(r
 
 def test_another_learner_over_the_weights_that_a_run_began_with(run, launch):
     command = ["evaluate", f"--workdir={run / 'run'}", "--episodes=4", f"--output={run / 'other_learner.json'}"]
-    tuned = [
-        "learner.name=maml", "learner.adapts=lora|head", "adapter.where=blocks/.*kernel", "inner.optimizer=adam",
-        "inner.rate=0.01",
-    ]  # fmt: skip
+    tuned = ["learner.name=maml", "learner.adapts=lora|head", "inner.optimizer=adam", "inner.rate=0.01"]
     flags = [f"--override={setting}" for setting in tuned]
     done = launch(*command, *flags, "--steps=2", "--checkpoint=start")
     assert done.returncode == 0, done.stderr
@@ -98,6 +95,25 @@ def test_another_learner_over_the_weights_that_a_run_began_with(run, launch):
     done = launch(*command, *flags)  # what was meta-trained has no head
     assert done.returncode == 2
     assert "do not fit this run: they need ['head']['bias']" in done.stderr
+
+
+def test_a_head_over_the_frozen_weights_that_a_run_began_with(run, launch):
+    flags = [
+        f"--override={setting}"
+        for setting in ("model.frozen=True", "adapter.name=", "augment.words=0", "learner.name=finetune")
+    ]
+    output = run / "frozen.json"
+    done = launch(
+        "evaluate", f"--workdir={run / 'run'}", "--episodes=10", f"--output={output}", "--checkpoint=start",
+        "--steps=20", *flags,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(output.read_text())
+    assert (found["learner"], found["checkpoint"]) == ("finetune", "start")
+    assert found["accuracy_mean"] > 0.5
+    config = _inputs.with_fields(training.load_config(run / "run"), [flag.split("=", 1)[1] for flag in flags])
+    with pytest.raises(ValueError, match="inputs must be given where checkpoint is 'start' and the model frozen"):
+        training.load_run(run / "run", checkpoint="start", config=config)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +182,7 @@ def test_a_run_on_questions_is_judged_by_f1(run, launch):
     flags = [
         f"--workdir={run / 'answers'}", "--config=experiments/configs/reptile_lora_xquad.py",
         f"--config.model.path={run / 'model'}", "--config.data.length=8", "--config.data.buckets=(8,)",
-        "--config.data.overlap=2", "--config.data.languages.train=('en','de')", "--config.data.languages.test=('fr',)",
+        "--config.data.overlap=2", "--config.data.at_least=0", "--config.data.languages.train=('en','de')", "--config.data.languages.test=('fr',)",
         "--config.episode.shots=2", "--config.episode.queries=2", "--config.train_episode.shots=4",
         "--config.inner.rate=0.02", "--config.learner.batch_size=2", "--config.outer.steps=4",
         "--config.validation.every=4", "--config.validation.episodes=4", "--config.evaluation.episodes=8",
