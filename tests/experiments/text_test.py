@@ -182,7 +182,8 @@ def test_a_run_on_questions_is_judged_by_f1(run, launch):
     flags = [
         f"--workdir={run / 'answers'}", "--config=experiments/configs/reptile_lora_xquad.py",
         f"--config.model.path={run / 'model'}", "--config.data.length=8", "--config.data.buckets=(8,)",
-        "--config.data.overlap=2", "--config.data.at_least=0", "--config.data.languages.train=('en','de')", "--config.data.languages.test=('fr',)",
+        "--config.data.overlap=2", "--config.data.at_least=0",
+        "--config.data.languages.train=('en','de')", "--config.data.languages.test=('fr',)",
         "--config.episode.shots=2", "--config.episode.queries=2", "--config.train_episode.shots=4",
         "--config.inner.rate=0.02", "--config.learner.batch_size=2", "--config.outer.steps=4",
         "--config.validation.every=4", "--config.validation.episodes=4", "--config.evaluation.episodes=8",
