@@ -21,6 +21,7 @@ _OUT = flags.DEFINE_string("out", "runs/select", "Folder of the table, the pictu
 _SEED = flags.DEFINE_integer("seed", 0, "Of the division of letters, parameters and episodes.")
 _BUDGET = flags.DEFINE_integer("budget", 1200, "Meta steps of all candidates together, for each family.")
 _FACTOR = flags.DEFINE_integer("factor", 5, "How many times fewer candidates there are in the next rung.")
+_EXTRAPOLATE = flags.DEFINE_bool("extrapolate", True, "Whether where curves lead decides, and not where they are.")
 _EPISODES = flags.DEFINE_integer("episodes", 600, "Test episodes.")
 _FAMILIES = flags.DEFINE_integer("families", 6, "How many of the scripts.")
 _META_BATCH, _SIZE, _VALIDATION = 2, 14, 200
@@ -47,7 +48,8 @@ def main() -> int:
     for name, parts in families[: _FAMILIES.value]:
         found = metajax.select(
             candidates, (parts["train"], parts["val"]), _BUDGET.value, spec=spec, meta_batch=_META_BATCH,
-            episodes=_VALIDATION, shots=(1, 5), factor=_FACTOR.value, seed=_SEED.value,
+            episodes=_VALIDATION, shots=(1, 5), factor=_FACTOR.value,
+            extrapolate=_EXTRAPOLATE.value, seed=_SEED.value,
         )  # fmt: skip
         found.plot(out / f"{name.lower()}.png")
 
@@ -92,10 +94,8 @@ def main() -> int:
             f"{100 * row['share_of_seconds']:14.0f} %",
             flush=True,
         )
-        _runs.write_json(
-            out / "select.json",
-            {"seed": _SEED.value, "budget": _BUDGET.value, "factor": _FACTOR.value, "families": rows},
-        )
+        given = {flag.name: flag.value for flag in (_SEED, _BUDGET, _FACTOR, _EXTRAPOLATE)}
+        _runs.write_json(out / "select.json", {**given, "families": rows})
     print(f"chosen within one interval of the best: {sum(row['within'] for row in rows)} of {len(rows)}")
     print(found)
     return 0
