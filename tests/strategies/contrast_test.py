@@ -202,7 +202,7 @@ def test_bad_input_is_refused():
         ({"queue": 4}, "queue must be 0 without momentum, got 4"),
         ({"queue": -1}, "queue must be an integer of at least 0, got -1"),
         ({"momentum": 1.0}, "momentum must be a number of at least 0 and below 1, got 1.0"),
-        ({"momentum": -0.1}, "momentum must be a finite number of at least 0, got -0.1"),
+        ({"momentum": -0.1}, "momentum must be a number of at least 0 and below 1, got -0.1"),
         ({"temperature": 0}, "temperature must be a finite number above 0, got 0"),
         ({"dim": 0}, "dim must be an integer of at least 1, got 0"),
         ({"hidden": 0}, "hidden must be an integer of at least 1, got 0"),

@@ -227,7 +227,7 @@ def test_bad_settings():
     for name in ("exponent", "correction"):
         with pytest.raises(ValueError, match=f"{name} must be a number from 0 to 1, got 1.5"):
             strategies.prioritised(3, **{name: 1.5})
-        with pytest.raises(ValueError, match=f"{name} must be a finite number of at least 0, got -1"):
+        with pytest.raises(ValueError, match=f"{name} must be a number from 0 to 1, got -1"):
             strategies.prioritised(3, **{name: -1})
     with pytest.raises(ValueError, match="floor must be a finite number above 0, got 0"):
         strategies.prioritised(3, floor=0)

@@ -288,7 +288,7 @@ def test_a_round_is_a_function_of_its_number():
         ({"pool": 10_000}, "ways and pool must be at most"),
         ({"queries": 10_000}, "queries must be at most .*, the images of a class, got 10001"),
         ({"hazard": 1.5}, "hazard must be a number from 0 to 1, got 1.5"),
-        ({"hazard": -0.5}, "hazard must be a finite number of at least 0, got -0.5"),
+        ({"hazard": -0.5}, "hazard must be a number from 0 to 1, got -0.5"),
         ({"turn": float("inf")}, "turn must be a finite number of degrees, got inf"),
     ],
 )
