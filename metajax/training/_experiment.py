@@ -319,8 +319,8 @@ def _adapted(model: Model, config: Config) -> Model:
 
 
 def _hiding(config: Config, model: Model) -> Model:
-    share = config["augment"].get("words", 0.0)  # runs of old do not have it
-    return models.hide_tokens(model, _validate.non_negative_float("augment.words", share)) if share else model
+    share = _validate.below_one("augment.words", config["augment"].get("words", 0.0))  # runs of old do not have it
+    return models.hide_tokens(model, share) if share else model
 
 
 def _transform(config: Config) -> data.Transform | None:

@@ -30,7 +30,29 @@ def test_without_a_key_and_with_a_share_of_0_nothing_is_hidden():
     np.testing.assert_array_equal(models.hide_tokens(ENCODER, 0.0).apply(params, TEXT, key=jax.random.key(1)), plain)
 
 
-def test_what_is_hidden_has_no_part_in_the_output_and_differs_between_support_and_query():
+def test_what_is_hidden_has_no_part_in_the_output():
+    key, hiding = jax.random.key(5), models.hide_tokens(ENCODER, 0.5)
+    params = hiding.init(jax.random.key(0), TEXT)
+    hidden = ~models.hide_tokens(SEEN, 0.5).apply({}, TEXT, key=key)
+    other = {**TEXT, "tokens": jnp.where(hidden, 19, TEXT["tokens"])}
+    found, again = (hiding.apply(params, text, key=key) for text in (TEXT, other))
+    np.testing.assert_allclose(found, again, atol=1e-6)
+    assert np.abs(found - hiding.apply(params, TEXT)).max() > 0.01
+
+
+def test_support_and_query_are_hidden_by_keys_of_their_own():
+    model = metajax.Model(SEEN.init, lambda params, inputs: inputs["mask"].astype(float))
+    learner, half = (
+        learners.prototypical(models.hide_tokens(model, 0.5)),
+        {name: leaf[:2] for name, leaf in TEXT.items()},
+    )
+    part = metajax.Examples(half, jnp.arange(2), jnp.ones(2, bool), jnp.ones(2, bool))
+    fn = hypergrad.value_and_grad(learner, hypergrad.unrolled())
+    (_, aux), _ = fn({}, metajax.Episode(part, part), key=jax.random.key(0))
+    assert np.all(np.diagonal(aux["outputs"]) < 0), "else a text would be its own prototype, at no distance"
+
+
+def test_each_key_hides_others_in_a_meta_step():
     hiding = models.hide_tokens(ENCODER, 0.5)
     params = hiding.init(jax.random.key(0), TEXT)
     one = {name: leaf[:1] for name, leaf in TEXT.items()}
