@@ -50,7 +50,8 @@ class Job(NamedTuple):
         """The state before the first step; without `begin`, that of no other run, for its structure alone."""
         import jax
 
-        params = None if self.experiment.start is None else self.experiment.start()
+        start = self.experiment.start
+        params = None if start is None else start(self.example.support.inputs)
         if begin and self.config.init:
             params = self.beginning(params).params
         return self.outer.init(jax.random.key(self.config.seed), self.example, params)

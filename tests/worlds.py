@@ -32,6 +32,7 @@ class Row(NamedTuple):
       model: its network.
       rule: the inner optimizer, where the learner has an inner problem.
       adapts: what adapts, and `proximal`: the weight of the proximal term.
+      rates: whether the updates of `rule` are multiplied by meta-parameters beside those of the network.
       beta: weight of the divergence where the parameters are a Gaussian, 0 where they are those of the network.
       class_axes: path of a parameter to the axis that counts classes.
     """
@@ -42,6 +43,7 @@ class Row(NamedTuple):
     rule: optax.GradientTransformation | None = None
     adapts: str | None = None
     proximal: float = 0.0
+    rates: bool = False
     beta: float = 0.0
     class_axes: dict[str, int] = {}  # noqa: RUF012 - never written
 
@@ -52,6 +54,7 @@ _CONV = models.conv4(WAYS, width=4, depth=2, normalisation="support", form="lax"
 _SGD, _ADAM = optax.sgd(0.3), optax.adam(0.05, eps_root=1e-8)
 _RULE = optax.adam(0.02, b1=0.0, eps_root=1e-8)
 _HEAD = {"head/kernel": -1, "head/bias": 0}
+_UNIT_SGD, _UNIT_ADAM = optax.sgd(1.0), optax.adam(1.0, eps_root=1e-8)
 
 LEARNERS = {
     "maml": Row(learners.maml(_MLP, _SGD, 2), model=_MLP, rule=_SGD, class_axes=_HEAD),
@@ -59,6 +62,23 @@ LEARNERS = {
     "anil": Row(learners.maml(_MLP, _SGD, 2, adapts="head"), False, _MLP, _SGD, "head", class_axes=_HEAD),
     "maml_proximal": Row(learners.maml(_MLP, _SGD, 2, proximal=0.5), False, _MLP, _SGD, proximal=0.5, class_axes=_HEAD),
     "maml_support_statistics": Row(learners.maml(_CONV, _SGD, 2), True, _CONV, _SGD, class_axes=_HEAD),
+    "meta_sgd": Row(
+        learners.meta_sgd(_MLP, 0.3, 2),
+        False,
+        _MLP,
+        _UNIT_SGD,
+        rates=True,
+        class_axes={f"{part}/{path}": axis for part in ("backbone", "rates") for path, axis in _HEAD.items()},
+    ),
+    "meta_sgd_steps": Row(
+        learners.meta_sgd(_MLP, 0.3, 2, per="array", each_step=True, inner=_UNIT_ADAM, adapts="head"),
+        False,
+        _MLP,
+        _UNIT_ADAM,
+        "head",
+        rates=True,
+        class_axes={f"backbone/{path}": axis for path, axis in _HEAD.items()},
+    ),
     "reptile": Row(learners.reptile(_MLP, _RULE, 3), model=_MLP, rule=_RULE, class_axes=_HEAD),
     "bayesian": Row(
         learners.bayesian(_MLP, _SGD, 2, adapts="head", beta=0.2, scale=0.5),
@@ -261,20 +281,22 @@ class LastStep(NamedTuple):
     """The end of an inner loop.
 
     Attributes:
-      before: the fast weights before the last step.
+      before: `(meta_params) -> the fast weights before the last step`, the inner gradients being constant.
       fast: and after it.
       of_end: gradient of the outer loss with respect to `fast`.
       of_before: the part of it that reaches `before` past the inner gradient of the last step.
       direct: gradient of the outer loss with respect to the meta-parameters, `fast` being constant.
+      of_rule: the part of its gradient that goes through what the last update reads of the meta-parameters.
       difference: `(point, distance)`, the central difference of the inner gradients (with respect to fast weights and
         meta-parameters) along what the last step makes of `of_end`.
     """
 
-    before: Any
+    before: Callable[[Any], Any]
     fast: Any
     of_end: Any
     of_before: Any
     direct: Any
+    of_rule: Any
     difference: Any
 
 
@@ -286,27 +308,44 @@ def last_step(name: str) -> LastStep:
     fast = problem.init(params, task.support, None)
     rule_state = row.rule.init(fast)
 
-    def update(fast, grads, rule_state):
+    def update(fast, grads, meta, rule_state, step):
         change, rule_state = row.rule.update(grads, rule_state, fast)
+        if row.rates:
+            change = jax.tree.map(lambda value, rate: value * rate_at(value, rate, step), change, meta["rates"])
         return optax.apply_updates(fast, change), rule_state
 
-    for _ in range(problem.num_steps):
+    taken = []
+    for step in range(problem.num_steps):
         before, before_state = fast, rule_state
-        fast, rule_state = update(fast, slope(fast, params)[0], rule_state)
+        taken.append(slope(fast, params)[0])
+        fast, rule_state = update(fast, taken[-1], params, rule_state, step)
+
+    def reach(meta):
+        point = problem.init(meta, task.support, None)
+        point_state = row.rule.init(point)
+        for step, grads in enumerate(taken[:-1]):
+            point, point_state = update(point, grads, meta, point_state, step)
+        return point
 
     def outer(fast, meta):
         return outer_loss(problem.finish(fast, meta, task.support, None), meta, task.query)[0]
 
     of_end, direct = jax.jit(jax.grad(outer, argnums=(0, 1)))(fast, params)
-    _, pull_back = jax.vjp(lambda *inputs: update(*inputs, before_state)[0], before, slope(before, params)[0])
-    of_before, of_slope = pull_back(of_end)
+    last = lambda *inputs: update(*inputs, before_state, problem.num_steps - 1)[0]  # noqa: E731
+    _, pull_back = jax.vjp(last, before, taken[-1], params)
+    of_before, of_slope, of_rule = pull_back(of_end)
 
     def difference(point, distance):
         scale = distance / optax.tree.norm(of_slope)
         above, below = (slope(optax.tree.add_scale(point, sign * scale, of_slope), params) for sign in (1, -1))
         return jax.tree.map(lambda a, b: (a - b) / (2 * scale), above, below)
 
-    return LastStep(before, fast, of_end, of_before, direct, difference)
+    return LastStep(reach, fast, of_end, of_before, direct, of_rule, difference)
+
+
+def rate_at(change: Any, rate: Any, step: int) -> Any:
+    """The rate of an array in a step: of each weight, or one of each step."""
+    return rate if rate.shape == change.shape else rate[step]
 
 
 WITHOUT_PROBLEM = [name for name, row in LEARNERS.items() if row.learner.problem is None]
@@ -333,7 +372,7 @@ def loop_by_hand(row: Row, meta_params: Any, episode: metajax.Episode, steps: in
     of the query loss there (through support statistics) as adapted and meta-parameters move together, and the
     displacement.
     """
-    picks = lambda path: row.adapts is None or row.adapts in path  # noqa: E731
+    picks = lambda path: (row.adapts is None or row.adapts in path) and not path.startswith("rates/")  # noqa: E731
     flat = {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(meta_params)}
     treedef = jax.tree.structure(meta_params)
     start = {path: leaf for path, leaf in flat.items() if picks(path)}
@@ -341,12 +380,18 @@ def loop_by_hand(row: Row, meta_params: Any, episode: metajax.Episode, steps: in
     def tree(weights: dict[str, Any]) -> Any:
         return jax.tree.unflatten(treedef, [weights[path] for path in flat])
 
+    def network(params: Any) -> Any:
+        return params["mean"] if row.beta else params["backbone"] if row.rates else params
+
+    def rate(weights: dict[str, Any], path: str, change: Any, step: int) -> Any:
+        return rate_at(change, weights[path.replace("backbone", "rates")], step) if row.rates else 1.0
+
     def cut(part: metajax.Examples) -> tuple[Any, Any]:
         kept = np.asarray(part.mask)
         return part.inputs[kept], np.asarray(part.targets)[kept]
 
     def apply(weights: dict[str, Any], inputs: Any, stats: Any = None) -> tuple[Any, Any]:
-        parameters = tree(weights)["mean"] if row.beta else tree(weights)
+        parameters = network(tree(weights))
         if "stats" in row.model.needs:
             return row.model.apply(parameters, inputs, mask=None, stats=stats)
         return row.model.apply(parameters, inputs), None
@@ -371,19 +416,24 @@ def loop_by_hand(row: Row, meta_params: Any, episode: metajax.Episode, steps: in
 
     fast, rule_state = start, row.rule.init(start)
     slope = jax.jit(jax.grad(support_loss))
-    for _ in range(steps):
+    changes = []
+    for step in range(steps):
         change, rule_state = row.rule.update(slope(fast), rule_state, fast)
-        fast = {path: fast[path] + change[path] for path in fast}
+        changes.append(change)
+        fast = {path: fast[path] + rate(flat, path, change[path], step) * change[path] for path in fast}
     adapted = {**flat, **fast}
     moved = {path: adapted[path] - flat[path] for path in flat}
 
     def query_loss(prior: dict[str, Any]) -> Any:
-        weights = {path: prior[path] + moved[path] for path in prior}
+        weights = dict(prior)
+        for step, change in enumerate(changes):
+            for path, value in change.items():
+                weights[path] += rate(prior, path, value, step) * value
         value = loss(weights, *cut(episode.query), apply(weights, cut(episode.support)[0])[1])
         return value + row.beta * divergence(weights, prior)
 
     return (
-        tree(adapted),
+        network(tree(adapted)) if row.rates else tree(adapted),
         tree(jax.jit(jax.grad(query_loss))(flat)),
         tree({path: -moved[path] for path in flat}),
     )

@@ -72,12 +72,14 @@ def base() -> ConfigDict:
             # outer.trainable: "lora" both.
             "adapter": {"name": "", "rank": 8, "where": ""},
             "learner": {
-                # maml, reptile, bayesian, prototypical, finetune, in_context; without labels: moco, simclr
+                # maml, meta_sgd, reptile, bayesian, prototypical, finetune, in_context; without labels: moco, simclr
                 "name": "prototypical",
                 "distance": "euclidean",  # prototypical: euclidean, cosine or centred_cosine
                 "scale": 0.0,  # prototypical: of its logits; 0 is 1 for Euclidean distances and 10 for cosines
-                "adapts": "",  # maml, reptile, bayesian: path regex of what adapts; "" all
+                "adapts": "",  # maml, meta_sgd, reptile, bayesian: path regex of what adapts; "" all
                 "proximal": 0.0,  # maml: weight of the proximal term
+                "rates": "weight",  # meta_sgd: a learned rate, from inner.rate on, for each weight or array
+                "each_step": False,  # meta_sgd: whether each inner step has rates of its own
                 "batch_size": 0,  # reptile: examples in an inner step; 0 all
                 "beta": 0.01,  # bayesian: weight of the divergence of a task's posterior from the prior
                 "deviation": 0.1,  # bayesian: standard deviation of a weight in the first prior

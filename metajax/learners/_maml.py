@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -55,7 +56,8 @@ def maml(
     >>> learner.predict(adapted, support.inputs).shape
     (4, 2)
     """
-    return _gradient_learner(model, inner, num_steps, adapts=adapts, proximal=proximal, loss=loss, batch_size=None)
+    _validate.instance("inner", inner, optax.GradientTransformation)
+    return gradient_learner(model, lambda meta_params: inner, num_steps, adapts=adapts, proximal=proximal, loss=loss)
 
 
 def reptile(
@@ -92,26 +94,41 @@ def reptile(
     """
     if batch_size is not None:
         _validate.positive_int("batch_size", batch_size)
-    return _gradient_learner(model, inner, num_steps, adapts=adapts, proximal=0.0, loss=loss, batch_size=batch_size)
+    _validate.instance("inner", inner, optax.GradientTransformation)
+    return gradient_learner(
+        model, lambda meta_params: inner, num_steps, adapts=adapts, loss=loss, batch_size=batch_size
+    )  # fmt: skip
 
 
-def _gradient_learner(
+def gradient_learner(
     model: Model,
-    inner: optax.GradientTransformation,
+    rule: Callable[[Params], optax.GradientTransformation],
     num_steps: int,
     *,
     adapts: _tree.Where,
-    proximal: float,
     loss: Loss,
-    batch_size: int | None,
+    proximal: float = 0.0,
+    batch_size: int | None = None,
+    network: Callable[[Params], Params] = lambda meta_params: meta_params,
+    init: Callable[..., Params] | None = None,
 ) -> Learner:
+    """A learner whose inner loop runs over parameters of `model`, from where the meta-parameters say.
+
+    Args:
+      model, num_steps, adapts, loss, proximal, batch_size: as for `maml` and `reptile`.
+      rule: `(meta_params) -> optax transform`, the inner update rule.
+      network: `(meta_params) -> params` of the model, which the loop starts from.
+      init: of the learner; None is that of the model.
+    """
     _validate.instance("model", model, Model)
-    _validate.instance("inner", inner, optax.GradientTransformation)
     _validate.positive_int("num_steps", num_steps)
     _validate.non_negative_float("proximal", proximal)
 
     def fast_weights(meta_params: Params) -> Params:
-        return _tree.split(meta_params, adapts, name="adapts")[0]
+        return _tree.split(network(meta_params), adapts, name="adapts")[0]
+
+    def whole(params: Params, meta_params: Params) -> Params:
+        return params if adapts is None else _tree.merge(params, network(meta_params))
 
     def problem_init(meta_params: Params, support: Examples, key: Any) -> Params:
         del support, key
@@ -122,8 +139,7 @@ def _gradient_learner(
         batch_key, model_key = _rng.split(key, 2)
         if batch_size is not None and batch_key is not None:
             support = _minibatch(support, batch_size, batch_key)
-        everything = params if adapts is None else _tree.merge(params, meta_params)
-        outputs, _ = forward(model, everything, support.inputs, mask=support.mask, key=model_key)
+        outputs, _ = forward(model, whole(params, meta_params), support.inputs, mask=support.mask, key=model_key)
         value = _losses.mean_loss(loss, masked(outputs, support.class_mask), support)
         if proximal:
             moved = jax.tree.map(lambda now, start: now - start, params, fast_weights(meta_params))
@@ -131,16 +147,16 @@ def _gradient_learner(
         return value
 
     def finish(params: Params, meta_params: Params, support: Examples, key: Any) -> Adapted:
-        everything = params if adapts is None else _tree.merge(params, meta_params)
+        everything = whole(params, meta_params)
         return Adapted(everything, support.class_mask, support_stats(model, everything, support, key))
 
-    problem = InnerProblem(problem_init, inner_loss, lambda meta_params: inner, num_steps, finish)
+    problem = InnerProblem(problem_init, inner_loss, rule, num_steps, finish)
 
     def predict(adapted: Adapted, inputs: Any, *, mask: Any = None, key: Any = None) -> Any:
         outputs, _ = forward(model, adapted.params, inputs, mask=mask, key=key, stats=adapted.stats)
         return masked(outputs, adapted.class_mask)
 
-    return Learner(model.init, _inner.adaptation(problem), predict, query_loss(predict, loss), problem)
+    return Learner(init or model.init, _inner.adaptation(problem), predict, query_loss(predict, loss), problem)
 
 
 def _minibatch(support: Examples, size: int, key: jax.Array) -> Examples:

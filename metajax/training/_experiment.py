@@ -24,7 +24,7 @@ from metajax.training import _checkpoint
 
 Config = Mapping[str, Any]
 _LOSSES: dict[str, Loss] = {"sinusoids": squared_error, "squad": span_cross_entropy}  # others: cross-entropy
-LEARNERS = ("maml", "reptile", "bayesian", "prototypical", "finetune", "in_context", "moco", "simclr")
+LEARNERS = ("maml", "meta_sgd", "reptile", "bayesian", "prototypical", "finetune", "in_context", "moco", "simclr")
 _CONTRASTIVE = ("moco", "simclr")
 _IDENTITY = Model(lambda key, inputs: {}, lambda params, inputs: inputs)
 ESTIMATORS = (  # those that need no argument
@@ -46,7 +46,8 @@ class Experiment(NamedTuple):
       metric: "accuracy", "mse" or "f1".
       trainable: path regex of the meta-parameters that are trained, None for all.
       transform: what `augment` does to the training images, None for nothing.
-      start: `() -> meta_params` to begin with, from pretrained weights; None where the learner makes them.
+      start: `(inputs) -> meta_params` to begin with, from pretrained weights, and an example of the inputs `[n, ...]`;
+        None where the learner makes them.
       batches: whether training takes batches of examples of all classes (`metajax.data.batches`), and no episodes.
       average: share that stays in a step of the average of the meta-parameters (`metajax.strategies.averaged`), which
         is then evaluated instead of them; 0 for none.
@@ -65,7 +66,7 @@ class Experiment(NamedTuple):
     metric: str
     trainable: str | None
     transform: data.Transform | None
-    start: Callable[[], Params] | None = None
+    start: Callable[[Any], Params] | None = None
     batches: bool = False
     average: float = 0.0
 
@@ -100,8 +101,7 @@ def build(config: Config, *, num_classes: int | None = None) -> Experiment:
     _validate.int_at_least("seed", config["seed"], 0)
     _validate.int_at_least("evaluation.seed", config["evaluation"]["seed"], 0)
     _validate.one_of("hypergrad.name", config["hypergrad"]["name"], ESTIMATORS)
-    begins = _is_pretrained(config) and not _is_frozen(config)
-    start = functools.partial(_pretrained_params, config, spec.max_ways) if begins else None
+    start = functools.partial(_start, config, spec, num_classes) if _begins_pretrained(config) else None
     average = _validate.below_one("outer.average", config["outer"].get("average", 0.0))  # runs of old do not have it
     eval_steps = _validate.int_at_least("inner.eval_steps", config["inner"]["eval_steps"], 0) or None
     return Experiment(
@@ -124,11 +124,20 @@ def _episode_spec(config: Config) -> data.EpisodeSpec:
     return data.EpisodeSpec(ways, shots, config["queries"], config["hierarchical"])
 
 
-def _learners(config: Config, spec: data.EpisodeSpec, num_classes: int | None) -> tuple[Learner, Learner]:
+def _start(config: Config, spec: data.EpisodeSpec, num_classes: int | None, inputs: Any) -> Params:
+    """Meta-parameters over pretrained weights, with new heads and adapters."""
+    trained = _learners(config, spec, num_classes, weights=True)[1]
+    return trained.init(jax.random.key(config["seed"]), inputs)
+
+
+def _learners(
+    config: Config, spec: data.EpisodeSpec, num_classes: int | None, *, weights: bool = False
+) -> tuple[Learner, Learner]:
+    """The learner that is evaluated and the one that is trained; with `weights`, `init` gives pretrained ones."""
     learner, inner, source = config["learner"], config["inner"], config["data"]["name"]
     name = _validate.one_of("learner.name", learner["name"], LEARNERS)
     losses: dict[str, Any] = {"loss": _LOSSES[source]} if source in _LOSSES else {}
-    outputs = _outputs(config, spec.max_ways)
+    outputs, network = _outputs(config, spec.max_ways), functools.partial(_model, config, weights=weights)
     for made, sources in (("pretrained", ("text", "squad")), ("decoder", ("cycles",))):
         if (source in sources) != (config["model"]["name"] == made):
             raise ValueError(
@@ -140,45 +149,47 @@ def _learners(config: Config, spec: data.EpisodeSpec, num_classes: int | None) -
             "model.head must be 'span' for squad and for nothing else, got "
             f"{config['model'].get('head')!r} for {source!r}"
         )
-    begins = _is_pretrained(config) and not _is_frozen(config)
-    if begins and name not in ("maml", "reptile", "prototypical", "in_context"):
-        raise ValueError(
-            "learner.name must be 'maml', 'reptile', 'prototypical' or 'in_context' for pretrained models that are not "
-            f"frozen, got {name!r}"
-        )
     if name == "in_context":
-        if not begins or source != "text":
+        if not _begins_pretrained(config) or source != "text":
             raise ValueError(
                 "learner.name must not be 'in_context' but for text and a pretrained model that is not frozen, got "
                 f"{name!r} for {source!r}"
             )
-        built = learners.in_context(_model(config, None), **_prompts(config, spec.max_ways))
+        built = learners.in_context(network(None), **_prompts(config, spec.max_ways))
         return built, built
     steps = _validate.positive_int("inner.steps", inner["steps"])
     rule = _inner_rule(inner)
     if name == "maml":
         built = learners.maml(
-            _model(config, outputs), rule, steps,
+            network(outputs), rule, steps,
             adapts=learner["adapts"] or None, proximal=learner["proximal"], **losses,
+        )  # fmt: skip
+        return built, built
+    if name == "meta_sgd":
+        built = learners.meta_sgd(
+            network(outputs), inner["rate"], steps, per=learner["rates"],
+            each_step=learner["each_step"], inner=_inner_rule({**inner, "rate": 1.0}), adapts=learner["adapts"] or None,
+            **losses,
         )  # fmt: skip
         return built, built
     if name == "reptile":
         built = learners.reptile(
-            _model(config, outputs), rule, steps,
+            network(outputs), rule, steps,
             batch_size=learner["batch_size"] or None, adapts=learner["adapts"] or None, **losses,
         )  # fmt: skip
         return built, built
     if name == "bayesian":
         built = learners.bayesian(
-            _model(config, outputs), rule, steps, adapts=learner["adapts"] or None,
+            network(outputs), rule, steps, adapts=learner["adapts"] or None,
             beta=learner["beta"], scale=learner["deviation"], samples=learner["samples"], **losses,
         )  # fmt: skip
         return built, built
     if source in ("sinusoids", "cycles", "squad"):
         raise ValueError(
-            f"learner.name must be 'maml', 'reptile' or 'bayesian' for {source}, which has no classes, got {name!r}"
+            f"learner.name must be 'maml', 'meta_sgd', 'reptile' or 'bayesian' for {source}, which has no classes, got "
+            f"{name!r}"
         )
-    features = _model(config, None)
+    features = network(None)
     if name in _CONTRASTIVE:
         built = _contrastive(config, features)
         return built, built
@@ -230,7 +241,8 @@ def _contrastive(config: Config, features: Model) -> Learner:
     return contrastive(features, **options)
 
 
-def _model(config: Config, outputs: int | None) -> Model:
+def _model(config: Config, outputs: int | None, *, weights: bool = False) -> Model:
+    """The network; with `weights`, its `init` gives those of a pretrained one."""
     fields = config["model"]
     name = _validate.one_of("model.name", fields["name"], ("conv4", "resnet12", "vit", "mlp", "decoder", "pretrained"))
     if not fields["hidden"]:
@@ -244,7 +256,8 @@ def _model(config: Config, outputs: int | None) -> Model:
         return _IDENTITY if outputs is None else models.mlp(outputs, hidden=())
     if name == "pretrained":
         opened = pretrained.open_model(pathlib.Path(fields["path"]), **_pretrained_options(config, outputs))[2]
-        return _hiding(config, _adapted(opened, adapter))
+        model = _hiding(config, _adapted(opened, adapter))
+        return model._replace(init=lambda key, inputs: _pretrained_params(config, outputs)) if weights else model
     if adapter["name"] and name not in ("vit", "decoder"):
         raise ValueError(
             f"adapter.name must be empty for {name}, whose layers take no adapter, got {adapter['name']!r}"
@@ -284,6 +297,10 @@ def _is_frozen(config: Config) -> bool:
     return config["model"].get("frozen", False)  # runs of old do not have it
 
 
+def _begins_pretrained(config: Config) -> bool:
+    return _is_pretrained(config) and not _is_frozen(config)
+
+
 def _pretrained_options(config: Config, outputs: int | None) -> dict[str, Any]:
     dtype = _validate.one_of("model.dtype", config["model"]["dtype"], ("float32", "bfloat16"))
     return {
@@ -294,9 +311,8 @@ def _pretrained_options(config: Config, outputs: int | None) -> dict[str, Any]:
     }
 
 
-def _pretrained_params(config: Config, ways: int) -> Params:
-    """Pretrained weights, with a new head of `ways` outputs where the learner has one, and new adapters."""
-    outputs = None if config["learner"]["name"] in ("prototypical", "in_context") else _outputs(config, ways)
+def _pretrained_params(config: Config, outputs: int | None) -> Params:
+    """Pretrained weights, with a new head of `outputs` where the model has one, and new adapters."""
     head_key, adapter_key = jax.random.split(jax.random.key(config["seed"]))
     loaded = pretrained.load_pretrained_model(
         config["model"]["path"], key=head_key, **_pretrained_options(config, outputs)
@@ -389,7 +405,7 @@ def on_features(
     >>> on_features(prototypical_glyphs.get_config(), "learner", "params", "source")  # an image's depend on its batch
     ('learner', 'params', ('source',))
     """
-    if config["learner"]["name"] != "prototypical" or not _is_pretrained(config) or _is_frozen(config):
+    if config["learner"]["name"] != "prototypical" or not _begins_pretrained(config):
         return learner, params, sources
     model = _model({**config, "augment": {}}, None)  # without a key, all tokens are seen
     found = tuple(source and pretrained.features(model, params, source, cache=False) for source in sources)
@@ -442,7 +458,7 @@ def load_run(
                 raise ValueError("inputs must be given where checkpoint is 'start' and the model frozen, got None")
             params = experiment.learner.init(jax.random.key(config["seed"]), inputs)
         elif experiment.start is not None:
-            params = experiment.start()
+            params = experiment.start(inputs)
         else:
             raise ValueError("checkpoint must be 'last' or 'best' for a run on no pretrained weights, got 'start'")
         return experiment.learner, jax.tree.map(np.asarray, params)

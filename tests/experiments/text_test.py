@@ -9,7 +9,7 @@ import worlds
 from parity import transformers_cases as cases
 
 from experiments import _inputs
-from metajax import evaluation, training
+from metajax import data, evaluation, pretrained, training
 
 CONFIG = "experiments/configs/proto_lora_clinc.py"
 
@@ -95,6 +95,19 @@ def test_another_learner_over_the_weights_that_a_run_began_with(run, launch):
     done = launch(*command, *flags)  # what was meta-trained has no head
     assert done.returncode == 2
     assert "do not fit this run: they need ['head']['bias']" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["meta_sgd", "bayesian", "finetune"])
+def test_learners_with_parts_begin_with_the_pretrained_weights_too(run, name):
+    fields = [f"learner.name={name}", "augment.words=0", "inner.rate=0.01"]
+    config = _inputs.with_fields(training.load_config(run / "run"), fields)
+    source, spec = training.open_source(config, "test"), training.build(config).spec
+    inputs = data.episode(source, spec, seed=0, index=0).query.inputs
+    learner, params = training.load_run(run / "run", checkpoint="start", config=config, inputs=inputs)
+    loaded = pretrained.load_pretrained_model(config["model"]["path"]).params
+    network = params["mean" if name == "bayesian" else "backbone"]
+    np.testing.assert_array_equal(network["embed"]["embedding"], loaded["embed"]["embedding"])
+    assert np.isfinite(evaluation.evaluate(learner, params, source, spec, episodes=2).mean)
 
 
 def test_a_head_over_the_frozen_weights_that_a_run_began_with(run, launch):
