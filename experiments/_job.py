@@ -46,6 +46,24 @@ class Job(NamedTuple):
 
         return strategies.averaged_params(state) if self.experiment.average else state.params
 
+    def at(self, step: int) -> tuple[Job, int]:
+        """The job as the stage of training has it that goes on after `step`, and the step at which that ends."""
+        from metajax import data
+
+        end = 0
+        for stage in self.experiment.stages:
+            end += stage.steps
+            if step < end:
+                break
+        if stage is self.experiment.stages[-1]:
+            return self, end
+        source = self.train
+        if stage.resolution is not None:
+            source = data.transformed(source, data.resize(stage.resolution))
+        sampler = None if self.sampler is None else data.device_sampler(source, stage.spec)
+        experiment = self.experiment._replace(train_spec=stage.spec)
+        return self._replace(train=source, experiment=experiment, sampler=sampler), end
+
     def init(self, *, begin: bool = True) -> Any:
         """The state before the first step; without `begin`, that of no other run, for its structure alone."""
         import jax
@@ -92,7 +110,6 @@ def open_job(config: Any, devices: Sequence[Any] | None = None) -> Job:
       ValueError: a field of the config is out of range, or parts do not fit together.
     """
     import jax
-    import jax.numpy as jnp
 
     from metajax import data, training
 
@@ -115,11 +132,27 @@ def open_job(config: Any, devices: Sequence[Any] | None = None) -> Job:
         one = next(stream)
         stream.close()
     job = job._replace(outer=meta_step(config, experiment, mesh), example=jax.tree.map(lambda leaf: leaf[0], one))
-    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((tasks, *leaf.shape[1:]), jnp.asarray(leaf).dtype), one)
+    _trace(job, one)
+    end = 0
+    for stage in experiment.stages[:-1]:
+        sooner, end = job.at(end)
+        try:
+            sooner.train.check(stage.spec)
+            _trace(sooner, data.episode_batch(sooner.train, stage.spec, seed=config.seed, start=0, count=1))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"curriculum must have episodes that fit, got others until step {end}: {error}") from error
+    return job
+
+
+def _trace(job: Job, one: Any) -> None:
+    """Traces the meta step on episodes of the shapes of `one`, a batch of a single task."""
+    import jax
+    import jax.numpy as jnp
+
+    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((job.tasks, *leaf.shape[1:]), jnp.asarray(leaf).dtype), one)
     jax.eval_shape(
         lambda key, batch: job.outer.update(job.outer.init(key, job.example), batch), jax.random.key(0), batch
     )
-    return job
 
 
 def meta_step(config: Any, experiment: Any, mesh: Any) -> Any:
@@ -137,11 +170,37 @@ def meta_step(config: Any, experiment: Any, mesh: Any) -> Any:
     rules = _placement.rules(config, mesh)
     if mesh.size > 1:
         outer = metajax.parallel.shard(outer, mesh, rules)
+    if config.replay.capacity:
+        outer = _replayed(outer, config, experiment)
     if _validate.one_of("watch.nonfinite", config.watch.nonfinite, ("stop", "skip")) == "skip":
         outer = metajax.training.skip_nonfinite(outer)
     if experiment.transform is not None:
         outer = metajax.training.augment(outer, experiment.transform)
     return outer
+
+
+def _replayed(outer: Any, config: Any, experiment: Any) -> Any:
+    """The meta step on what it remembers too."""
+    import jax
+
+    from metajax import strategies
+
+    fields, learner = config.replay, experiment.trained
+    if experiment.batches:
+        raise ValueError(f"replay.capacity must be 0 for {config.learner.name}, which trains on no episodes")
+    if not fields.by_loss:
+        return strategies.replayed(outer, strategies.reservoir(fields.capacity), fields.count, what=fields.what)
+    if fields.what != "tasks":
+        raise ValueError(f"replay.what must be 'tasks' where replay.by_loss is True, got {fields.what!r}")
+
+    def losses(params: Any, episodes: Any) -> Any:
+        """Of each task, after adaptation."""
+        return jax.vmap(lambda one: learner.outer_loss(learner.adapt(params, one.support), params, one.query)[0])(
+            episodes
+        )
+
+    memory = strategies.prioritised(fields.capacity)
+    return strategies.replayed(outer, memory, fields.count, priority=losses)
 
 
 def evaluate(config: Any, learner: Any, params: Any, source: Any, spec: Any, **options: Any) -> Any:

@@ -113,6 +113,12 @@ def base() -> ConfigDict:
                 "imbalanced": 0,
                 "hierarchical": False,
             },
+            # simpler training episodes first: each until a meta step, such as until=(200, 500) ways=(5, 10); sizes in
+            # pixels, 0 as later; the last stage is train_episode. (): as later
+            "curriculum": {"until": (), "ways": (), "shots": (), "size": ()},
+            # what earlier steps saw comes again in each step: count of the last capacity (0: none is kept), tasks or
+            # support examples; by_loss draws tasks that are lost most more often
+            "replay": {"capacity": 0, "count": 4, "what": "tasks", "by_loss": False},
             "inner": {"optimizer": "sgd", "rate": 0.4, "steps": 1, "eval_steps": 0},  # eval_steps 0: as steps
             "outer": {
                 "optimizer": "adam",  # adam or sgd

@@ -26,7 +26,7 @@ def meta_sgd(
     adapts: _tree.Where = None,
     loss: Loss = _losses.cross_entropy,
 ) -> Learner:
-    """Meta-SGD (Li et al. 2017), and the rates of MAML++ (Antoniou et al. 2019): MAML whose inner rates are meta-learned.
+    """Meta-SGD (Li et al. 2017), and the rates of MAML++ (Antoniou et al. 2019): MAML that learns inner rates.
 
     The meta-parameters are `{"backbone", "rates"}`: the parameters of `model`, and a rate for each weight that adapts
     (`per="weight"`, Meta-SGD), or one for each array (`per="array"`); with `each_step`, other ones in every inner step

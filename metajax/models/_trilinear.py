@@ -87,8 +87,9 @@ def _contract_patches(*operands: Any, missing: int, shapes: Shapes, stride: int)
         pair = (wanted, given[_KERNEL]) if missing == _INPUTS else (given[_INPUTS], wanted)
         return _contract_patches(*pair, missing=_OUTPUTS, shapes=shapes, stride=stride)
 
-    (found,) = jax.linear_transpose(outputs, jnp.zeros(shapes[missing], operands[0].dtype))(given[_OUTPUTS])
-    return found
+    # of each device its own: what does not vary would be summed over the devices
+    like = _tree.vary(jnp.zeros(shapes[missing], operands[0].dtype), _tree.varying_axes(operands))
+    return jax.linear_transpose(outputs, like)(given[_OUTPUTS])[0]
 
 
 def by_patches(inputs: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:

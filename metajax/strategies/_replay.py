@@ -168,6 +168,9 @@ def replayed(
             held = memory.init(jax.tree.map(lambda leaf: leaf[0], Experience(*episode.support[:2])))
             support = with_experience(episode.support, draw(held, key))  # its size is what an estimator may keep
             state = outer.init(key, episode._replace(support=support), params, num_tasks)
+        # on all devices of the state, also when it is restored
+        if not isinstance(state.step, jax.core.Tracer) and len(state.step.sharding.device_set) > 1:
+            held = jax.device_put(held, state.step.sharding)
         return state._replace(hypergrad_state=Remembering(state.hypergrad_state, held))
 
     def update(state: MetaState, episodes: Episode) -> tuple[MetaState, dict[str, Any]]:

@@ -102,7 +102,7 @@ class Recorder:
         tensorboard: bool = True, waiting: Sequence[dict[str, float]] = (), meta_batch: int | None = None,
     ):  # fmt: skip
         self._throughput = None if meta_batch is None else Throughput(meta_batch, start=start)
-        self._begin = time.monotonic() - seconds
+        self._begin, self._step = time.monotonic() - seconds, start
         self._every, self._waiting = every, list(waiting)  # type: tuple[int, list[dict[str, Any]]]
         self._file, self._events, self.tensorboard = None, None, False  # type: Any, Any, bool
         if folder is None:

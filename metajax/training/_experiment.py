@@ -20,7 +20,9 @@ from metajax.core._losses import span_cross_entropy, squared_error
 from metajax.core._types import Hypergrad, Learner, Loss, Model, Params
 from metajax.data._tokens import load_tokenizer
 from metajax.strategies._contrast import TRAINED, contrastive
+from metajax.strategies._curriculum import Stage
 from metajax.training import _checkpoint
+from metajax.training._stages import stages
 
 Config = Mapping[str, Any]
 _LOSSES: dict[str, Loss] = {"sinusoids": squared_error, "squad": span_cross_entropy}  # others: cross-entropy
@@ -49,6 +51,7 @@ class Experiment(NamedTuple):
       start: `(inputs) -> meta_params` to begin with, from pretrained weights, and an example of the inputs `[n, ...]`;
         None where the learner makes them.
       batches: whether training takes batches of examples of all classes (`metajax.data.batches`), and no episodes.
+      stages: of training, the last one on episodes of `train_spec`.
       average: share that stays in a step of the average of the meta-parameters (`metajax.strategies.averaged`), which
         is then evaluated instead of them; 0 for none.
 
@@ -69,6 +72,7 @@ class Experiment(NamedTuple):
     start: Callable[[Any], Params] | None = None
     batches: bool = False
     average: float = 0.0
+    stages: tuple[Stage, ...] = ()
 
 
 def build(config: Config, *, num_classes: int | None = None) -> Experiment:
@@ -108,7 +112,7 @@ def build(config: Config, *, num_classes: int | None = None) -> Experiment:
         learner, trained, getattr(hypergrad, config["hypergrad"]["name"])(), _outer_optimizer(config["outer"]),
         spec, train_spec, eval_steps, {"sinusoids": "mse", "squad": "f1"}.get(config["data"]["name"], "accuracy"),
         config["outer"].get("trainable", "") or (TRAINED if name in _CONTRASTIVE else None), _transform(config), start,
-        batches, average,
+        batches, average, stages(config, train_spec, batches),
     )  # fmt: skip
 
 

@@ -74,6 +74,27 @@ def test_every_mesh_gives_what_one_device_gives(sizes, rules, x64):
         np.testing.assert_allclose(metrics[name], known[name], rtol=1e-8, err_msg=name)
 
 
+@pytest.mark.parametrize("learner", ["prototypical", "maml_support_statistics"])
+def test_convolutions_of_tasks_under_vmap_on_each_device(learner):
+    """Two tasks on each of two devices: the gradient of a kernel is not summed over devices before its time."""
+    model = metajax.models.conv4(4, width=4, depth=2, normalisation="support")
+    learner = (
+        metajax.learners.prototypical(model) if learner == "prototypical"
+        else metajax.learners.maml(model, optax.sgd(0.3), 2)
+    )  # fmt: skip
+    outer = metajax.outer_update(
+        learner, optax.sgd(0.1), hypergrad=metajax.hypergrad.mixed_mode(), task_batching="vmap"
+    )
+    row = worlds.LEARNERS["maml_support_statistics"]
+    episodes = worlds.stack([worlds.episode(row, seed, dtype=np.float32) for seed in range(4)])
+    mesh = parallel.make_mesh(2, 1, 1, devices=jax.devices()[:2])
+    found = []
+    for step in (outer, parallel.shard(outer, mesh)):
+        state = step.init(jax.random.key(0), _one(episodes))
+        found.append(jax.jit(step.update)(state, episodes)[0].params)
+    assert worlds.relative_distance(*found) < 1e-5
+
+
 def test_parameters_and_moments_lie_where_the_rules_say_and_stay_there():
     episodes, mesh = _episodes(8, dtype=np.float32), parallel.make_mesh(2, 2, 2)
     outer = parallel.shard(_outer(), mesh, _TENSOR)

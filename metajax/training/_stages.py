@@ -1,0 +1,55 @@
+"""The stages of training that a config describes."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+from metajax import data
+from metajax.core import _validate
+from metajax.strategies._curriculum import Stage
+
+
+def stages(config: Mapping[str, Any], spec: data.EpisodeSpec, batches: bool) -> tuple[Stage, ...]:
+    """Those that the section `curriculum` describes, and the one that is left, on episodes of `spec`.
+
+    Args:
+      config: as for `build`.
+      spec: of training episodes.
+      batches: whether training takes batches of examples, which have no stages.
+
+    Raises:
+      ValueError: a field is out of range; the error names it.
+    """
+    fields = config.get("curriculum", {"until": ()})  # runs of old do not have it
+    until, steps = [0, *fields["until"], config["outer"]["steps"]], []
+    for before, end in itertools.pairwise(until):
+        if isinstance(end, bool) or not isinstance(end, int) or end <= before:
+            raise ValueError(
+                "curriculum.until must be ascending meta steps above 0 and below outer.steps, "
+                f"{until[-1]}, got {tuple(fields['until'])}"
+            )
+        steps.append(end - before)
+    if len(steps) == 1:
+        return (Stage(spec, *steps),)
+    if batches:
+        raise ValueError(f"curriculum.until must be empty for {config['learner']['name']}, which trains on no episodes")
+    lists = {name: fields[name] or (0,) * (len(steps) - 1) for name in ("ways", "shots", "size")}
+    for name, values in lists.items():
+        if len(values) != len(steps) - 1:
+            raise ValueError(
+                f"curriculum.{name} must hold a number for each of the {len(steps) - 1} steps of curriculum.until, or "
+                f"nothing, got {tuple(values)}"
+            )
+        for value in values:
+            _validate.int_at_least(f"curriculum.{name}", value, 0)
+    if any(lists["size"]) and config["data"]["name"] in ("text", "squad", "sinusoids", "cycles"):
+        raise ValueError(f"curriculum.size must be 0 but for images, got {tuple(lists['size'])}")
+    rows = [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
+    found = []
+    for row, count in zip(rows, steps, strict=False):
+        sizes = {name: row[name] for name in ("ways", "shots") if row[name]}
+        found.append(Stage(dataclasses.replace(spec, **sizes), count, resolution=row["size"] or None))
+    return (*found, Stage(spec, steps[-1]))

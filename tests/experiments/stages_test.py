@@ -1,0 +1,131 @@
+"""Curriculum and replay of `experiments.train`: what each step trains on, and that a resumed run goes on alike."""
+
+import jax
+import numpy as np
+import pytest
+
+import metajax
+from experiments import _job, train
+from experiments.configs import prototypical_glyphs
+
+_CURRICULUM = {
+    "curriculum.until": (5, 10), "curriculum.ways": (2, 0), "curriculum.shots": (2, 0), "curriculum.size": (4, 6),
+}  # fmt: skip
+_REPLAY = {"replay.capacity": 6, "replay.count": 2}
+
+
+def _config(pictures, changes):
+    config = prototypical_glyphs.get_config()
+    config.update(
+        data={"name": "image_folder", "size": 8, "channels": 1, "path": str(pictures)},
+        model={"width": 4, "depth": 1},
+        episode={"ways": 3, "queries": 2},
+        train_episode={"ways": 0, "queries": 0},
+        outer={"steps": 15, "meta_batch": 2},
+        log={"every": 4},
+        validation={"every": 15, "episodes": 4},
+        evaluation={"episodes": 4},
+        checkpoint={"every": 3},
+    )
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def test_each_step_sees_the_episodes_of_its_stage(pictures, tmp_path, monkeypatch):
+    seen, fit = [], metajax.training.fit
+
+    def watched(outer, state, episodes, **options):
+        def told():
+            for batch in episodes:
+                seen.append((batch.support.inputs.shape, batch.query.class_mask.shape))
+                yield batch
+
+        class Stream:
+            position = property(lambda self: episodes.position)
+            __iter__ = lambda self: told()  # noqa: E731
+
+        return fit(outer, state, Stream(), **options)
+
+    monkeypatch.setattr(metajax.training, "fit", watched)
+    train.run(_config(pictures, _CURRICULUM), tmp_path / "run")
+    stages = [((2, 4, 4, 4, 1), (2, 2)), ((2, 3, 6, 6, 1), (2, 3)), ((2, 3, 8, 8, 1), (2, 3))]
+    assert seen == [stages[0]] * 5 + [stages[1]] * 5 + [stages[2]] * 5
+    lines = metajax.training.read_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines if "loss" in line] == [1, 4, 8, 12, 15]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [_CURRICULUM, {**_CURRICULUM, "data.sampler": "device"}, _REPLAY, {**_REPLAY, "replay.by_loss": True}],
+    ids=["curriculum", "curriculum on the device", "replay", "replay by loss"],
+)
+def test_an_interrupted_run_goes_on_to_the_same_parameters(pictures, tmp_path, monkeypatch, changes):
+    config = _config(pictures, changes)
+    train.run(config, tmp_path / "whole")
+    beat = metajax.training.Heartbeat.__call__
+
+    def interrupted(heartbeat, step, state, metrics):
+        if step == 8:
+            raise InterruptedError("the power went")
+        beat(heartbeat, step, state, metrics)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(metajax.training.Heartbeat, "__call__", interrupted)
+        with pytest.raises(InterruptedError):
+            train.run(config, tmp_path / "broken")
+    train.run(config, tmp_path / "broken", resume=True)
+    found = [metajax.load_run(tmp_path / name)[1] for name in ("whole", "broken")]
+    for one, other in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_array_equal(one, other)
+    losses = [
+        [line.get("loss") for line in metajax.training.read_metrics(tmp_path / name)] for name in ("whole", "broken")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_what_comes_again_is_counted(pictures, tmp_path):
+    train.run(_config(pictures, {**_REPLAY, "log.every": 1}), tmp_path / "run")
+    lines = [line for line in metajax.training.read_metrics(tmp_path / "run") if "replayed" in line]
+    assert [line["replayed"] for line in lines] == [0] + [2] * 14
+
+
+def test_support_examples_come_again(pictures, tmp_path):
+    changes = {**_REPLAY, "replay.what": "examples", "learner.name": "maml", "outer.steps": 3, "log.every": 1}
+    train.run(_config(pictures, changes), tmp_path / "run")
+    lines = [line for line in metajax.training.read_metrics(tmp_path / "run") if "replayed" in line]
+    assert [line["replayed"] for line in lines] == [0, 4, 4]  # two for each of two tasks
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"curriculum.until": (5, 5)}, "curriculum.until must be ascending meta steps above 0 and below outer.steps"),
+        ({"curriculum.until": (15,)}, r"curriculum.until must be ascending .*, got \(15,\)"),
+        ({"curriculum.until": (5,), "curriculum.ways": (2, 2)}, "curriculum.ways must hold a number for each of the 1"),
+        ({"curriculum.until": (5,), "curriculum.shots": (-1,)}, "curriculum.shots must be an integer of at least 0"),
+        ({"curriculum.until": (5,), "curriculum.ways": (99,)}, "episodes that fit, got others until step 5: .*99"),
+        (
+            {"curriculum.until": (5,), "curriculum.ways": (4,), "learner.name": "maml"},
+            "episodes that fit, got others until step 5: ways must be at most 3, the number of outputs",
+        ),
+        ({"curriculum.until": (5,), "learner.name": "finetune"}, "curriculum.until must be empty for finetune"),
+        ({**_REPLAY, "learner.name": "finetune"}, "replay.capacity must be 0 for finetune, which"),
+        ({**_REPLAY, "replay.count": 7}, "count must be at most the capacity of the memory, 6, got 7"),
+        ({**_REPLAY, "replay.what": "rows"}, "what must be one of 'tasks', 'examples', got 'rows'"),
+        (
+            {**_REPLAY, "replay.what": "examples", "replay.by_loss": True},
+            "replay.what must be 'tasks' where replay.by_loss is True, got 'examples'",
+        ),
+        ({**_REPLAY, **_CURRICULUM}, "episodes that fit, got others until step 5"),
+    ],
+)  # fmt: skip
+def test_refusals(pictures, tmp_path, changes, told):
+    with pytest.raises(ValueError, match=told):
+        train.run(_config(pictures, changes), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_job_of_a_step(pictures):
+    job = _job.open_job(_config(pictures, _CURRICULUM))
+    assert [job.at(step)[1] for step in (0, 4, 5, 9, 10, 14)] == [5, 5, 10, 10, 15, 15]
+    assert job.at(12)[0] is job
