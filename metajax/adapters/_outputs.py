@@ -155,7 +155,7 @@ def prefix(model: Model, length: int, *, where: _tree.Where = "(key|value)/kerne
       A `Model`. No weight of the plain model can hold a prefix: `merge` refuses it.
 
     Raises:
-      ValueError: as `ia3`, or `length` is below 1, or `model` has other adapters.
+      ValueError: as `ia3`, or `length` is below 1, or `model` has other adapters, or (when made) `where` picks others.
 
     Source: Li and Liang 2021, arXiv:2101.00190.
 
@@ -176,5 +176,17 @@ def prefix(model: Model, length: int, *, where: _tree.Where = "(key|value)/kerne
         shape = (*kernel.shape[:-2], length, kernel.shape[-1])
         return {"prefix": _SPREAD * jax.random.normal(key, shape, learned(kernel))}
 
+    def check(picked: list[str], all_paths: list[str]) -> None:
+        def blocks(name: str) -> set[str]:
+            return {path.removesuffix(name) for path in picked if path.endswith(name)}
+
+        keys, values = blocks("key/kernel"), blocks("value/kernel")
+        others = len(picked) > len(keys) + len(values) and any(path.endswith("key/kernel") for path in all_paths)
+        if keys != values or others:
+            raise ValueError(
+                f"where must pick the kernels of keys and of values of the same blocks and no other, got {where!r}, "
+                f"which picks {', '.join(picked)}"
+            )
+
     build = lambda kernel, leaves: _Prefixed(kernel, leaves["prefix"])  # noqa: E731
-    return beside_kernels(model, "prefix", ("prefix",), where, make, build, folds=False)
+    return beside_kernels(model, "prefix", ("prefix",), where, make, build, folds=False, check=check)

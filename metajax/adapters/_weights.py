@@ -153,6 +153,7 @@ def beside_kernels(
     build: Callable[[Any, dict[str, jax.Array]], Weight],
     *,
     folds: bool = True,
+    check: Callable[[list[str], list[str]], None] = lambda picked, all_paths: None,
 ) -> Model:
     """An adapter with leaves `names` beside the kernels that `where` picks.
 
@@ -164,6 +165,7 @@ def beside_kernels(
       make: `(key, path, kernel) -> leaves`.
       build: `(kernel, leaves) -> weight`, what stands for the kernel while the model computes.
       folds: whether one array can do what the weight does.
+      check: `(picked, all)` raises a ValueError where these paths of kernels must not be picked together.
     """
     _validate.instance("model", model, Model)
 
@@ -181,6 +183,7 @@ def beside_kernels(
                     "where must pick floating-point kernels [in, out], or [depth, in, out] of scanned blocks, got "
                     f"{where!r}, which picks {path} {kernel.dtype} {kernel.shape}"
                 )
+        check(list(picked), list(kernels))
         keys = dict(zip(picked, jax.random.split(key, len(picked)), strict=True))
 
         def with_leaves(path: str, group: dict[str, Any]) -> dict[str, Any]:

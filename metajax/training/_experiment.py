@@ -349,6 +349,8 @@ def _transform(config: Config) -> data.Transform | None:
     words, is_text = bounds.pop("words", 0.0), source in ("text", "squad")
     if words and (not is_text or _is_frozen(config)):
         raise ValueError(f"augment.words must be 0 but for texts and a model that is not frozen, got {words}")
+    if words and config["learner"]["name"] == "in_context":
+        raise ValueError(f"augment.words must be 0 for in_context, whose prompts would lose labels too, got {words}")
     if not any(bounds.values()):
         return None
     if is_text or source in ("sinusoids", "cycles"):

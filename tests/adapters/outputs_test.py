@@ -164,6 +164,14 @@ def test_merge_refuses_what_no_weight_holds(kind):
 REFUSALS = {
     "size": (lambda: adapters.bottleneck(DECODER, 0), "size must be"),
     "length": (lambda: adapters.prefix(DECODER, 0), "length must be"),
+    "keys without values": (
+        lambda: adapters.prefix(DECODER, 2, where="key").init(jax.random.key(0), TOKENS),
+        "where must pick the kernels of keys and of values of the same blocks and no other, got 'key', which picks",
+    ),
+    "neither": (
+        lambda: adapters.prefix(DECODER, 2, where="up").init(jax.random.key(0), TOKENS),
+        "where must pick the kernels of keys and of values of the same blocks and no other, got 'up', which picks",
+    ),
     "twice": (lambda: adapters.bitfit(adapters.bitfit(DECODER)), "no adapter called 'bitfit' yet"),
     "order": (
         lambda: adapters.prefix(adapters.lora(DECODER), 2),

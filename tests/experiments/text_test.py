@@ -221,6 +221,14 @@ def test_a_run_on_questions_is_judged_by_f1(run, launch):
     assert (found["metric"], found["checkpoint"], found["episodes"]) == ("f1", "start", 4)
 
 
+def test_a_prompt_hides_no_words(run):
+    config = _inputs.with_fields(
+        training.load_config(run / "run"), ["learner.name=in_context", "augment.words=0.1", "model.head="]
+    )
+    with pytest.raises(ValueError, match=r"augment.words must be 0 for in_context, whose .*, got 0.1"):
+        training.build(config)
+
+
 def test_a_prompt_needs_no_training(run, launch):
     model = cases.write(run / "decoder", "llama")
     worlds.word_tokenizer(50).save(str(model / "tokenizer.json"))

@@ -1,0 +1,200 @@
+"""A stream of letters that changes without notice: adaptation to the steps since the last change that was found.
+
+    python -m experiments.changes --out=runs/changes
+
+Each step brings one image of each of ten letters of scripts that were never trained on, to be named before the labels
+are told. Now and then other letters take their place. Prototypes are computed of the steps since the last change that
+Bayesian change-point detection believes in (after MOCA, Harrison et al. 2020), of the last M steps, or of those since
+the last change as if it was told. Prints accuracy, cumulative regret against being told, and how many steps it takes
+after a change until accuracy is back, over 10 streams, and draws `changes.png`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from absl import flags
+
+from experiments import _launch
+
+_OUT = flags.DEFINE_string("out", "runs/changes", "Folder of the table and the figure.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of training, and of the first stream; the others count on from it.")
+_SEEDS = flags.DEFINE_integer("seeds", 10, "Streams.")
+_STEPS = flags.DEFINE_integer("steps", 400, "Steps of a stream.")
+_TRAIN = flags.DEFINE_integer("train_steps", 300, "Meta steps of the prototypes, before the streams.")
+_WAYS, _LONGEST, _HAZARD, _WINDOWS = 10, 20, 0.03, (1, 5, 20)
+_TOLERANCE = 0.5  # how far above its earlier level an error counts as back
+_AROUND = 10  # steps before and after a change that the figure shows
+_TOLD, _FOUND = "told when it changes", "change points"
+
+
+def main() -> int:
+    """Trains prototypes, follows each stream with each strategy, compares, draws."""
+    _launch.prepare(host_devices=1)
+    import numpy as np
+
+    import metajax
+    from experiments import _runs
+    from metajax import strategies
+
+    out = _runs.out_folder(_OUT.value)
+    if _SEEDS.value < 2 or _STEPS.value < 4 * _AROUND:
+        raise ValueError(
+            f"seeds must be at least 2 and steps at least {4 * _AROUND}, got {_SEEDS.value} and {_STEPS.value}"
+        )
+    embed = _trained()
+    # the streams are embedded once, so that the learner on them has nothing to compute but means
+    learner = metajax.learners.prototypical(
+        metajax.Model(lambda key, x: (), lambda params, x: x), distance="cosine", ways=_WAYS
+    )
+    followers = {
+        _FOUND: strategies.change_points(
+            learner, longest=_LONGEST, hazard=_HAZARD, log_likelihood=lambda *pair: -metajax.core.cross_entropy(*pair)
+        ),
+        **{f"the last {window} steps": strategies.recent(learner, window=window) for window in _WINDOWS},
+    }
+    source = metajax.data.glyphs("test")
+    losses: dict[str, list[Any]] = {name: [] for name in [_TOLD, *followers]}
+    right: dict[str, list[Any]] = {name: [] for name in losses}
+    changes = []
+    for seed in range(_SEED.value, _SEED.value + _SEEDS.value):
+        items, begins = _stream(source, seed, embed)
+        changes.append(begins[1:])
+        for name in losses:
+            adapted = _told(learner, items, begins) if name == _TOLD else _followed(followers[name], items)
+            lost, hit = _judged(learner, adapted, items)
+            losses[name].append(lost)
+            right[name].append(hit)
+    reference = np.array(losses[_TOLD])
+    curves = {name: _around(values, changes) for name, values in right.items()}
+    # an error is that of a step, over all changes; the level is the mean before them where they are told
+    level = float((1 - curves[_TOLD][:_AROUND]).mean())
+    print(f"{_SEEDS.value} streams of {_STEPS.value} steps, {sum(map(len, changes))} changes; mean and 95 % interval")
+    print(f"{'':24s}{'accuracy, %':>18s}{'regret, nats':>20s}{'steps to recover':>18s}")
+    found: dict[str, Any] = {"seed": _SEED.value, "steps": _STEPS.value}
+    for name in losses:
+        accuracy = 100 * np.array(right[name]).mean(1)
+        regret = strategies.cumulative_regret(np.array(losses[name]), reference)[:, -1]
+        back = strategies.recovery_time(1 - curves[name], _AROUND, level=level, tolerance=_TOLERANCE)
+        print(f"{name:24s}{_runs.told(accuracy, 2):>18s}{_runs.told(regret, 2):>20s}{back:18.0f}")
+        found[name] = {"accuracy": accuracy.tolist(), "regret": regret.tolist(), "recovery": back}
+    out.mkdir(parents=True, exist_ok=True)
+    _runs.write_json(out / "changes.json", found)
+    _draw(out / "changes.png", curves)
+    print(f"figure: {out / 'changes.png'}")
+    return 0
+
+
+def _trained() -> Any:
+    """A function from images to features, meta-trained on the letters of other scripts."""
+    import jax
+    import optax
+
+    import metajax
+
+    model = metajax.models.conv4(width=32, normalisation="group")
+    learner = metajax.learners.prototypical(model, distance="cosine")
+    outer = metajax.outer_update(learner, optax.adam(2e-3), hypergrad=metajax.hypergrad.unrolled(), before=False)
+    source, spec = metajax.data.glyphs("train"), metajax.data.EpisodeSpec(ways=20, shots=1, queries=5)
+    episodes = (
+        metajax.data.episode_batch(source, spec, seed=_SEED.value, start=start, count=4)
+        for start in itertools.count(step=4)
+    )
+    first = next(episodes)
+    state = outer.init(jax.random.key(_SEED.value), jax.tree.map(lambda leaf: leaf[0], first))
+    state = metajax.training.fit(outer, state, itertools.chain([first], episodes), steps=_TRAIN.value)
+
+    return jax.jit(lambda images: model.apply(state.params, images))
+
+
+def _stream(source: Any, seed: int, embed: Any) -> tuple[list[Any], list[int]]:
+    """A stream of features, and the steps at which it takes other letters, the first step included."""
+    import numpy as np
+
+    import metajax
+
+    steps = _STEPS.value
+    begins = [0, *(1 + np.flatnonzero(np.random.default_rng(seed).random(steps - 1) < _HAZARD)).tolist()]
+    items = []
+    for regime, (begin, end) in enumerate(itertools.pairwise([*begins, steps])):
+        letters = metajax.strategies.character_stream(source, seed=steps * seed + regime, ways=_WAYS, queries=1)
+        items += [
+            one.query._replace(inputs=np.asarray(embed(one.query.inputs)))
+            for one in itertools.islice(letters, end - begin)
+        ]
+    return items, begins
+
+
+def _followed(online: Any, items: list[Any]) -> list[Any]:
+    """What is adapted to before each step."""
+    import jax
+
+    state, adapt, observe = online.init(jax.random.key(0), items[0]), jax.jit(online.adapt), jax.jit(online.observe)
+    found = []
+    for item in items:
+        found.append(adapt(state))
+        state = observe(state, item)
+    return found
+
+
+def _told(learner: Any, items: list[Any], begins: list[int]) -> list[Any]:
+    """Adaptation to the steps since the last change, at most as many as the others look back."""
+    import jax
+    import numpy as np
+
+    import metajax
+
+    adapt, found, size = jax.jit(learner.adapt), [], len(items[0].mask)
+    for step in range(len(items)):
+        begin = max(max(one for one in begins if one <= step), step - _LONGEST)
+        kept = [*items[begin:step], *[items[0]] * (_LONGEST - (step - begin))]  # as many, so that one program fits
+        support = metajax.Examples(*(np.concatenate(leaves) for leaves in zip(*(one[:3] for one in kept), strict=True)))
+        found.append(adapt((), support._replace(mask=np.arange(len(support.mask)) < size * (step - begin))))
+    return found
+
+
+def _judged(learner: Any, adapted: list[Any], items: list[Any]) -> tuple[list[float], list[float]]:
+    """The loss and the accuracy of each step."""
+    import jax
+
+    import metajax
+
+    @jax.jit
+    def judge(one: Any, item: Any) -> Any:
+        loss, aux = learner.outer_loss(one, (), item)
+        return loss, metajax.core.accuracy(aux["outputs"], item)
+
+    found = [judge(*pair) for pair in zip(adapted, items, strict=True)]
+    return [float(loss) for loss, _ in found], [float(hit) for _, hit in found]
+
+
+def _around(right: list[Any], changes: list[list[int]]) -> Any:
+    """The mean accuracy in the steps before and after a change, of changes that stand alone."""
+    import numpy as np
+
+    rows = [
+        values[one - _AROUND : one + _AROUND]
+        for values, begins in zip(right, changes, strict=True)
+        for before, one, after in zip([0, *begins], begins, [*begins[1:], _STEPS.value], strict=False)
+        if one - before >= _AROUND and after - one >= _AROUND
+    ]
+    return np.mean(rows, axis=0)
+
+
+def _draw(path: Any, curves: dict[str, Any]) -> None:
+    import matplotlib.figure
+    import numpy as np
+
+    figure = matplotlib.figure.Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for name, values in curves.items():
+        axes.plot(np.arange(-_AROUND, _AROUND), 100 * values, "o-", ms=3, label=name)
+    axes.axvline(-0.5, color="0.6", lw=1)
+    axes.set(xlabel="steps since the letters changed", ylabel="accuracy, %", title=f"{_WAYS} letters, one image each")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    _launch.run(main)
