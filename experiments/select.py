@@ -1,10 +1,12 @@
 """Choosing a strategy for a family of tasks: successive halving against training every candidate to the end.
 
     python -m experiments.select --out=runs/select
+    python -m experiments.select --out=runs/select --data=OMNIGLOT      # a folder as `metajax.data.omniglot` takes it
 
-Six families, one for each script of the built-in characters. Of each, half of the letters are trained on, a quarter
-validates, and the last quarter judges: is the chosen strategy within one 95 % interval of the one that turns out best,
-and what did it cost, in meta steps and in processor time of the steps? Prints a row for each family.
+Six families, one for each script of the built-in characters, or the six largest alphabets of Omniglot. Of each, half
+of the letters are trained on, a quarter validates, and the last quarter judges: is the chosen strategy within one 95 %
+interval of the one that turns out best, and what did it cost, in meta steps and in processor time of the steps? Prints
+a row for each family.
 """
 
 from __future__ import annotations
@@ -18,12 +20,13 @@ from absl import flags
 from experiments import _launch
 
 _OUT = flags.DEFINE_string("out", "runs/select", "Folder of the table, the pictures, and what makes it go on.")
+_DATA = flags.DEFINE_string("data", None, "Folder of Omniglot; without it, scripts of the embedded glyphs.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the division of letters, parameters and episodes.")
 _BUDGET = flags.DEFINE_integer("budget", 1200, "Meta steps of all candidates together, for each family.")
 _FACTOR = flags.DEFINE_integer("factor", 5, "How many times fewer candidates there are in the next rung.")
 _EXTRAPOLATE = flags.DEFINE_bool("extrapolate", True, "Whether where curves lead decides, and not where they are.")
 _EPISODES = flags.DEFINE_integer("episodes", 600, "Test episodes.")
-_FAMILIES = flags.DEFINE_integer("families", 6, "How many of the scripts.")
+_FAMILIES = flags.DEFINE_integer("families", 6, "How many of the scripts or alphabets.")
 _META_BATCH, _SIZE, _VALIDATION = 2, 14, 200
 
 
@@ -36,14 +39,14 @@ def main() -> int:
     from experiments import _runs
 
     out = _runs.out_folder(_OUT.value)
-    families = [(name, source) for split in ("train", "val", "test") for name, source in _scripts(split)]
+    families = list(_scripts() if _DATA.value is None else _alphabets(_DATA.value))
     if not 1 <= _FAMILIES.value <= len(families):
         raise ValueError(f"families must be an integer from 1 to {len(families)}, got {_FAMILIES.value}")
     candidates = _candidates()
     spec = metajax.data.EpisodeSpec(ways=5, shots=1, queries=5)
     rows: list[dict[str, Any]] = []
     out.mkdir(parents=True, exist_ok=True)
-    head = f"{'family':10s}{'chosen':>14s}{'test accuracy':>16s}{'best':>14s}{'test accuracy':>16s}"
+    head = f"{'family':22s}{'chosen':>14s}{'test accuracy':>16s}{'best':>14s}{'test accuracy':>16s}"
     print(f"{head}  within  steps  processor time")
     for name, parts in families[: _FAMILIES.value]:
         found = metajax.select(
@@ -89,12 +92,12 @@ def main() -> int:
         }  # fmt: skip
         rows.append(row)
         print(
-            f"{name:10s}{row['chosen']:>14s}{_told(chosen):>16s}{best:>14s}{_told(judged[best]):>16s}"
+            f"{name[:22]:22s}{row['chosen']:>14s}{_told(chosen):>16s}{best:>14s}{_told(judged[best]):>16s}"
             f"{'yes' if row['within'] else 'no':>8s}{100 * row['share_of_steps']:5.0f} %"
             f"{100 * row['share_of_seconds']:14.0f} %",
             flush=True,
         )
-        given = {flag.name: flag.value for flag in (_SEED, _BUDGET, _FACTOR, _EXTRAPOLATE)}
+        given = {flag.name: flag.value for flag in (_DATA, _SEED, _BUDGET, _FACTOR, _EXTRAPOLATE)}
         _runs.write_json(out / "select.json", {**given, "families": rows})
     print(f"chosen within one interval of the best: {sum(row['within'] for row in rows)} of {len(rows)}")
     print(found)
@@ -129,27 +132,47 @@ def _candidates() -> list[Any]:
     ]
 
 
-def _scripts(split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The scripts of a split, each with its letters in three parts; look-alikes are in one part."""
+def _scripts() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each script with its letters in three parts; look-alikes are in one part."""
+    import metajax
+
+    for split in ("train", "val", "test"):
+        source: Any = metajax.data.glyphs(split, size=_SIZE)
+        for script, members in source.nodes.items():
+            yield script, _parts(source, script.lower(), members)
+
+
+def _alphabets(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The six alphabets with most letters, each with its letters in three parts."""
+    import metajax
+
+    parts = [
+        metajax.data.omniglot(path, split=split, protocol="lake", rotations=False, size=_SIZE)
+        for split in ("train", "val", "test")
+    ]
+    found = [(name, source, members) for source in parts for name, members in source.nodes.items()]
+    for name, source, members in sorted(found, key=lambda row: (-len(row[2]), row[0]))[:6]:
+        yield name, _parts(source, name.lower(), members)
+
+
+def _parts(source: Any, name: str, members: Any) -> dict[str, Any]:
     import numpy as np
 
     import metajax
 
-    source: Any = metajax.data.glyphs(split, size=_SIZE)
-    for script, members in source.nodes.items():
-        classes = np.array(members)
-        groups = source.groups[classes]
-        order = np.random.default_rng(_SEED.value).permutation(np.unique(groups))
-        places = np.array([0.5, 0.75]) * len(order)
-        parts = {}
-        for part, some in zip(("train", "val", "test"), np.split(order, places.astype(int)), strict=True):
-            kept = classes[np.isin(groups, some)]
-            rows = np.flatnonzero(np.isin(source.labels, kept))
-            parts[part] = metajax.data.arrays(
-                source.inputs[rows], source.labels[rows], split=part, groups=source.groups[kept],
-                families=source.families[rows], name=script.lower(),
-            )  # fmt: skip
-        yield script, parts
+    classes = np.array(members)
+    groups = np.arange(source.num_classes) if source.groups is None else source.groups
+    order = np.random.default_rng(_SEED.value).permutation(np.unique(groups[classes]))
+    places = np.array([0.5, 0.75]) * len(order)
+    parts = {}
+    for part, some in zip(("train", "val", "test"), np.split(order, places.astype(int)), strict=True):
+        kept = classes[np.isin(groups[classes], some)]
+        rows = np.flatnonzero(np.isin(source.labels, kept))
+        parts[part] = metajax.data.arrays(
+            source.inputs[rows], source.labels[rows], split=part, groups=groups[kept],
+            families=None if source.families is None else source.families[rows], name=name,
+        )  # fmt: skip
+    return parts
 
 
 def _told(found: Any) -> str:
