@@ -119,7 +119,8 @@ def base() -> ConfigDict:
             # what earlier steps saw comes again in each step: count of the last capacity (0: none is kept), tasks or
             # support examples; by_loss draws tasks that are lost most more often
             "replay": {"capacity": 0, "count": 4, "what": "tasks", "by_loss": False},
-            "inner": {"optimizer": "sgd", "rate": 0.4, "steps": 1, "eval_steps": 0},  # eval_steps 0: as steps
+            # eval_rate, eval_steps: in validation and evaluation, and of what is deployed; 0: as in training
+            "inner": {"optimizer": "sgd", "rate": 0.4, "steps": 1, "eval_rate": 0.0, "eval_steps": 0},
             "outer": {
                 "optimizer": "adam",  # adam or sgd
                 "rate": 1e-3,

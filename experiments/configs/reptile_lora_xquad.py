@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
     config.hypergrad.name = "displacement"
     config.episode.update(ways=1, shots=8, queries=8, hierarchical=True)
     config.train_episode.update(ways=1, shots=16, queries=1, hierarchical=True)
-    config.inner.update(optimizer="adam", rate=1e-3, steps=6)
+    config.inner.update(optimizer="adam", rate=1e-3, steps=6, eval_rate=3e-4, eval_steps=1)
     config.outer.update(optimizer="sgd", rate=1.0, schedule="linear", clip=0.0, steps=140, meta_batch=1)
     config.outer.trainable = "lora|head"
     config.validation.update(every=140, episodes=2)

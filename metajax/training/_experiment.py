@@ -27,6 +27,7 @@ from metajax.training._stages import stages
 Config = Mapping[str, Any]
 _LOSSES: dict[str, Loss] = {"sinusoids": squared_error, "squad": span_cross_entropy}  # others: cross-entropy
 LEARNERS = ("maml", "meta_sgd", "reptile", "bayesian", "prototypical", "finetune", "in_context", "moco", "simclr")
+_GRADIENT = ("maml", "meta_sgd", "reptile", "bayesian")
 _CONTRASTIVE = ("moco", "simclr")
 _IDENTITY = Model(lambda key, inputs: {}, lambda params, inputs: inputs)
 ESTIMATORS = (  # those that need no argument
@@ -99,7 +100,7 @@ def build(config: Config, *, num_classes: int | None = None) -> Experiment:
         _validate.int_at_least(f"{section}.episodes", config[section]["episodes"], 2)
     sampler = config["data"].get("sampler", "pipeline")  # runs of old do not have it
     name = config["learner"]["name"]
-    batches = trained is not learner or name in _CONTRASTIVE
+    batches = name == "finetune" or name in _CONTRASTIVE
     if _validate.one_of("data.sampler", sampler, ("pipeline", "device")) == "device" and batches:
         raise ValueError(f"data.sampler must be 'pipeline' for {name}, which trains on no episodes, got 'device'")
     _validate.int_at_least("seed", config["seed"], 0)
@@ -140,7 +141,6 @@ def _learners(
     """The learner that is evaluated and the one that is trained; with `weights`, `init` gives pretrained ones."""
     learner, inner, source = config["learner"], config["inner"], config["data"]["name"]
     name = _validate.one_of("learner.name", learner["name"], LEARNERS)
-    losses: dict[str, Any] = {"loss": _LOSSES[source]} if source in _LOSSES else {}
     outputs, network = _outputs(config, spec.max_ways), functools.partial(_model, config, weights=weights)
     for made, sources in (("pretrained", ("text", "squad")), ("decoder", ("cycles",))):
         if (source in sources) != (config["model"]["name"] == made):
@@ -162,32 +162,13 @@ def _learners(
         built = learners.in_context(network(None), **_prompts(config, spec.max_ways))
         return built, built
     steps = _validate.positive_int("inner.steps", inner["steps"])
-    rule = _inner_rule(inner)
-    if name == "maml":
-        built = learners.maml(
-            network(outputs), rule, steps,
-            adapts=learner["adapts"] or None, proximal=learner["proximal"], **losses,
-        )  # fmt: skip
-        return built, built
-    if name == "meta_sgd":
-        built = learners.meta_sgd(
-            network(outputs), inner["rate"], steps, per=learner["rates"],
-            each_step=learner["each_step"], inner=_inner_rule({**inner, "rate": 1.0}), adapts=learner["adapts"] or None,
-            **losses,
-        )  # fmt: skip
-        return built, built
-    if name == "reptile":
-        built = learners.reptile(
-            network(outputs), rule, steps,
-            batch_size=learner["batch_size"] or None, adapts=learner["adapts"] or None, **losses,
-        )  # fmt: skip
-        return built, built
-    if name == "bayesian":
-        built = learners.bayesian(
-            network(outputs), rule, steps, adapts=learner["adapts"] or None,
-            beta=learner["beta"], scale=learner["deviation"], samples=learner["samples"], **losses,
-        )  # fmt: skip
-        return built, built
+    rule = _inner_rule(inner, inner["rate"])
+    if name in _GRADIENT:
+        trained = _gradient(config, network(outputs), inner["rate"])
+        rate = _validate.non_negative_float("inner.eval_rate", inner.get("eval_rate", 0.0))  # runs of old have none
+        if rate and name == "meta_sgd":
+            raise ValueError(f"inner.eval_rate must be 0 for meta_sgd, whose rates are learned, got {rate}")
+        return _gradient(config, network(outputs), rate) if rate else trained, trained
     if source in ("sinusoids", "cycles", "squad"):
         raise ValueError(
             f"learner.name must be 'maml', 'meta_sgd', 'reptile' or 'bayesian' for {source}, which has no classes, got "
@@ -202,6 +183,24 @@ def _learners(
         return built, built
     head = learner["head"]
     return learners.finetune(features, rule, steps, head=head), learners.pretrain(features, num_classes or 1, head=head)
+
+
+def _gradient(config: Config, model: Model, rate: float) -> Learner:
+    """A learner with an inner loop of this rate."""
+    learner, inner, source = config["learner"], config["inner"], config["data"]["name"]
+    steps, rule = inner["steps"], _inner_rule(inner, rate)
+    options: dict[str, Any] = {"adapts": learner["adapts"] or None}
+    if source in _LOSSES:
+        options["loss"] = _LOSSES[source]
+    if learner["name"] == "maml":
+        return learners.maml(model, rule, steps, proximal=learner["proximal"], **options)
+    if learner["name"] == "reptile":
+        return learners.reptile(model, rule, steps, batch_size=learner["batch_size"] or None, **options)
+    if learner["name"] == "meta_sgd":
+        options |= {"per": learner["rates"], "each_step": learner["each_step"], "inner": _inner_rule(inner, 1.0)}
+        return learners.meta_sgd(model, rate, steps, **options)
+    options |= {"beta": learner["beta"], "scale": learner["deviation"], "samples": learner["samples"]}
+    return learners.bayesian(model, rule, steps, **options)
 
 
 def _prototypical(config: Config, features: Model) -> Learner:
@@ -358,8 +357,8 @@ def _transform(config: Config) -> data.Transform | None:
     return data.random_affine(**bounds)
 
 
-def _inner_rule(config: Config) -> optax.GradientTransformation:
-    rate = _validate.positive_float("inner.rate", config["rate"])
+def _inner_rule(config: Config, rate: float) -> optax.GradientTransformation:
+    _validate.positive_float("inner.rate", rate)
     name = _validate.one_of("inner.optimizer", config["optimizer"], ("sgd", "adam"))
     # without a first moment it is the rule of Reptile's paper; eps_root keeps second-order gradients finite
     return optax.sgd(rate) if name == "sgd" else optax.adam(rate, b1=0.0, eps_root=1e-8)

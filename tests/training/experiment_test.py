@@ -2,8 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+import metajax
 from experiments.configs import prototypical_glyphs
 from metajax import training
 
@@ -42,6 +44,24 @@ def test_a_vit_and_its_adapter():
         "lora_b": (2, 3, 16),
     }
     assert shapes({**changes, "learner.name": "maml"})["head"]["kernel"] == (16, 5)
+
+
+def test_another_rate_where_the_learner_is_evaluated():
+    changes = {"learner.name": "maml", "model.name": "mlp", "model.hidden": (4,), "inner.rate": 0.4}
+    _, experiment = build({**changes, "inner.eval_rate": 0.1})
+    support = metajax.Examples(jax.random.normal(jax.random.key(0), [5, 3]), jnp.arange(5), jnp.ones(5, bool))
+    params = experiment.trained.init(jax.random.key(1), support.inputs)
+    moved = [
+        jax.tree.map(jnp.subtract, learner.adapt(params, support).params, params)
+        for learner in (experiment.trained, experiment.learner)
+    ]
+    for long, short in zip(*map(jax.tree.leaves, moved), strict=True):
+        np.testing.assert_allclose(long, 4 * short, rtol=1e-4, atol=1e-6)
+    assert not experiment.batches
+    _, experiment = build(changes)
+    assert experiment.trained is experiment.learner
+    with pytest.raises(ValueError, match=r"inner.eval_rate must be 0 for meta_sgd, whose rates are learned, got 0.1"):
+        build({**changes, "learner.name": "meta_sgd", "inner.eval_rate": 0.1})
 
 
 @pytest.mark.parametrize(
