@@ -5,6 +5,7 @@
 | `widen` | `mlp`; `conv4` with a head and normalisation "batch", "support" or "none" | exactly |
 | | `conv4` with a head and "layer" or "group", to a multiple of the width | exactly |
 | | `conv4` without a head, as above | up to an isometry: distances and products of features stay |
+| | the hidden layers of `decoder`, `vit` and `encoder` | exactly |
 | `deepen` | `mlp`, `decoder`, `vit` | exactly |
 | | `encoder` | up to the epsilon of its normalisations |
 | | `conv4` | never, since a block halves the image: refused |
@@ -99,9 +100,12 @@ def widen(
     `conv4` without a head is read by none: there it is the kernels of the copies that differ, and the function stays up
     to the size of the noise.
 
+    Of a transformer the hidden layers of its blocks become wider (`hidden`); what runs from block to block keeps its
+    width.
+
     Args:
-      params: of `metajax.models.mlp` or `conv4`; arrays or their shapes.
-      widths: of the hidden layers or blocks in order, or one for all; none below what there is.
+      params: of `metajax.models.mlp`, `conv4`, `decoder`, `vit` or `encoder`; arrays or their shapes.
+      widths: of the hidden layers or blocks in order, or one for all; none below what there is. One for a transformer.
       normalisation: of `conv4`. The statistics of "layer" and "group" take in all channels, which must therefore be
         copied equally often: the widths must be multiples of those of old.
       noise: its standard deviation over that of the kernel; 0 is none.
@@ -124,7 +128,10 @@ def widen(
     _validate.non_negative_float("noise", noise)
     if noise and key is None:
         raise ValueError(f"key must be given for a noise of {noise}, got None")
-    leaves, layers = _flat(params), _layers(params)
+    leaves = _flat(params)
+    if "blocks" in params:
+        return _widen_blocks(leaves, widths, noise, key)
+    layers = _layers(params)
     old = [leaves[f"{layer}/kernel"].shape[-1] for layer in layers]
     new = list(widths) if isinstance(widths, Sequence) else [widths] * len(old)
     if len(new) != len(old):
@@ -150,6 +157,22 @@ def widen(
             if kernel and noise and blurred is not None and key is not None:
                 blur = _blur(blurred, noise, jax.random.fold_in(key, index))
             plan[path] = _spread(path, spreads, blur)
+    return _growth(plan)
+
+
+def _widen_blocks(leaves: Leaves, width: Any, noise: float, key: Any) -> Growth:
+    """Widens the hidden layers of the blocks of a transformer."""
+    _depth(leaves)  # refuses what is none
+    before = leaves["blocks/down/kernel"].shape[-2]
+    if _validate.positive_int("widths", width) < before:
+        raise ValueError(f"widths must be at least {before} for the hidden layers of the blocks, got {width}")
+    origin = np.arange(width) * before // width
+    read = _Spread(origin, -2, 1.0)
+    plan = {path: _Leaf(path) for path in leaves}
+    for path in leaves:
+        if path.startswith(("blocks/up/", "blocks/gate/")):
+            plan[path] = _spread(path, [_Spread(origin, -1, 0.0)], None)
+    plan["blocks/down/kernel"] = _spread("blocks/down/kernel", [read], _blur(read, noise, key) if noise else None)
     return _growth(plan)
 
 

@@ -164,8 +164,29 @@ WIDE = {
     "conv4 none": (conv("none", 3, 8), conv("none", 3, 11), IMAGES, 11, "none"),
     "conv4 layer": (conv("layer", 3, 8), conv("layer", 3, 24), IMAGES, 24, "layer"),
     "conv4 group": (conv("group", 3, 8), conv("group", 3, 16), IMAGES, 16, "group"),
+    "decoder": (
+        decoder(11, depth=2, hidden=12, **BLOCKS),
+        decoder(11, depth=2, hidden=17, **BLOCKS),
+        TOKENS,
+        17,
+        "batch",
+    ),
+    "vit": (
+        vit(3, patch=8, depth=2, hidden=12, **BLOCKS),
+        vit(3, patch=8, depth=2, hidden=24, **BLOCKS),
+        IMAGES,
+        24,
+        "batch",
+    ),
+    "encoder": (
+        encoder(11, 3, depth=2, hidden=12, **BLOCKS),
+        encoder(11, 3, depth=2, hidden=17, **BLOCKS),
+        TOKENS,
+        17,
+        "batch",
+    ),
 }
-FAST = ("mlp", "conv4 strided", "conv4 none", "conv4 group")
+FAST = ("mlp", "conv4 strided", "conv4 none", "conv4 group", "decoder")
 DEEP = {
     "mlp": (mlp(3, hidden=(5, 4)), mlp(3, hidden=(5, 5, 4, 4)), VECTORS, (0, 1)),
     "decoder": (
@@ -214,7 +235,7 @@ def test_widening_keeps_the_function_and_gives_the_gradients(name):
     compare(small, large, inputs, params, strategies.widen(params, widths, normalisation=policy))
 
 
-@pytest.mark.parametrize("name", ["mlp", "conv4 batch"])
+@pytest.mark.parametrize("name", ["mlp", "conv4 batch", "decoder"])
 def test_noise_that_sums_to_zero_over_copies_keeps_the_function(name):
     small, large, inputs, widths, policy = WIDE[name]
     params = generic(small, inputs)
@@ -223,7 +244,8 @@ def test_noise_that_sums_to_zero_over_copies_keeps_the_function(name):
     outputs = jax.jit(lambda params: apply(large, params, inputs))
     np.testing.assert_allclose(outputs(noisy), outputs(plain), rtol=1e-5, atol=1e-5)
     changed = [path for path, leaf in flat(noisy).items() if not np.allclose(leaf, flat(plain)[path], atol=1e-2)]
-    assert sorted(changed) == {"mlp": ["head/kernel", "layer_1/kernel"]}.get(name, ["block_1/kernel", "head/kernel"])
+    read = {"mlp": ["head/kernel", "layer_1/kernel"], "decoder": ["blocks/down/kernel"]}
+    assert sorted(changed) == read.get(name, ["block_1/kernel", "head/kernel"])
 
 
 @pytest.mark.parametrize("name", DEEP)
@@ -324,6 +346,11 @@ RESNET = jax.eval_shape(resnet12(widths=(8,)).init, jax.random.key(0), IMAGES)
         (
             lambda: strategies.deepen(CONV, 0),
             "params must be those of metajax.models.mlp .* decoder, vit or encoder, got a tree of",
+        ),
+        (lambda: strategies.widen(LORA, 99), "without adapters, got a tree of .*lora_a"),
+        (
+            lambda: strategies.widen(generic(vit(3, patch=8, depth=2, hidden=12, **BLOCKS), IMAGES), 11),
+            "widths must be at least 12 for the hidden layers of the blocks, got 11",
         ),
         (lambda: strategies.deepen(SMALL, 1), "after must hold numbers of layers, from 0 to 0, got 1"),
         (lambda: strategies.deepen(SMALL, (0, -1)), r"after must hold numbers of layers, from 0 to 0, got \(0, -1\)"),
