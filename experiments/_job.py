@@ -46,8 +46,8 @@ class Job(NamedTuple):
 
         return strategies.averaged_params(state) if self.experiment.average else state.params
 
-    def at(self, step: int) -> tuple[Job, int]:
-        """The job as the stage of training has it that goes on after `step`, and the step at which that ends."""
+    def stage(self, step: int) -> tuple[Any, Any, int]:
+        """The source and the size of the episodes after `step`, and the step at which their stage of training ends."""
         from metajax import data
 
         end = 0
@@ -55,14 +55,18 @@ class Job(NamedTuple):
             end += stage.steps
             if step < end:
                 break
-        if stage is self.experiment.stages[-1]:
+        resized = stage.resolution is not None
+        return data.transformed(self.train, data.resize(stage.resolution)) if resized else self.train, stage.spec, end
+
+    def at(self, step: int) -> tuple[Job, int]:
+        """The job as it is in the stage of training after `step`, and the step at which that ends."""
+        from metajax import data
+
+        train, spec, end = self.stage(step)
+        if (train, spec) == (self.train, self.experiment.train_spec):
             return self, end
-        source = self.train
-        if stage.resolution is not None:
-            source = data.transformed(source, data.resize(stage.resolution))
-        sampler = None if self.sampler is None else data.device_sampler(source, stage.spec)
-        experiment = self.experiment._replace(train_spec=stage.spec)
-        return self._replace(train=source, experiment=experiment, sampler=sampler), end
+        sampler = None if self.sampler is None else data.device_sampler(train, spec)
+        return self._replace(train=train, experiment=self.experiment._replace(train_spec=spec), sampler=sampler), end
 
     def init(self, *, begin: bool = True) -> Any:
         """The state before the first step; without `begin`, that of no other run, for its structure alone."""
@@ -112,11 +116,14 @@ def open_job(config: Any, devices: Sequence[Any] | None = None) -> Job:
     import jax
 
     from metajax import data, training
+    from metajax.core import _validate
 
     train, validation, test = (training.open_source(config, split) for split in ("train", "val", "test"))
     experiment = training.build(config, num_classes=getattr(train, "num_classes", None))
     validation.check(experiment.spec)
     test.check(experiment.spec)
+    _validate.int_at_least("replay.capacity", config.replay.capacity, 0)
+    _validate.positive_int("replay.count", config.replay.count)
     # one batch of examples is one task, which no devices divide
     tasks = 1 if experiment.batches else config.outer.meta_batch
     mesh = _placement.make_mesh(config, tasks, devices=devices)
@@ -134,11 +141,11 @@ def open_job(config: Any, devices: Sequence[Any] | None = None) -> Job:
     job = job._replace(outer=meta_step(config, experiment, mesh), example=jax.tree.map(lambda leaf: leaf[0], one))
     _trace(job, one)
     end = 0
-    for stage in experiment.stages[:-1]:
-        sooner, end = job.at(end)
+    for _ in experiment.stages[:-1]:
+        source, spec, end = job.stage(end)
         try:
-            sooner.train.check(stage.spec)
-            _trace(sooner, data.episode_batch(sooner.train, stage.spec, seed=config.seed, start=0, count=1))
+            source.check(spec)
+            _trace(job, data.episode_batch(source, spec, seed=config.seed, start=0, count=1))
         except (TypeError, ValueError) as error:
             raise ValueError(f"curriculum must have episodes that fit, got others until step {end}: {error}") from error
     return job
@@ -188,10 +195,10 @@ def _replayed(outer: Any, config: Any, experiment: Any) -> Any:
     fields, learner = config.replay, experiment.trained
     if experiment.batches:
         raise ValueError(f"replay.capacity must be 0 for {config.learner.name}, which trains on no episodes")
+    if fields.count > fields.capacity:
+        raise ValueError(f"replay.count must be at most replay.capacity, {fields.capacity}, got {fields.count}")
     if not fields.by_loss:
-        return strategies.replayed(outer, strategies.reservoir(fields.capacity), fields.count, what=fields.what)
-    if fields.what != "tasks":
-        raise ValueError(f"replay.what must be 'tasks' where replay.by_loss is True, got {fields.what!r}")
+        return strategies.replayed(outer, strategies.reservoir(fields.capacity), fields.count)
 
     def losses(params: Any, episodes: Any) -> Any:
         """Of each task, after adaptation."""
@@ -199,7 +206,10 @@ def _replayed(outer: Any, config: Any, experiment: Any) -> Any:
             episodes
         )
 
-    memory = strategies.prioritised(fields.capacity)
+    try:
+        memory = strategies.prioritised(fields.capacity)
+    except ImportError as error:
+        raise ValueError(f"replay.by_loss must be False here, got True: {error}") from error
     return strategies.replayed(outer, memory, fields.count, priority=losses)
 
 

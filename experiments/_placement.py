@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,9 @@ def make_mesh(config: Any, tasks: int, *, devices: Sequence[Any] | None = None) 
 
     from metajax import parallel
 
+    replays = config.replay.capacity > 0
+    if replays:  # new and old tasks are divided alike
+        tasks = math.gcd(tasks, config.replay.count)
     sizes = {name: config.mesh[name] for name in ("task", "fsdp", "model")}
     found = jax.devices() if devices is None else list(devices)
     if sizes == {"task": -1, "fsdp": 1, "model": 1} and jax.process_count() == 1:
@@ -32,8 +36,10 @@ def make_mesh(config: Any, tasks: int, *, devices: Sequence[Any] | None = None) 
     groups = parallel.num_groups(mesh)
     if tasks % groups:
         whole = tasks != config.outer.meta_batch
-        name = f"the tasks in a step of {config.learner.name}" if whole else "outer.meta_batch"
-        raise ValueError(f"{name} must be a multiple of mesh.task * mesh.fsdp, {groups} here, got {tasks}")
+        name, told = f"the tasks in a step of {config.learner.name}" if whole else "outer.meta_batch", f"{tasks}"
+        if replays:
+            name, told = "outer.meta_batch and replay.count", f"{config.outer.meta_batch} and {config.replay.count}"
+        raise ValueError(f"{name} must be a multiple of mesh.task * mesh.fsdp, {groups} here, got {told}")
     return mesh
 
 

@@ -43,6 +43,12 @@ def main() -> int:
         raise ValueError(
             f"seeds must be at least 2 and steps at least {4 * _AROUND}, got {_SEEDS.value} and {_STEPS.value}"
         )
+    begins = {seed: _begins(seed) for seed in range(_SEED.value, _SEED.value + _SEEDS.value)}
+    if not any(_alone(begins[seed]) for seed in begins):
+        raise ValueError(
+            f"steps must be enough for a change with {_AROUND} steps before and after it, got {_STEPS.value}: "
+            f"none of the {_SEEDS.value} streams has one"
+        )
     embed = _trained()
     # the streams are embedded once, so that the learner on them has nothing to compute but means
     learner = metajax.learners.prototypical(
@@ -57,20 +63,19 @@ def main() -> int:
     source = metajax.data.glyphs("test")
     losses: dict[str, list[Any]] = {name: [] for name in [_TOLD, *followers]}
     right: dict[str, list[Any]] = {name: [] for name in losses}
-    changes = []
-    for seed in range(_SEED.value, _SEED.value + _SEEDS.value):
-        items, begins = _stream(source, seed, embed)
-        changes.append(begins[1:])
+    for seed, changed in begins.items():
+        items = _stream(source, seed, changed, embed)
         for name in losses:
-            adapted = _told(learner, items, begins) if name == _TOLD else _followed(followers[name], items)
+            adapted = _told(learner, items, changed) if name == _TOLD else _followed(followers[name], items)
             lost, hit = _judged(learner, adapted, items)
             losses[name].append(lost)
             right[name].append(hit)
     reference = np.array(losses[_TOLD])
-    curves = {name: _around(values, changes) for name, values in right.items()}
+    curves = {name: _around(values, list(begins.values())) for name, values in right.items()}
     # an error is that of a step, over all changes; the level is the mean before them where they are told
     level = float((1 - curves[_TOLD][:_AROUND]).mean())
-    print(f"{_SEEDS.value} streams of {_STEPS.value} steps, {sum(map(len, changes))} changes; mean and 95 % interval")
+    count = sum(len(changed) - 1 for changed in begins.values())
+    print(f"{_SEEDS.value} streams of {_STEPS.value} steps, {count} changes; mean and 95 % interval")
     print(f"{'':24s}{'accuracy, %':>18s}{'regret, nats':>20s}{'steps to recover':>18s}")
     found: dict[str, Any] = {"seed": _SEED.value, "steps": _STEPS.value}
     for name in losses:
@@ -78,7 +83,11 @@ def main() -> int:
         regret = strategies.cumulative_regret(np.array(losses[name]), reference)[:, -1]
         back = strategies.recovery_time(1 - curves[name], _AROUND, level=level, tolerance=_TOLERANCE)
         print(f"{name:24s}{_runs.told(accuracy, 2):>18s}{_runs.told(regret, 2):>20s}{back:18.0f}")
-        found[name] = {"accuracy": accuracy.tolist(), "regret": regret.tolist(), "recovery": back}
+        found[name] = {
+            "accuracy": accuracy.tolist(),
+            "regret": regret.tolist(),
+            "recovery": back if np.isfinite(back) else None,
+        }
     out.mkdir(parents=True, exist_ok=True)
     _runs.write_json(out / "changes.json", found)
     _draw(out / "changes.png", curves)
@@ -108,22 +117,38 @@ def _trained() -> Any:
     return jax.jit(lambda images: model.apply(state.params, images))
 
 
-def _stream(source: Any, seed: int, embed: Any) -> tuple[list[Any], list[int]]:
-    """A stream of features, and the steps at which it takes other letters, the first step included."""
+def _begins(seed: int) -> list[int]:
+    """The steps at which a stream takes other letters, the first step included."""
+    import numpy as np
+
+    changed = np.random.default_rng(seed).random(_STEPS.value - 1) < _HAZARD
+    return [0, *(1 + np.flatnonzero(changed)).tolist()]
+
+
+def _alone(begins: list[int]) -> list[int]:
+    """The changes that no other is near to."""
+    ends = [*begins[1:], _STEPS.value]
+    return [
+        one
+        for before, one, after in zip(begins, begins[1:], ends[1:], strict=False)
+        if one - before >= _AROUND and after - one >= _AROUND
+    ]
+
+
+def _stream(source: Any, seed: int, begins: list[int], embed: Any) -> list[Any]:
+    """A stream of features, one image of each letter in a step."""
     import numpy as np
 
     import metajax
 
-    steps = _STEPS.value
-    begins = [0, *(1 + np.flatnonzero(np.random.default_rng(seed).random(steps - 1) < _HAZARD)).tolist()]
-    items = []
+    steps, items = _STEPS.value, []
     for regime, (begin, end) in enumerate(itertools.pairwise([*begins, steps])):
         letters = metajax.strategies.character_stream(source, seed=steps * seed + regime, ways=_WAYS, queries=1)
         items += [
             one.query._replace(inputs=np.asarray(embed(one.query.inputs)))
             for one in itertools.islice(letters, end - begin)
         ]
-    return items, begins
+    return items
 
 
 def _followed(online: Any, items: list[Any]) -> list[Any]:
@@ -169,17 +194,12 @@ def _judged(learner: Any, adapted: list[Any], items: list[Any]) -> tuple[list[fl
     return [float(loss) for loss, _ in found], [float(hit) for _, hit in found]
 
 
-def _around(right: list[Any], changes: list[list[int]]) -> Any:
+def _around(right: list[Any], begins: list[list[int]]) -> Any:
     """The mean accuracy in the steps before and after a change, of changes that stand alone."""
     import numpy as np
 
-    rows = [
-        values[one - _AROUND : one + _AROUND]
-        for values, begins in zip(right, changes, strict=True)
-        for before, one, after in zip([0, *begins], begins, [*begins[1:], _STEPS.value], strict=False)
-        if one - before >= _AROUND and after - one >= _AROUND
-    ]
-    return np.mean(rows, axis=0)
+    pairs = zip(right, begins, strict=True)
+    return np.mean([values[one - _AROUND : one + _AROUND] for values, own in pairs for one in _alone(own)], axis=0)
 
 
 def _draw(path: Any, curves: dict[str, Any]) -> None:

@@ -110,8 +110,7 @@ def _train(job: _job.Job, workdir: pathlib.Path, profile: str | None) -> tuple[A
         _say(f"resuming at step {int(state.step)}")
     while (start := int(state.step)) < job.config.outer.steps:
         try:
-            state, kept = _fit(job, workdir, checkpoints, state, extra, profile)
-            extra |= kept
+            state, extra["seconds"] = _fit(job, workdir, checkpoints, state, extra, profile)
         except training.Rollback as spike:
             count = extra["rollbacks"] + 1
             if count > job.config.watch.rollbacks:
@@ -127,16 +126,16 @@ def _train(job: _job.Job, workdir: pathlib.Path, profile: str | None) -> tuple[A
 
 def _fit(
     job: _job.Job, workdir: pathlib.Path, checkpoints: Any, state: Any, extra: dict[str, Any], profile: str | None
-) -> tuple[Any, dict[str, Any]]:
-    """Trains until the end of a stage; gives the state, and what a checkpoint would keep beside it."""
+) -> tuple[Any, float]:
+    """Trains until the last step; gives the state and the seconds of training, those before this start included."""
     import jax
 
     from metajax import parallel, training
+    from metajax.training._loop import closing
 
     config, steps, metric = job.config, job.config.outer.steps, job.experiment.metric
     start, first = int(state.step), jax.process_index() == 0
-    job, end = job.at(start)
-    episodes: Any = None if job.sampler else job.stream(extra["position"])
+    episodes: Any = None  # where the device draws them
 
     def score(params: Any) -> dict[str, float]:
         # NumPy, as after training: one compilation for both, on one device
@@ -162,29 +161,32 @@ def _fit(
         # of the step that is saved: its batch was handed out, the next one was not
         return values if episodes is None else {**values, "position": episodes.position}
 
-    left: dict[str, Any] = {}
-
-    def keep(step: int, state: Any, metrics: Any) -> None:
-        if step == end:  # before the recorder is closed, which waits for no further step
-            left.update(kept())
-
     saving = training.Saving(checkpoints, every=config.checkpoint.every, steps=steps, extra=kept)
     callbacks: list[Any] = [
         *([training.Progress(steps, meta_batch=config.outer.meta_batch, start=start)] if first else []),
-        recorder, *_watchers(job, workdir, profile, recorder.write), validating, saving, keep,
+        recorder, *_watchers(job, workdir, profile, recorder.write), validating, saving,
         training.Preemption(saving.save_now),  # last: what else sees the step has seen it then
     ]  # fmt: skip
-    if job.sampler is not None:
-        data, sample = job.sampler
-        state = training.fit_on_device(
-            job.outer, state, data, sample, batch=config.outer.meta_batch, steps=end,
-            seed=(config.seed + (extra["rollbacks"] << 32)) % 2**64,
-            chunk=math.gcd(config.log.every, config.validation.every, config.checkpoint.every), callbacks=callbacks,
-        )  # fmt: skip
-    else:
-        with contextlib.closing(episodes):
-            state = training.fit(job.outer, state, episodes, steps=end, callbacks=callbacks)
-    return state, left
+    position = extra["position"]
+    # of the whole run: closed after its last stage, and not after each
+    within: list[Any] = [lambda *seen, call=callback: call(*seen) for callback in callbacks]
+    with closing(callbacks):
+        while int(state.step) < steps:
+            stage, end = job.at(int(state.step))
+            if stage.sampler is not None:
+                data, sample = stage.sampler
+                state = training.fit_on_device(
+                    job.outer, state, data, sample, batch=config.outer.meta_batch, steps=end,
+                    seed=(config.seed + (extra["rollbacks"] << 32)) % 2**64,
+                    chunk=math.gcd(config.log.every, config.validation.every, config.checkpoint.every),
+                    callbacks=within,
+                )  # fmt: skip
+                continue
+            episodes = stage.stream(position)
+            with contextlib.closing(episodes):
+                state = training.fit(job.outer, state, episodes, steps=end, callbacks=within)
+                position = episodes.position
+    return state, recorder.seconds
 
 
 def _watchers(

@@ -113,13 +113,13 @@ def base() -> ConfigDict:
                 "imbalanced": 0,
                 "hierarchical": False,
             },
-            # simpler training episodes first: each until a meta step, such as until=(200, 500) ways=(5, 10); sizes in
-            # pixels, 0 as later; the last stage is train_episode. (): as later
+            # stages of training before that on train_episode: until=(200, 500) ways=(5, 10) takes 5 classes until step
+            # 200 and 10 until step 500. A number for each stage, size in pixels; 0, or (): as in the last stage
             "curriculum": {"until": (), "ways": (), "shots": (), "size": ()},
-            # what earlier steps saw comes again in each step: count of the last capacity (0: none is kept), tasks or
-            # support examples; by_loss draws tasks that are lost most more often
-            "replay": {"capacity": 0, "count": 4, "what": "tasks", "by_loss": False},
-            # eval_rate, eval_steps: in validation and evaluation, and of what is deployed; 0: as in training
+            # count tasks of earlier steps come again in each step, from a memory of capacity tasks (0: none): a sample
+            # of all so far, or with by_loss (extra replay) the newest, those of higher loss more often
+            "replay": {"capacity": 0, "count": 4, "by_loss": False},
+            # eval_rate, eval_steps: instead of them in validation, evaluation and deployment; 0: as in training
             "inner": {"optimizer": "sgd", "rate": 0.4, "steps": 1, "eval_rate": 0.0, "eval_steps": 0},
             "outer": {
                 "optimizer": "adam",  # adam or sgd

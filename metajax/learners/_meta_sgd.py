@@ -30,9 +30,10 @@ def meta_sgd(
 
     The meta-parameters are `{"backbone", "rates"}`: the parameters of `model`, and a rate for each weight that adapts
     (`per="weight"`, Meta-SGD), or one for each array (`per="array"`); with `each_step`, other ones in every inner step
-    (`per="array", each_step=True` is LSLR of MAML++). Rates are free numbers: where moving a weight does not help on
-    the query set, its rate goes to zero, or below. They are trained by every estimator that differentiates the update
-    rule, `first_order()` included, and stay as they are with `displacement()`.
+    (`per="array", each_step=True` is LSLR of MAML++; blocks of a transformer, which are arrays together, share theirs).
+    Rates are free numbers: where moving a weight does not help on the query set, its rate goes to zero, or below. They
+    are trained by every estimator that differentiates the update rule, `first_order()` and `sama()` included, and stay
+    as they are with `displacement()` and `implicit()`.
 
     Args:
       model: a network with one output for each class (or the regression targets).

@@ -105,12 +105,14 @@ def build(config: Config, *, num_classes: int | None = None) -> Experiment:
         raise ValueError(f"data.sampler must be 'pipeline' for {name}, which trains on no episodes, got 'device'")
     _validate.int_at_least("seed", config["seed"], 0)
     _validate.int_at_least("evaluation.seed", config["evaluation"]["seed"], 0)
-    _validate.one_of("hypergrad.name", config["hypergrad"]["name"], ESTIMATORS)
+    estimator = _validate.one_of("hypergrad.name", config["hypergrad"]["name"], ESTIMATORS)
+    if name == "meta_sgd" and estimator in ("displacement", "implicit"):
+        raise ValueError(f"hypergrad.name must be one that trains the rates of meta_sgd, got {estimator!r}")
     start = functools.partial(_start, config, spec, num_classes) if _begins_pretrained(config) else None
     average = _validate.below_one("outer.average", config["outer"].get("average", 0.0))  # runs of old do not have it
     eval_steps = _validate.int_at_least("inner.eval_steps", config["inner"]["eval_steps"], 0) or None
     return Experiment(
-        learner, trained, getattr(hypergrad, config["hypergrad"]["name"])(), _outer_optimizer(config["outer"]),
+        learner, trained, getattr(hypergrad, estimator)(), _outer_optimizer(config["outer"]),
         spec, train_spec, eval_steps, {"sinusoids": "mse", "squad": "f1"}.get(config["data"]["name"], "accuracy"),
         config["outer"].get("trainable", "") or (TRAINED if name in _CONTRASTIVE else None), _transform(config), start,
         batches, average, stages(config, train_spec, batches),
@@ -162,12 +164,15 @@ def _learners(
         built = learners.in_context(network(None), **_prompts(config, spec.max_ways))
         return built, built
     steps = _validate.positive_int("inner.steps", inner["steps"])
-    rule = _inner_rule(inner, inner["rate"])
+    _validate.positive_float("inner.rate", inner["rate"])
+    rate = _validate.non_negative_float("inner.eval_rate", inner.get("eval_rate", 0.0))  # runs of old have none
+    if rate and name not in ("maml", "reptile", "bayesian", "finetune"):
+        raise ValueError(
+            "inner.eval_rate must be 0 but for maml, reptile, bayesian and finetune, whose inner loops have one rate, "
+            f"got {rate} for {name}"
+        )
     if name in _GRADIENT:
         trained = _gradient(config, network(outputs), inner["rate"])
-        rate = _validate.non_negative_float("inner.eval_rate", inner.get("eval_rate", 0.0))  # runs of old have none
-        if rate and name == "meta_sgd":
-            raise ValueError(f"inner.eval_rate must be 0 for meta_sgd, whose rates are learned, got {rate}")
         return _gradient(config, network(outputs), rate) if rate else trained, trained
     if source in ("sinusoids", "cycles", "squad"):
         raise ValueError(
@@ -181,7 +186,7 @@ def _learners(
     if name == "prototypical":
         built = _prototypical(config, features)
         return built, built
-    head = learner["head"]
+    head, rule = learner["head"], _inner_rule(inner, rate or inner["rate"])
     return learners.finetune(features, rule, steps, head=head), learners.pretrain(features, num_classes or 1, head=head)
 
 
@@ -197,6 +202,7 @@ def _gradient(config: Config, model: Model, rate: float) -> Learner:
     if learner["name"] == "reptile":
         return learners.reptile(model, rule, steps, batch_size=learner["batch_size"] or None, **options)
     if learner["name"] == "meta_sgd":
+        _validate.one_of("learner.rates", learner["rates"], ("weight", "array"))
         options |= {"per": learner["rates"], "each_step": learner["each_step"], "inner": _inner_rule(inner, 1.0)}
         return learners.meta_sgd(model, rate, steps, **options)
     options |= {"beta": learner["beta"], "scale": learner["deviation"], "samples": learner["samples"]}
@@ -358,7 +364,6 @@ def _transform(config: Config) -> data.Transform | None:
 
 
 def _inner_rule(config: Config, rate: float) -> optax.GradientTransformation:
-    _validate.positive_float("inner.rate", rate)
     name = _validate.one_of("inner.optimizer", config["optimizer"], ("sgd", "adam"))
     # without a first moment it is the rule of Reptile's paper; eps_root keeps second-order gradients finite
     return optax.sgd(rate) if name == "sgd" else optax.adam(rate, b1=0.0, eps_root=1e-8)

@@ -32,11 +32,17 @@ def stages(config: Mapping[str, Any], spec: data.EpisodeSpec, batches: bool) -> 
                 f"{until[-1]}, got {tuple(fields['until'])}"
             )
         steps.append(end - before)
+    given = {name: tuple(fields.get(name, ())) for name in ("ways", "shots", "size")}
+    if (len(steps) > 1) != any(given.values()):
+        raise ValueError(
+            "curriculum.until must hold the steps until which curriculum.ways, curriculum.shots or curriculum.size are "
+            f"others, and be empty where there are none, got {tuple(fields['until'])} and {given}"
+        )
     if len(steps) == 1:
         return (Stage(spec, *steps),)
     if batches:
         raise ValueError(f"curriculum.until must be empty for {config['learner']['name']}, which trains on no episodes")
-    lists = {name: fields[name] or (0,) * (len(steps) - 1) for name in ("ways", "shots", "size")}
+    lists = {name: values or (0,) * (len(steps) - 1) for name, values in given.items()}
     for name, values in lists.items():
         if len(values) != len(steps) - 1:
             raise ValueError(

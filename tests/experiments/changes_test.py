@@ -24,6 +24,10 @@ def test_bad_input_is_refused(refusals, tmp_path):
     cases = [
         ([f"--out={tmp_path / 'file'}"], "out must be a folder, got"),
         (["--seeds=1"], "seeds must be at least 2 and steps at least 40, got 1 and 400"),
+        (
+            ["--seed=4", "--seeds=2", "--steps=40"],
+            "steps must be enough for a change with 10 steps before and after it",
+        ),
         (["--steps=39"], "seeds must be at least 2 and steps at least 40, got 10 and 39"),
     ]
     told = refusals("changes", [flags for flags, _ in cases])

@@ -89,36 +89,58 @@ def test_what_comes_again_is_counted(pictures, tmp_path):
     assert [line["replayed"] for line in lines] == [0] + [2] * 14
 
 
-def test_support_examples_come_again(pictures, tmp_path):
-    changes = {**_REPLAY, "replay.what": "examples", "learner.name": "maml", "outer.steps": 3, "log.every": 1}
-    train.run(_config(pictures, changes), tmp_path / "run")
-    lines = [line for line in metajax.training.read_metrics(tmp_path / "run") if "replayed" in line]
-    assert [line["replayed"] for line in lines] == [0, 4, 4]  # two for each of two tasks
+def test_a_rollback_into_the_stage_before_goes_through_both(pictures, tmp_path, monkeypatch, capsys):
+    config = _config(pictures, {**_CURRICULUM, "checkpoint.every": 4, "watch.spike": "rollback", "watch.window": 2})
+    rolled, stages = [], []
+    at = _job.Job.at
+
+    def spiking(watcher, step, metrics):
+        if step == 7 and not rolled:
+            rolled.append(step)
+            raise metajax.training.Rollback(step, 9.0, 1.0)
+
+    monkeypatch.setattr(metajax.training.Spikes, "_look", spiking)
+    monkeypatch.setattr(_job.Job, "at", lambda job, step: stages.append(step) or at(job, step))
+    train.run(config, tmp_path / "run")
+    assert "back to step 4, with other episodes (rollback 1)" in capsys.readouterr().out
+    assert stages == [0, 5, 4, 5, 10]
+
+
+def test_a_profile_is_of_one_stage(pictures, tmp_path, monkeypatch):
+    traced = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: traced.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: traced.append("stop"))
+    train.run(_config(pictures, _CURRICULUM), tmp_path / "run", profile="3:2")
+    assert traced == ["start", "stop"]
+
+
+_TWO = {"curriculum.until": (5,), "curriculum.ways": (2,)}
+_EPISODES = "episodes that fit, got others until step 5: "
 
 
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"curriculum.until": (5, 5)}, "curriculum.until must be ascending meta steps above 0 and below outer.steps"),
-        ({"curriculum.until": (15,)}, r"curriculum.until must be ascending .*, got \(15,\)"),
-        ({"curriculum.until": (5,), "curriculum.ways": (2, 2)}, "curriculum.ways must hold a number for each of the 1"),
-        ({"curriculum.until": (5,), "curriculum.shots": (-1,)}, "curriculum.shots must be an integer of at least 0"),
-        ({"curriculum.until": (5,), "curriculum.ways": (99,)}, "episodes that fit, got others until step 5: .*99"),
-        (
-            {"curriculum.until": (5,), "curriculum.ways": (4,), "learner.name": "maml"},
-            "episodes that fit, got others until step 5: ways must be at most 3, the number of outputs",
-        ),
-        ({"curriculum.until": (5,), "learner.name": "finetune"}, "curriculum.until must be empty for finetune"),
+        ({**_TWO, "curriculum.until": (5, 5)}, "until must be ascending meta steps above 0 and below outer.steps, 15"),
+        ({**_TWO, "curriculum.until": (15,)}, r"curriculum.until must be ascending .*, got \(15,\)"),
+        ({**_TWO, "curriculum.ways": (2, 2)}, "curriculum.ways must hold a number for each of the 1"),
+        ({**_TWO, "curriculum.shots": (-1,)}, "curriculum.shots must be an integer of at least 0"),
+        ({**_TWO, "curriculum.until": ()}, r"until must hold the steps until which .* are others, .* got \(\) and"),
+        ({**_TWO, "curriculum.ways": ()}, r"until must hold the steps .* be empty where there are none, got \(5,\)"),
+        ({**_TWO, "curriculum.ways": (99,)}, f"{_EPISODES}.*99"),
+        ({**_TWO, "curriculum.ways": (4,), "learner.name": "maml"}, f"{_EPISODES}ways must be at most 3, the number"),
+        ({**_TWO, "learner.name": "finetune"}, "curriculum.until must be empty for finetune"),
         ({**_REPLAY, "learner.name": "finetune"}, "replay.capacity must be 0 for finetune, which"),
-        ({**_REPLAY, "replay.count": 7}, "count must be at most the capacity of the memory, 6, got 7"),
-        ({**_REPLAY, "replay.what": "rows"}, "what must be one of 'tasks', 'examples', got 'rows'"),
+        ({**_REPLAY, "replay.count": 7}, "replay.count must be at most replay.capacity, 6, got 7"),
+        ({**_REPLAY, "replay.count": 0}, "replay.count must be an integer of at least 1, got 0"),
+        ({"replay.capacity": -1}, "replay.capacity must be an integer of at least 0, got -1"),
         (
-            {**_REPLAY, "replay.what": "examples", "replay.by_loss": True},
-            "replay.what must be 'tasks' where replay.by_loss is True, got 'examples'",
+            {**_REPLAY, "replay.count": 3, "mesh.fsdp": 2},
+            r"outer.meta_batch and replay.count must be a multiple of mesh.task \* mesh.fsdp, 8 here, got 2 and 3",
         ),
-        ({**_REPLAY, **_CURRICULUM}, "episodes that fit, got others until step 5"),
+        ({**_REPLAY, **_CURRICULUM}, _EPISODES),
     ],
-)  # fmt: skip
+)
 def test_refusals(pictures, tmp_path, changes, told):
     with pytest.raises(ValueError, match=told):
         train.run(_config(pictures, changes), tmp_path / "none")
@@ -129,3 +151,17 @@ def test_the_job_of_a_step(pictures):
     job = _job.open_job(_config(pictures, _CURRICULUM))
     assert [job.at(step)[1] for step in (0, 4, 5, 9, 10, 14)] == [5, 5, 10, 10, 15, 15]
     assert job.at(12)[0] is job
+
+
+def test_the_device_draws_the_episodes_of_a_stage(pictures):
+    job = _job.open_job(_config(pictures, {**_CURRICULUM, "data.sampler": "device"}))
+    shapes = []
+    for step in (0, 5, 10):
+        data, sample = job.at(step)[0].sampler
+        shapes.append(sample(data, jax.random.key(0)).support.inputs.shape)
+    assert shapes == [(4, 4, 4, 1), (3, 6, 6, 1), (3, 8, 8, 1)]
+
+
+def test_tasks_that_come_again_are_divided_like_new_ones(pictures):
+    assert _job.open_job(_config(pictures, {"replay.capacity": 6, "replay.count": 3})).mesh.size == 1
+    assert _job.open_job(_config(pictures, {"replay.capacity": 6, "replay.count": 4})).mesh.size == 2

@@ -60,8 +60,34 @@ def test_another_rate_where_the_learner_is_evaluated():
     assert not experiment.batches
     _, experiment = build(changes)
     assert experiment.trained is experiment.learner
-    with pytest.raises(ValueError, match=r"inner.eval_rate must be 0 for meta_sgd, whose rates are learned, got 0.1"):
-        build({**changes, "learner.name": "meta_sgd", "inner.eval_rate": 0.1})
+    for name in ("meta_sgd", "prototypical"):
+        with pytest.raises(ValueError, match=rf"inner.eval_rate must be 0 but for maml, .* got 0.1 for {name}"):
+            build({**changes, "learner.name": name, "inner.eval_rate": 0.1})
+    with pytest.raises(ValueError, match=r"inner.eval_rate must be a finite number of at least 0, got -1.0"):
+        build({**changes, "inner.eval_rate": -1.0})
+
+
+@pytest.mark.parametrize("name", ["reptile", "bayesian", "finetune"])
+def test_the_other_rate_is_that_of_each_learner_with_an_inner_loop(name):
+    changes = {"learner.name": name, "model.name": "mlp", "model.hidden": (4,), "inner.rate": 0.4}
+    support = metajax.Examples(jax.random.normal(jax.random.key(0), [5, 3]), jnp.arange(5), jnp.ones(5, bool))
+    learners = [build({**changes, "inner.eval_rate": rate})[1].learner for rate in (0.0, 0.1)]
+    params = learners[0].init(jax.random.key(1), support.inputs)
+    far, near = (learner.predict(learner.adapt(params, support), support.inputs) for learner in learners)
+    assert not np.allclose(far, near)
+
+
+def test_learned_rates_of_a_config():
+    changes = {"learner.name": "meta_sgd", "model.name": "mlp", "model.hidden": (4,), "inner.steps": 3}
+    assert shapes({**changes, "learner.adapts": "head"})["rates"]["head"]["kernel"] == (4, 5)
+    each = shapes({**changes, "learner.rates": "array", "learner.each_step": True})["rates"]
+    assert each["layer_0"]["kernel"] == (3,)
+    with pytest.raises(ValueError, match=r"learner.rates must be one of 'weight', 'array', got 'layer'"):
+        build({**changes, "learner.rates": "layer"})
+    with pytest.raises(
+        ValueError, match=r"hypergrad.name must be one that trains the rates of meta_sgd, got 'implicit'"
+    ):
+        build({**changes, "hypergrad.name": "implicit"})
 
 
 @pytest.mark.parametrize(
