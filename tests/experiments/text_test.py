@@ -222,9 +222,8 @@ def test_a_run_on_questions_is_judged_by_f1(run, launch):
 
 
 def test_a_prompt_hides_no_words(run):
-    config = _inputs.with_fields(
-        training.load_config(run / "run"), ["learner.name=in_context", "augment.words=0.1", "model.head="]
-    )
+    prompt = ["learner.name=in_context", "learner.labels=('w40', 'w41')", "learner.separator=w42", "learner.end=w43"]
+    config = _inputs.with_fields(training.load_config(run / "run"), [*prompt, "augment.words=0.1"])
     with pytest.raises(ValueError, match=r"augment.words must be 0 for in_context, whose .*, got 0.1"):
         training.build(config)
 
