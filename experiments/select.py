@@ -3,8 +3,8 @@
     python -m experiments.select --out=runs/select
     python -m experiments.select --out=runs/select --data=OMNIGLOT      # a folder as `metajax.data.omniglot` takes it
 
-Six families, one for each script of the built-in characters, or the six largest alphabets of Omniglot. Of each, half
-of the letters are trained on, a quarter validates, and the last quarter judges: is the chosen strategy within one 95 %
+Six families, one for each script of the built-in characters, or of five alphabets of Omniglot each. Of each, half of
+the letters are trained on, a quarter validates, and the last quarter judges: is the chosen strategy within one 95 %
 interval of the one that turns out best, and what did it cost, in meta steps and in processor time of the steps? Prints
 a row for each family.
 """
@@ -24,8 +24,8 @@ _DATA = flags.DEFINE_string("data", None, "Folder of Omniglot; without it, scrip
 _SEED = flags.DEFINE_integer("seed", 0, "Of the division of letters, parameters and episodes.")
 _BUDGET = flags.DEFINE_integer("budget", 1200, "Meta steps of all candidates together, for each family.")
 _FACTOR = flags.DEFINE_integer("factor", 5, "How many times fewer candidates there are in the next rung.")
-_EXTRAPOLATE = flags.DEFINE_bool("extrapolate", True, "Whether where curves lead decides, and not where they are.")
 _EPISODES = flags.DEFINE_integer("episodes", 600, "Test episodes.")
+_TOGETHER = flags.DEFINE_integer("together", 5, "Alphabets of Omniglot that make up a family.")
 _FAMILIES = flags.DEFINE_integer("families", 6, "How many of the scripts or alphabets.")
 _META_BATCH, _SIZE, _VALIDATION = 2, 14, 200
 
@@ -39,6 +39,8 @@ def main() -> int:
     from experiments import _runs
 
     out = _runs.out_folder(_OUT.value)
+    if _TOGETHER.value < 1:
+        raise ValueError(f"together must be an integer of at least 1, got {_TOGETHER.value}")
     families = list(_scripts() if _DATA.value is None else _alphabets(_DATA.value))
     if not 1 <= _FAMILIES.value <= len(families):
         raise ValueError(f"families must be an integer from 1 to {len(families)}, got {_FAMILIES.value}")
@@ -51,10 +53,9 @@ def main() -> int:
     for name, parts in families[: _FAMILIES.value]:
         found = metajax.select(
             candidates, (parts["train"], parts["val"]), _BUDGET.value, spec=spec, meta_batch=_META_BATCH,
-            episodes=_VALIDATION, shots=(1, 5), factor=_FACTOR.value,
-            extrapolate=_EXTRAPOLATE.value, seed=_SEED.value,
+            episodes=_VALIDATION, shots=(1, 5), factor=_FACTOR.value, seed=_SEED.value,
         )  # fmt: skip
-        found.plot(out / f"{name.lower()}.png")
+        found.plot(out / f"{name.lower().replace(' ', '_')}.png")
 
         def stream(source: Any = parts["train"]) -> Iterator[Any]:
             index = 0
@@ -97,7 +98,7 @@ def main() -> int:
             f"{100 * row['share_of_seconds']:14.0f} %",
             flush=True,
         )
-        given = {flag.name: flag.value for flag in (_DATA, _SEED, _BUDGET, _FACTOR, _EXTRAPOLATE)}
+        given = {flag.name: flag.value for flag in (_DATA, _TOGETHER, _SEED, _BUDGET, _FACTOR)}
         _runs.write_json(out / "select.json", {**given, "families": rows})
     print(f"chosen within one interval of the best: {sum(row['within'] for row in rows)} of {len(rows)}")
     print(found)
@@ -134,43 +135,54 @@ def _candidates() -> list[Any]:
 
 def _scripts() -> Iterator[tuple[str, dict[str, Any]]]:
     """Each script with its letters in three parts; look-alikes are in one part."""
+    import numpy as np
+
     import metajax
 
     for split in ("train", "val", "test"):
         source: Any = metajax.data.glyphs(split, size=_SIZE)
         for script, members in source.nodes.items():
-            yield script, _parts(source, script.lower(), members)
+            rows = np.flatnonzero(np.isin(source.labels, members))
+            labels = np.searchsorted(members, source.labels[rows])
+            groups = source.groups[np.array(members)]
+            yield script, _parts(script, source.inputs[rows], labels, groups, source.families[rows])
 
 
 def _alphabets(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The six alphabets with most letters, each with its letters in three parts."""
-    import metajax
-
-    parts = [
-        metajax.data.omniglot(path, split=split, protocol="lake", rotations=False, size=_SIZE)
-        for split in ("train", "val", "test")
-    ]
-    found = [(name, source, members) for source in parts for name, members in source.nodes.items()]
-    for name, source, members in sorted(found, key=lambda row: (-len(row[2]), row[0]))[:6]:
-        yield name, _parts(source, name.lower(), members)
-
-
-def _parts(source: Any, name: str, members: Any) -> dict[str, Any]:
+    """The alphabets of the background set, some together in the order of their names, with their letters in three
+    parts."""
     import numpy as np
 
     import metajax
 
-    classes = np.array(members)
-    groups = np.arange(source.num_classes) if source.groups is None else source.groups
-    order = np.random.default_rng(_SEED.value).permutation(np.unique(groups[classes]))
+    letters: dict[str, list[Any]] = {}  # images of each letter, by alphabet
+    for split in ("train", "val"):
+        source: Any = metajax.data.omniglot(path, split=split, protocol="lake", rotations=False, size=_SIZE)
+        for alphabet, members in source.nodes.items():
+            letters[alphabet] = [source.inputs[source.labels == member] for member in members]
+    names = sorted(letters)
+    for start in range(0, len(names), _TOGETHER.value):
+        some = names[start : start + _TOGETHER.value]
+        images = [letter for alphabet in some for letter in letters[alphabet]]
+        labels = np.repeat(np.arange(len(images)), [len(letter) for letter in images])
+        yield f"{some[0]} to {some[-1]}", _parts(some[0], np.concatenate(images), labels, np.arange(len(images)), None)
+
+
+def _parts(name: str, inputs: Any, labels: Any, groups: Any, families: Any) -> dict[str, Any]:
+    """Classes of a family for training, validation and test; those of one group `[classes]` are in one part."""
+    import numpy as np
+
+    import metajax
+
+    order = np.random.default_rng(_SEED.value).permutation(np.unique(groups))
     places = np.array([0.5, 0.75]) * len(order)
     parts = {}
     for part, some in zip(("train", "val", "test"), np.split(order, places.astype(int)), strict=True):
-        kept = classes[np.isin(groups[classes], some)]
-        rows = np.flatnonzero(np.isin(source.labels, kept))
+        kept = np.flatnonzero(np.isin(groups, some))
+        rows = np.flatnonzero(np.isin(labels, kept))
         parts[part] = metajax.data.arrays(
-            source.inputs[rows], source.labels[rows], split=part, groups=groups[kept],
-            families=None if source.families is None else source.families[rows], name=name,
+            inputs[rows], labels[rows], split=part, groups=groups[kept],
+            families=None if families is None else families[rows], name=name.lower(),
         )  # fmt: skip
     return parts
 

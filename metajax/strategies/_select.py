@@ -155,7 +155,6 @@ def select(
     episodes: int = 100,
     shots: Sequence[int] = (),
     factor: int = 2,
-    extrapolate: bool = False,
     folder: str | os.PathLike[str] | None = None,
     seed: int = 0,
 ) -> Selection:
@@ -175,9 +174,6 @@ def select(
       episodes: validation episodes, at least 2.
       shots: numbers of shots at which those of the last rung are compared; () for none.
       factor: how many times fewer there are in the next rung.
-      extrapolate: who goes on is decided by where the curves lead, and not by where they are: a straight line through
-        the last two validations, over the logarithm of the steps, is followed to the end of the last rung. Slow
-        starters stay. The first rung is then validated half-way too. The winner is the better one in truth.
       folder: keeps results and checkpoints; the same call again goes on where it stopped. None keeps nothing.
       seed: of parameters, training and validation episodes.
 
@@ -190,8 +186,7 @@ def select(
         out of range, or a folder of a call with other arguments.
 
     Source: Jamieson and Talwalkar 2016, Non-stochastic Best Arm Identification and Hyperparameter Optimization,
-    arXiv:1502.07943; Domhan, Springenberg and Hutter 2015 (extrapolated learning curves), Speeding up Automatic
-    Hyperparameter Optimization of Deep Neural Networks.
+    arXiv:1502.07943.
 
     >>> import optax, metajax
     >>> model, spec = metajax.models.mlp(8, hidden=()), metajax.data.EpisodeSpec(ways=5, shots=1, queries=3)
@@ -223,12 +218,9 @@ def select(
         check_source(validation, size)
     _validate.int_at_least("episodes", episodes, 2)
     rungs = _rungs(len(names), _validate.positive_int("budget", budget), _validate.int_at_least("factor", factor, 2))
-    if extrapolate and rungs[0][1] > 1:
-        rungs.insert(0, (rungs[0][0], rungs[0][1] // 2))
     settings = {
         "candidates": names, "tasks": [f"{source.name} ({source.split})" for source in tasks], "budget": budget,
         "spec": repr(spec), "train_spec": repr(train_spec), "shots": list(shots), "factor": factor,
-        "extrapolate": extrapolate,
         "episodes": episodes, "meta_batch": _validate.positive_int("meta_batch", meta_batch),
         "seed": _validate.int_at_least("seed", seed, 0),
     }  # fmt: skip
@@ -257,8 +249,7 @@ def select(
             measure = functools.partial(_measure, runs[name], steps, judge, [spec, *(more if last else [])], one)
             found[name] = notes.once(f"rung_{rung}", name, measure)
             curves[name].append((steps, *found[name]["score"]))
-        target = rungs[-1][1] if extrapolate else steps
-        left = sorted(left, key=lambda name: _order(found[name], _expected(curves[name], target)))
+        left = sorted(left, key=lambda name: _order(found[name]))
     ranked = sorted(names, key=lambda name: (-len(curves[name]), _order(found[name])))
     rows = tuple(_row(name, curves[name], found[name]) for name in ranked)
     taken = sum(curve[-1][0] for curve in curves.values())
@@ -382,22 +373,9 @@ def _measure(
     }  # fmt: skip
 
 
-def _expected(curve: Sequence[tuple[int, float, float]], steps: int) -> float:
-    """The last value of a curve `(steps, mean, ci95)`, or where a line over the logarithm leads from its last two.
-
-    >>> _expected([(10, 0.5, 0.0), (20, 0.6, 0.0)], 20), round(_expected([(10, 0.5, 0.0), (20, 0.6, 0.0)], 80), 3)
-    (0.6, 0.8)
-    """
-    now, high, _ = curve[-1]
-    if len(curve) < 2 or steps <= now:
-        return high
-    before, low, _ = curve[-2]
-    return high + (high - low) * math.log(steps / now) / math.log(now / before)
-
-
-def _order(found: Mapping[str, Any], mean: float | None = None) -> float:
-    """Sorts the best first, by the score that was found or another one; what is not a number last."""
-    mean = found["score"][0] if mean is None else mean
+def _order(found: Mapping[str, Any]) -> float:
+    """Sorts the best first; what is not a number last."""
+    mean = found["score"][0]
     value = mean if found["metric"] == "mse" else -mean
     return value if math.isfinite(value) else math.inf
 

@@ -27,6 +27,7 @@ def test_bad_input_is_refused(refusals, tmp_path):
     cases = [
         ([f"--out={tmp_path / 'file'}"], "out must be a folder, got"),
         ([f"--out={tmp_path / 'out'}", "--families=7"], "families must be an integer from 1 to 6, got 7"),
+        ([f"--out={tmp_path / 'out'}", "--together=0"], "together must be an integer of at least 1, got 0"),
         ([f"--out={tmp_path / 'out'}", "--budget=19"], "budget must be at least 20 meta steps"),
     ]
     for text, (_, expected) in zip(refusals("select", [flags for flags, _ in cases]), cases, strict=True):

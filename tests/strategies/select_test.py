@@ -53,27 +53,6 @@ def test_the_rungs_by_hand():
     assert _select._rungs(5, 45, 2) == [(5, 3), (3, 8), (2, 15)]
 
 
-def test_where_curves_lead_decides_who_goes_on():
-    found = select(extrapolate=True)
-    leads = {}
-    for name, curve in found.curves.items():
-        assert [steps for steps, _, _ in curve][:2] == [15, 30], "the first rung is validated half-way"
-        line = np.polyfit(np.log([15, 30]), [mean for _, mean, _ in curve[:2]], 1)
-        leads[name] = np.polyval(line, np.log(90))
-    kept = {name for name, curve in found.curves.items() if len(curve) == 3}
-    assert kept == {*sorted(leads, key=leads.get)[-2:]}
-    assert found.steps == 240, "no more than without"
-    assert found.winner.name == max(kept, key=lambda name: found.curves[name][-1][1])
-
-
-def test_a_slow_starter_goes_on_before_one_that_is_better_and_rises_less():
-    slow, early = [(10, 0.5, 0.0), (20, 0.6, 0.0)], [(10, 0.69, 0.0), (20, 0.7, 0.0)]
-    assert _select._expected(slow, 80) == pytest.approx(0.8), "0.1 for each doubling"
-    assert _select._expected(early, 80) == pytest.approx(0.72)
-    assert _select._expected(slow, 20) == 0.6
-    assert _select._expected(slow[:1], 80) == 0.5
-
-
 def test_the_worse_half_stops_and_the_winner_is_trained_as_by_hand(found):
     """240 steps, two rungs: 30 for each of 4, then 60 more for each of 2."""
     assert found.winner.name == "fast"
