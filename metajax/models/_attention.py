@@ -12,7 +12,7 @@ def heads_of(values: jax.Array, size: int) -> jax.Array:
     >>> heads_of(jnp.ones([2, 5, 32]), 8).shape
     (2, 5, 4, 8)
     """
-    return values.reshape(*values.shape[:-1], -1, size)
+    return values.reshape(*values.shape[:-1], values.shape[-1] // size, size)  # also of no texts, where -1 is unknown
 
 
 def attend(
@@ -45,4 +45,4 @@ def attend(
         seen = before if seen is None else seen & before
         causal = False
     mixed = jax.nn.dot_product_attention(query, key, value, mask=seen, is_causal=causal)
-    return mixed.reshape(*mixed.shape[:2], -1)
+    return mixed.reshape(*mixed.shape[:2], mixed.shape[2] * mixed.shape[3])
