@@ -35,10 +35,11 @@ def make_mesh(config: Any, tasks: int, *, devices: Sequence[Any] | None = None) 
     mesh = parallel.make_mesh(**sizes, devices=found)
     groups = parallel.num_groups(mesh)
     if tasks % groups:
-        whole = tasks != config.outer.meta_batch
-        name, told = f"the tasks in a step of {config.learner.name}" if whole else "outer.meta_batch", f"{tasks}"
+        name, told = "outer.meta_batch", f"{tasks}"
         if replays:
             name, told = "outer.meta_batch and replay.count", f"{config.outer.meta_batch} and {config.replay.count}"
+        elif tasks != config.outer.meta_batch:
+            name = f"the tasks in a step of {config.learner.name}"
         raise ValueError(f"{name} must be a multiple of mesh.task * mesh.fsdp, {groups} here, got {told}")
     return mesh
 

@@ -65,7 +65,6 @@ def meta_sgd(
     >>> learner.predict(learner.adapt(params, support), support.inputs).shape
     (4, 2)
     """
-    _validate.instance("model", model, Model)
     _validate.positive_float("rate", rate)
     _validate.one_of("per", per, ("weight", "array"))
     inner = optax.sgd(1.0) if inner is None else inner

@@ -172,8 +172,9 @@ def _learners(
             f"got {rate} for {name}"
         )
     if name in _GRADIENT:
-        trained = _gradient(config, network(outputs), inner["rate"])
-        return _gradient(config, network(outputs), rate) if rate else trained, trained
+        model = network(outputs)
+        trained = _gradient(config, model, inner["rate"])
+        return _gradient(config, model, rate) if rate else trained, trained
     if source in ("sinusoids", "cycles", "squad"):
         raise ValueError(
             f"learner.name must be 'maml', 'meta_sgd', 'reptile' or 'bayesian' for {source}, which has no classes, got "

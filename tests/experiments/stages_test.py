@@ -1,12 +1,12 @@
 """Curriculum and replay of `experiments.train`: what each step trains on, and that a resumed run goes on alike."""
 
 import jax
+import launchers
 import numpy as np
 import pytest
 
 import metajax
 from experiments import _job, train
-from experiments.configs import prototypical_glyphs
 
 _CURRICULUM = {
     "curriculum.until": (5, 10), "curriculum.ways": (2, 0), "curriculum.shots": (2, 0), "curriculum.size": (4, 6),
@@ -14,21 +14,14 @@ _CURRICULUM = {
 _REPLAY = {"replay.capacity": 6, "replay.count": 2}
 
 
+_SHORT = {
+    "outer.steps": 15, "outer.meta_batch": 2, "log.every": 4, "validation.every": 15, "validation.episodes": 4,
+    "evaluation.episodes": 4, "checkpoint.every": 3,
+}  # fmt: skip
+
+
 def _config(pictures, changes):
-    config = prototypical_glyphs.get_config()
-    config.update(
-        data={"name": "image_folder", "size": 8, "channels": 1, "path": str(pictures)},
-        model={"width": 4, "depth": 1},
-        episode={"ways": 3, "queries": 2},
-        train_episode={"ways": 0, "queries": 0},
-        outer={"steps": 15, "meta_batch": 2},
-        log={"every": 4},
-        validation={"every": 15, "episodes": 4},
-        evaluation={"episodes": 4},
-        checkpoint={"every": 3},
-    )
-    config.update_from_flattened_dict(changes)
-    return config
+    return launchers.small_config(pictures, {**_SHORT, **changes})
 
 
 def test_each_step_sees_the_episodes_of_its_stage(pictures, tmp_path, monkeypatch):

@@ -178,7 +178,7 @@ def test_a_preempted_run_saves_ends_with_its_own_status_and_resumes_to_the_same_
 
 def test_a_profile_that_is_none_is_refused_before_anything_is_written(pictures, tmp_path):
     with pytest.raises(ValueError, match="profile must be STEP:COUNT"):
-        train.run(_config(pictures, {}), tmp_path / "run", profile="5")
+        train.run(launchers.small_config(pictures, {}), tmp_path / "run", profile="5")
     assert not (tmp_path / "run").exists()
 
 
@@ -221,7 +221,9 @@ def test_a_resumed_stream_starts_at_the_position_of_the_checkpoint(killed_run, t
 def test_a_spike_rolls_the_run_back_to_the_last_checkpoint_and_to_other_episodes(
     pictures, tmp_path, monkeypatch, capsys, sampler
 ):
-    config = _config(pictures, {"outer.steps": 12, "checkpoint.every": 5, "validation.every": 12, "log.every": 4})
+    config = launchers.small_config(
+        pictures, {"outer.steps": 12, "checkpoint.every": 5, "validation.every": 12, "log.every": 4}
+    )
     config.update_from_flattened_dict({"watch.spike": "rollback", "watch.window": 2, "data.sampler": sampler})
     config.update_from_flattened_dict({"evaluation.episodes": 4, "validation.episodes": 4})
     rolled = []
@@ -318,18 +320,6 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(laun
     metajax.training._loop.require_finite_params(1, metajax.MetaState(params, (), (), 1, None))
 
 
-def _config(pictures, changes):
-    config = prototypical_glyphs.get_config()
-    config.update(
-        data={"name": "image_folder", "size": 8, "channels": 1, "path": str(pictures)},
-        model={"width": 4, "depth": 1},
-        episode={"ways": 3, "queries": 2},
-        train_episode={"ways": 0, "queries": 0},
-    )
-    config.update_from_flattened_dict(changes)
-    return config
-
-
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
@@ -377,14 +367,14 @@ def _config(pictures, changes):
 )
 def test_bad_input_is_named_and_nothing_is_written(pictures, tmp_path, changes, told):
     with pytest.raises(ValueError, match=told):
-        train.run(_config(pictures, changes), tmp_path / "none")
+        train.run(launchers.small_config(pictures, changes), tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 
 def test_a_folder_that_holds_something_else_is_refused(pictures, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="workdir must be a new or empty folder"):
-        train.run(_config(pictures, {}), tmp_path, resume=True)
+        train.run(launchers.small_config(pictures, {}), tmp_path, resume=True)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
