@@ -168,9 +168,7 @@ def _fit(
         training.Preemption(saving.save_now),  # last: what else sees the step has seen it then
     ]  # fmt: skip
     position = extra["position"]
-    # of the whole run: closed after its last stage, and not after each
-    within: list[Any] = [lambda *seen, call=callback: call(*seen) for callback in callbacks]
-    with closing(callbacks):
+    with closing(callbacks) as within:  # after the last stage
         while int(state.step) < steps:
             stage, end = job.at(int(state.step))
             if stage.sampler is not None:

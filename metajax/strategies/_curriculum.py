@@ -155,8 +155,7 @@ def curriculum(
     _check_schedule(stages, int(state.step), score is not None)
     sources = [_source_of(source, stage, difficulty, f"stages[{index}]") for index, stage in enumerate(stages)]
     passed = []
-    with _loop.closing(callbacks):
-        within = [lambda *seen, call=callback: call(*seen) for callback in callbacks]  # closed after the last stage
+    with _loop.closing(callbacks) as within:  # after the last stage
         for stage, own in zip(stages, sources, strict=True):
             outer = outer if stage.outer is None else stage.outer
             if stage.grow is not None:

@@ -94,13 +94,17 @@ def update_of(outer: OuterUpdate | Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def closing(callbacks: Sequence[Callback]) -> Iterator[None]:
-    """Closes the callbacks that can be closed in the end, in order, also after an error and where one fails to."""
+def closing(callbacks: Sequence[Callback]) -> Iterator[list[Callback]]:
+    """Closes the callbacks that can be closed in the end, in order, also after an error and where one fails to.
+
+    Yields:
+      The callbacks for loops inside, which do not close them.
+    """
     with contextlib.ExitStack() as stack:
         for callback in reversed(callbacks):
             if hasattr(callback, "close"):
                 stack.callback(callback.close)
-        yield
+        yield [lambda *seen, call=callback: call(*seen) for callback in callbacks]
 
 
 def require_finite_loss(step: int, metrics: dict[str, Any]) -> None:
