@@ -292,7 +292,8 @@ def residual_dynamics(nominal: Vehicle | None = None, *, hidden: tuple[int, ...]
       hidden: widths of the network.
 
     Returns:
-      A `Model` from features `[n, 4]` (`motion_features`) to accelerations `[n, 2]` (`lateral_accelerations`).
+      A `Model` from features `[n, 4]` (`motion_features`) to accelerations `[n, 2]` (`lateral_accelerations`). Columns
+      behind the four go to the network as they are: with them, it is a model for `strategies.recurrent(model, 2)`.
 
     Raises:
       ValueError: a width below 1, or `nominal` is no `Vehicle`.
@@ -306,13 +307,13 @@ def residual_dynamics(nominal: Vehicle | None = None, *, hidden: tuple[int, ...]
     network = mlp(2, hidden=hidden)
 
     def assumed(features: jax.Array) -> jax.Array:
-        speed, sway, yaw_rate, steering = features
+        speed, sway, yaw_rate, steering = features[:4]
         return lateral_accelerations(assumption, Motion(speed=speed, sway=sway, yaw_rate=yaw_rate), steering)
 
     def seen(inputs: Any, nominal: jax.Array) -> jax.Array:
         # a vehicle that spins is nothing that was learned from, and must not move the weights far
-        features = jnp.clip((inputs - jnp.array(_CENTRE)) / jnp.array(_SPREAD), -4, 4)
-        return jnp.concatenate([features, nominal / jnp.array(_SCALE)], axis=1)
+        features = jnp.clip((inputs[:, :4] - jnp.array(_CENTRE)) / jnp.array(_SPREAD), -4, 4)
+        return jnp.concatenate([features, nominal / jnp.array(_SCALE), inputs[:, 4:]], axis=1)
 
     def init(key: jax.Array, inputs: Any) -> Any:
         return network.init(key, seen(inputs, jax.vmap(assumed)(inputs)))

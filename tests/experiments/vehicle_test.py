@@ -1,4 +1,4 @@
-"""`experiments.vehicle` as a process: half of the training already tells the vehicles apart."""
+"""`experiments.vehicle` as a process: a part of the training already tells the vehicles apart."""
 
 import json
 
@@ -7,8 +7,9 @@ import pytest
 
 
 @pytest.mark.slow  # trains, and drives for 40 simulated seconds, in a process of its own
-def test_the_vehicle_that_adapts_keeps_its_lane_better(launch, tmp_path):
-    done = launch("vehicle", "--seeds=2", "--steps=3000", f"--out={tmp_path}")
+@pytest.mark.parametrize(("adaptation", "steps"), [("gradient", 3000), ("recurrent", 1000)])
+def test_the_vehicle_that_adapts_keeps_its_lane_better(launch, tmp_path, adaptation, steps):
+    done = launch("vehicle", f"--adaptation={adaptation}", "--seeds=2", f"--steps={steps}", f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "vehicle.json").read_text())
     assert found["model_error"][1] < 0.8 * found["model_error"][0]

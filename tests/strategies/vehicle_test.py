@@ -104,6 +104,19 @@ def test_residual_dynamics_are_the_nominal_ones_where_the_network_is_silent():
     np.testing.assert_allclose(moved, [4.0, 1.0], rtol=1e-5)
 
 
+def test_residual_dynamics_hand_further_columns_to_the_network():
+    model = strategies.residual_dynamics(hidden=(8,))
+    inputs = jnp.concatenate([strategies.motion_features(Motion(speed=22.0), 0.5), jnp.array([0.5, -9.0])])[None]
+    params = jax.tree.map(jnp.zeros_like, model.init(jax.random.key(0), inputs))
+    assert params["layer_0"]["kernel"].shape == (8, 8)  # features, what the nominal model says, and the two
+    np.testing.assert_array_equal(model.apply(params, inputs), model.apply(params, inputs.at[0, 4:].set(0.0)))
+    # one unit that reads the last column alone, unscaled and not clipped
+    params["layer_0"]["kernel"] = params["layer_0"]["kernel"].at[7, 0].set(-1.0)
+    params["head"]["kernel"] = params["head"]["kernel"].at[0, 1].set(1.0)
+    moved = model.apply(params, inputs) - model.apply(params, inputs.at[0, 5].set(0.0))
+    np.testing.assert_allclose(moved, [[0.0, 9.0]], atol=1e-5)
+
+
 def true_dynamics(vehicle):
     def dynamics(features):
         speed, sway, yaw_rate, steering = features[0]
