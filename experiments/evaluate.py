@@ -5,6 +5,7 @@ python -m experiments.evaluate --workdir=RUN --ways=20 --shots=5             # o
 python -m experiments.evaluate --workdir=RUN --data=PATH --split=test        # other data of the same kind
 python -m experiments.evaluate --workdir=RUN --data=FILE --checkpoint=start  # texts, by the weights that it began with
 python -m experiments.evaluate --workdir=RUN --checkpoint=start --override=learner.name=maml --override=inner.steps=10
+python -m experiments.evaluate --workdir=RUN --soup=RUN2,RUN3                # the mean of the weights of three runs
 python -m experiments.evaluate --workdir=RUN --names=fin_Latn,swh_Latn       # texts, some domains of the split alone
 python -m experiments.evaluate --workdir=RUN --suite=cross_domain --suite_data=omniglot=PATH,mine=FOLDER  # other images
 
@@ -46,6 +47,9 @@ _OVERRIDE = flags.DEFINE_multi_string(
     "FIELD=VALUE of the run's config to evaluate with, such as learner.distance=cosine; the parameters must fit. With "
     "--checkpoint=start they are made for it: another learner over the same pretrained weights. As often as needed.",
 )
+_SOUP = flags.DEFINE_list(
+    "soup", [], "Runs that began at the same weights (config.init): the mean of theirs and of this run's is evaluated."
+)
 _SHUFFLE = flags.DEFINE_bool("shuffle_support", False, "Also evaluate with shuffled support labels: stands at chance.")
 _SUITE = flags.DEFINE_enum("suite", None, ["cross_domain"], "Also evaluates on other sources of images, in one table.")
 _SUITE_DATA = flags.DEFINE_list(
@@ -72,6 +76,8 @@ def main() -> int:
     if _SUITE_DATA.value and not _SUITE.value:
         raise ValueError(f"suite_data must come with suite, got {_SUITE_DATA.value}")
     others = _suite.parse(_SUITE_DATA.value, config) if _SUITE.value else {}
+    if _SOUP.value and _CHECKPOINT.value == "start":
+        raise ValueError(f"soup must not be given with --checkpoint=start, got {_SOUP.value}")
     given: dict[str, Any] = {"ways": _WAYS.value, "shots": _SHOTS.value, "queries": _QUERIES.value}
     spec = dataclasses.replace(experiment.spec, **{name: size for name, size in given.items() if size is not None})
     if _DATA.value and config["data"]["name"] == "text":
@@ -81,6 +87,7 @@ def main() -> int:
     source = metajax.training.open_source(config, _SPLIT.value, path=_DATA.value)
     inputs = metajax.data.episode(source, spec, seed=0, index=0).query.inputs
     learner, params = metajax.load_run(workdir, checkpoint=_CHECKPOINT.value, config=config, inputs=inputs)
+    params = _soup(params) if _SOUP.value else params
     _inputs.check_inputs("data", inputs, learner, params)
     options: dict[str, Any] = {
         "episodes": _EPISODES.value,
@@ -107,6 +114,7 @@ def main() -> int:
         "split": _SPLIT.value,
         **({"override": _OVERRIDE.value} if _OVERRIDE.value else {}),
         "checkpoint": _CHECKPOINT.value,
+        **({"soup": _SOUP.value} if _SOUP.value else {}),
         **more,
         "params_sha256": _runs.params_sha256(params),
     }
@@ -114,10 +122,27 @@ def main() -> int:
     print(f"{'learner':<13}  {config['learner']['name']} from {workdir}")
     told = " (the pretrained weights, before meta-training)" if _CHECKPOINT.value == "start" else ""
     print(f"{'checkpoint':<13}  {_CHECKPOINT.value}{told}")
+    if _SOUP.value:
+        print(f"{'soup':<13}  the mean of its weights and those of {', '.join(_SOUP.value)}")
     for note in notes:
         print(note)
     print(found)
     return 0
+
+
+def _soup(params: Any) -> Any:
+    """The mean of these parameters and those of the runs of --soup."""
+    import jax
+    import numpy as np
+
+    import metajax
+
+    solutions = [params, *(metajax.load_run(run, checkpoint=_CHECKPOINT.value)[1] for run in _SOUP.value)]
+    sizes = [jax.tree.map(np.shape, solution) for solution in solutions]
+    for run, size in zip(_SOUP.value, sizes[1:], strict=True):
+        if size != sizes[0]:
+            raise ValueError(f"soup must hold runs with the parameters of workdir, got {run!r}, which has others")
+    return jax.tree.map(np.asarray, metajax.strategies.soup(solutions))
 
 
 def _more(

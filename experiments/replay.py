@@ -6,7 +6,9 @@
 One convolutional network with one output for each character of all alphabets learns them in turn by Reptile, from new
 images alone, and from new and remembered ones (Riemer et al. 2019, Meta-Experience Replay) in as many updates of the
 same size. Prints the accuracy in the end and the forgetting (for each alphabet but the last, best minus final accuracy)
-over several streams, and draws the accuracy of each alphabet over time.
+over several streams, and draws the accuracy of each alphabet over time. Where it is told of which alphabet an image is,
+a network can grow instead by a column for each (Rusu et al. 2016), which forgets nothing: that is compared with the
+same network, and with one of its own for each alphabet.
 """
 
 from __future__ import annotations
@@ -26,8 +28,11 @@ _STEPS = flags.DEFINE_integer("steps", 100, "Meta steps on each alphabet.")
 _CAPACITY = flags.DEFINE_integer("capacity", 200, "Images that a memory holds.")
 _ALPHABETS, _LETTERS, _SIZE, _TEST = 5, 10, 14, 5
 _NEW, _REPLAYED = 10, 30  # images of a step
+_WIDTH, _DEPTH = 16, 3
+_FORM: dict[str, Any] = {"pool": False, "normalisation": "layer"}
 _INNER_STEPS, _BATCH, _INNER_RATE, _OUTER_RATE = 5, 10, 0.1, 0.5
 _ROWS = {"without": "without replay", "reservoir": "a reservoir", "balanced": "as many of each alphabet"}
+_TOLD = {"one": "one network, without replay", "own": "a network of its own", "columns": "a column of its own"}
 
 
 def main() -> int:
@@ -35,7 +40,6 @@ def main() -> int:
     _launch.prepare(host_devices=1)
     import jax
     import numpy as np
-    import optax
 
     import metajax
     from experiments import _runs
@@ -46,9 +50,8 @@ def main() -> int:
     if _CAPACITY.value < max(_REPLAYED, _ALPHABETS):
         raise ValueError(f"capacity must be at least {_REPLAYED}, the images of a step, got {_CAPACITY.value}")
     alphabets = _alphabets(_DATA.value)
-    model = metajax.models.conv4(_ALPHABETS * _LETTERS, width=16, depth=3, pool=False, normalisation="layer")
-    learner = metajax.learners.reptile(model, optax.sgd(_INNER_RATE), _INNER_STEPS, batch_size=_BATCH)
-    plain = metajax.outer_update(learner, optax.sgd(_OUTER_RATE), hypergrad=metajax.hypergrad.displacement())
+    model = metajax.models.conv4(_ALPHABETS * _LETTERS, width=_WIDTH, depth=_DEPTH, **_FORM)
+    plain = _reptile(model)
     memories = {
         "reservoir": metajax.strategies.reservoir(_CAPACITY.value),
         "balanced": metajax.strategies.balanced(
@@ -59,11 +62,12 @@ def main() -> int:
         name: metajax.strategies.replayed(plain, memory, _REPLAYED, what="examples")
         for name, memory in memories.items()
     }
-    learn = {name: jax.jit(lambda state, batches, outer=outer: jax.lax.scan(outer.update, state, batches)[0])
-             for name, outer in outers.items()}  # fmt: skip
+    learn = {name: _in_turn(outer) for name, outer in outers.items()}
+    columns = _columns()
     judge = jax.jit(lambda params, inputs: model.apply(params, inputs).argmax(-1))
 
     accuracies: dict[str, list[Any]] = {name: [] for name in _ROWS}
+    shares: dict[str, list[float]] = {name: [] for name in _TOLD}
     order = []
     for seed in range(_SEED.value, _SEED.value + _SEEDS.value):
         names, stream, test = _stream(alphabets, seed, _STEPS.value)
@@ -76,6 +80,10 @@ def main() -> int:
                 hits = [np.mean(np.asarray(judge(state.params, inputs)) == targets) for inputs, targets in test]
                 table.append([100 * float(share) for share in hits])
             accuracies[name].append(table)
+            if name == "without":
+                shares["one"].append(_told_accuracy(model, state.params, test))
+        for name, share in columns(jax.random.key(seed), stream, test).items():
+            shares[name].append(share)
     print(f"{_SEEDS.value} streams of {_ALPHABETS} alphabets of {_LETTERS} letters, {_STEPS.value} meta steps on each")
     print(f"{'%, mean and 95 % interval':32s}{'accuracy in the end':>20s}{'forgetting':>20s}")
     rows = {}
@@ -91,16 +99,98 @@ def main() -> int:
         ratio = float(rows[name]["forgetting"].mean() / rows["without"]["forgetting"].mean())
         found[name] = {"gain": metajax.evaluation.mean_and_interval(gain), "forgetting_ratio": ratio}
         print(f"{_ROWS[name]}: {_runs.told(gain, 1)} above no replay, {ratio:.2f} of its forgetting")
+    print("told of which alphabet an image is, accuracy in the end:")
+    for name, title in _TOLD.items():
+        print(f"{title:32s}{_runs.told(shares[name], 1):>20s}")
+    more = np.subtract(shares["columns"], shares["own"])
+    print(f"a column of its own: {_runs.told(more, 1)} above a network of its own")
     out.mkdir(parents=True, exist_ok=True)
     settings = {
         "steps": _STEPS.value, "seed": _SEED.value, "seeds": _SEEDS.value, "capacity": _CAPACITY.value,
         "data": "glyphs" if _DATA.value is None else "omniglot",
     }  # fmt: skip
     told = {name: {key: values.tolist() for key, values in row.items()} for name, row in rows.items()}
-    _runs.write_json(out / "replay.json", {**settings, **found, "rows": told, "order": order, "accuracy": accuracies})
+    _runs.write_json(
+        out / "replay.json", {**settings, **found, "rows": told, "told": shares, "order": order, "accuracy": accuracies}
+    )
     _draw(out / "replay.png", accuracies)
     print(f"figure: {out / 'replay.png'}")
     return 0
+
+
+def _reptile(model: Any, adapts: str | None = None) -> Any:
+    """A meta step on the parameters of `model`, or on those that a regex picks."""
+    import optax
+
+    import metajax
+
+    learner = metajax.learners.reptile(model, optax.sgd(_INNER_RATE), _INNER_STEPS, batch_size=_BATCH, adapts=adapts)
+    hypergrad = metajax.hypergrad.displacement()
+    return metajax.outer_update(learner, optax.sgd(_OUTER_RATE), hypergrad=hypergrad, trainable=adapts)
+
+
+def _in_turn(outer: Any) -> Any:
+    """The compiled meta steps on one alphabet: `(state, batches) -> state`."""
+    import jax
+
+    return jax.jit(lambda state, batches: jax.lax.scan(outer.update, state, batches)[0])
+
+
+def _told_accuracy(model: Any, params: Any, test: list[Any]) -> float:
+    """In %, where only the letters of the alphabet that an image is of are outputs."""
+    import numpy as np
+
+    hits = []
+    for place, (inputs, targets) in enumerate(test):
+        letters = slice(place * _LETTERS, (place + 1) * _LETTERS)
+        found = np.asarray(model.apply(params, inputs))[:, letters].argmax(-1)
+        hits.append(np.mean(found == targets - place * _LETTERS))
+    return 100 * float(np.mean(hits))
+
+
+def _columns() -> Any:
+    """A function `(key, stream, test) -> {"own": accuracy, "columns": accuracy}` in %.
+
+    Each alphabet gets a network of `_LETTERS` outputs, alone or as a column beside those that were learned before.
+    """
+    import jax
+    import numpy as np
+
+    import metajax
+
+    first = metajax.models.conv4(_LETTERS, width=_WIDTH, depth=_DEPTH, **_FORM)
+    blank = np.zeros([1, _SIZE, _SIZE, 1], np.float32)
+    models, outers, params = [first], [_reptile(first)], first.init(jax.random.key(0), blank)
+    for place in range(1, _ALPHABETS):
+        models.append(metajax.strategies.progressive_column(params, _LETTERS, **_FORM))
+        outers.append(_reptile(models[-1], adapts=f"^column_{place}/"))
+        params = models[-1].init(jax.random.key(0), blank)
+    learn = [_in_turn(outer) for outer in outers]
+
+    def trained(place: int, key: Any, params: Any, batches: Any, test: Any) -> tuple[Any, float]:
+        inputs, targets = test
+        batches = jax.tree.map(lambda leaf: leaf % _LETTERS if leaf.dtype == np.int32 else leaf, batches)
+        state = outers[place].init(key, jax.tree.map(lambda leaf: leaf[0, 0], batches), params)
+        params = learn[place](state, batches).params
+        hits = np.asarray(models[place].apply(params, inputs)).argmax(-1) == targets % _LETTERS
+        return params, 100 * float(np.mean(hits))
+
+    def run(key: Any, stream: list[Any], test: list[Any]) -> dict[str, float]:
+        before: dict[str, Any] = {}
+        own, columns = [], []
+        for place, (batches, judged) in enumerate(zip(stream, test, strict=True)):
+            key = jax.random.fold_in(key, place)
+            alone, share = trained(0, key, first.init(key, blank), batches, judged)
+            own.append(share)
+            if place:
+                start = models[place].init(key, blank) | before
+                before, share = trained(place, key, start, batches, judged)
+            else:
+                before = {"column_0": alone}
+            columns.append(share)
+        return {"own": float(np.mean(own)), "columns": float(np.mean(columns))}
+
+    return run
 
 
 def _alphabets(path: str | None) -> dict[str, list[Any]]:

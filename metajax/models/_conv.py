@@ -13,7 +13,7 @@ from metajax.core._types import Model
 from metajax.models import _conv_ops, _norm, _wrap
 
 
-class _Block(nnx.Module):
+class Block(nnx.Module):
     """3x3 convolution without bias, normalisation, ReLU, and halving by max pool or by stride."""
 
     def __init__(self, channels: int, width: int, *, pool: bool, policy: _norm.Policy, form: Any, rngs: nnx.Rngs):
@@ -30,6 +30,11 @@ class _Block(nnx.Module):
         return jax.nn.relu(_conv_ops.max_pool(outputs) if self.pool else outputs), stats
 
 
+def halved(length: int, *, pool: bool) -> int:
+    """The height or width that a `Block` makes of one: pooling leaves an odd row out, a stride does not."""
+    return length // 2 if pool else -(-length // 2)
+
+
 class _ConvNet(nnx.Module):
     def __init__(
         self, shape: tuple[int, ...], outputs: int | None, width: int, depth: int, *, pool: bool,
@@ -39,10 +44,10 @@ class _ConvNet(nnx.Module):
         self.stats_wanted = policy == "support"
         self.depth = depth
         for index in range(depth):
-            block = _Block(channels, width, pool=pool, policy=policy, form=form, rngs=rngs)
+            block = Block(channels, width, pool=pool, policy=policy, form=form, rngs=rngs)
             setattr(self, f"block_{index}", block)
             channels = width
-            height, breadth = (height // 2, breadth // 2) if pool else (-(-height // 2), -(-breadth // 2))
+            height, breadth = halved(height, pool=pool), halved(breadth, pool=pool)
         if not height * breadth:
             raise ValueError(f"inputs must be at least {2**depth} pixels high and wide under max pooling, got {shape}")
         head = None if outputs is None else nnx.Linear(height * breadth * width, outputs, rngs=rngs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,67 +12,83 @@ from flax import nnx
 
 from metajax.core import _validate
 from metajax.core._types import Model, Params
-from metajax.models import _wrap
+from metajax.models import _conv, _norm, _wrap
+
+
+class _Dense(nnx.Linear):
+    """A hidden layer of `metajax.models.mlp`, called as a block of `conv4` is."""
+
+    def __call__(self, values: jax.Array, mask: Any, stats: Any) -> tuple[jax.Array, Any]:
+        return jax.nn.relu(super().__call__(values)), stats
 
 
 class _Column(nnx.Module):
-    """An `mlp` whose layers read, behind the first, the layer below of the columns before it too."""
+    """A network whose layers read, behind the first, the layer below of the columns before it too."""
 
-    def __init__(self, inputs: int, outputs: int, hidden: Sequence[int], beside: Sequence[int], rngs: nnx.Rngs):
-        """Args: beside: how many units the columns before have in each hidden layer."""
-        self.depth = len(hidden)
-        for index, width in enumerate(hidden):
-            setattr(self, f"layer_{index}", nnx.Linear(inputs, width, rngs=rngs))
-            inputs = width + beside[index]
-        self.head = nnx.Linear(inputs, outputs, rngs=rngs)
+    def __init__(self, kind: str, layers: Sequence[nnx.Module], head: nnx.Linear):
+        self.names = [f"{kind}_{index}" for index in range(len(layers))]
+        for name, layer in zip(self.names, layers, strict=True):
+            setattr(self, name, layer)
+        self.head = head
 
-    def __call__(self, values: jax.Array, before: Sequence[Sequence[jax.Array]]) -> tuple[list[jax.Array], jax.Array]:
+    def __call__(
+        self, values: jax.Array, before: Sequence[Sequence[jax.Array]], mask: Any
+    ) -> tuple[list[jax.Array], jax.Array]:
         """The hidden layers, and the outputs; `before`: the hidden layers of each column before."""
         own: list[jax.Array] = []
-        for index in range(self.depth):
-            values = jax.nn.relu(getattr(self, f"layer_{index}")(values))
+        for index, name in enumerate(self.names):
+            values, _ = getattr(self, name)(values, mask, None)
             own.append(values)
             values = jnp.concatenate([values, *(column[index] for column in before)], axis=-1)
-        return own, self.head(values)
+        return own, self.head(values.reshape(values.shape[0], math.prod(values.shape[1:])))
 
 
 class _Progressive(nnx.Module):
-    def __init__(self, inputs: int, sizes: Sequence[tuple[Sequence[int], int]], rngs: nnx.Rngs):
-        self.columns = len(sizes)
-        beside = [0] * len(sizes[0][0])
-        for index, (hidden, outputs) in enumerate(sizes):
-            setattr(self, f"column_{index}", _Column(inputs, outputs, hidden, beside, rngs))
-            beside = [sum(pair) for pair in zip(beside, hidden, strict=True)]
+    def __init__(self, columns: Sequence[_Column]):
+        self.columns = len(columns)
+        for index, column in enumerate(columns):
+            setattr(self, f"column_{index}", column)
 
-    def __call__(self, inputs: jax.Array) -> jax.Array:
-        values = inputs.reshape(inputs.shape[0], math.prod(inputs.shape[1:]))
+    def __call__(self, inputs: jax.Array, mask: Any = None) -> jax.Array:
+        flat = self.column_0.names[0] == "layer_0"
+        values = inputs.reshape(inputs.shape[0], math.prod(inputs.shape[1:])) if flat else inputs
         before: list[list[jax.Array]] = []
         for index in range(self.columns):
-            own, outputs = getattr(self, f"column_{index}")(values, before)
+            own, outputs = getattr(self, f"column_{index}")(values, before, mask)
             before.append(own)
         return outputs
 
 
-def progressive_column(earlier: Params, outputs: int, *, hidden: Sequence[int] | None = None) -> Model:
+def progressive_column(
+    earlier: Params,
+    outputs: int,
+    *,
+    hidden: Sequence[int] | None = None,
+    pool: bool = True,
+    normalisation: _norm.Policy = "batch",
+) -> Model:
     """A new column beside the columns that were trained before, which stay as they are (Rusu et al. 2016).
 
-    A hidden layer of the new column, and its head, read the layer below of all columns; the rows of their kernels
-    behind those for the column's own units are the lateral connections. The outputs are those of the new column. What
-    was learned before is not forgotten where only the new column is trained: column k with
-    `outer_update(..., trainable="^column_k/")`, and `adapts="^column_k/"` in learners with an inner loop.
+    A hidden layer of the new column, and its head, read the layer below of all columns; the rows (of convolutions: the
+    input channels) of their kernels behind those for the column's own units are the lateral connections. The outputs
+    are those of the new column. What was learned before is not forgotten where only the new column is trained: column
+    k with `outer_update(..., trainable="^column_k/")`, and `adapts="^column_k/"` in learners with an inner loop.
 
     Args:
-      earlier: parameters of `metajax.models.mlp` with a hidden layer, or of a model that this function returned.
+      earlier: parameters of `metajax.models.mlp` with a hidden layer, of `metajax.models.conv4` with outputs, or of a
+        model that this function returned.
       outputs: number of outputs of the new column.
       hidden: widths of its hidden layers, as many as the first column has; None takes those of the first.
+      pool: of `conv4`, as the earlier columns were built; without effect for `mlp`.
+      normalisation: likewise; all policies but "support".
 
     Returns:
-      A `Model` from `[n, ...]` (flattened) to `[n, outputs]`. Its `init` makes `column_0`, `column_1` and so on, where
-      all but the last are `earlier`; these are arguments of `apply` as all parameters are.
+      A `Model` from the inputs of the first column to `[n, outputs]`. Its `init` makes `column_0`, `column_1` and so
+      on, where all but the last are `earlier`; these are arguments of `apply` as all parameters are.
 
     Raises:
-      ValueError: parameters of another network, another number of layers, or a size below 1; (in `init`) inputs of
-        another size than the earlier columns take.
+      ValueError: parameters of another network, another number of layers, a size below 1, or a normalisation that is
+        another one or "support"; (in `init`) inputs of another size than the earlier columns take.
 
     Source: Rusu et al. 2016, Progressive Neural Networks, arXiv:1606.04671, equation 2 without adapters.
 
@@ -86,21 +103,37 @@ def progressive_column(earlier: Params, outputs: int, *, hidden: Sequence[int] |
     (4, 5)
     """
     columns = _columns(earlier)
+    kind = "layer" if "layer_0" in columns[0] else "block"
     widths = [_widths(column) for column in columns]
     new = widths[0] if hidden is None else tuple(_validate.positive_int("hidden", width) for width in hidden)
     _validate.positive_int("outputs", outputs)
+    _validate.one_of("normalisation", normalisation, [policy for policy in _norm.POLICIES if policy != "support"])
     if len(new) != len(widths[0]):
         raise ValueError(f"hidden must hold {len(widths[0])} widths, as the columns before, got {hidden!r}")
+    if kind == "block" and ("scale" in columns[0]["block_0"]["norm"]) != (normalisation != "none"):
+        raise ValueError(f"normalisation must be that of the columns before, got {normalisation!r}")
     heads = [int(column["head"]["bias"].shape[0]) for column in columns]
-    size = int(columns[0]["layer_0"]["kernel"].shape[0])
-    sizes = list(zip([*widths, new], [*heads, outputs], strict=True))
+
+    def column(inputs: int, positions: int, widths: Sequence[int], beside: Sequence[int], size: int, rngs: Any) -> Any:
+        """Args: beside: how many units the columns before have in each hidden layer; size: outputs."""
+        layers: list[nnx.Module] = []
+        for width, more in zip(widths, beside, strict=True):
+            if kind == "layer":
+                layers.append(_Dense(inputs, width, rngs=rngs))
+            else:
+                layers.append(_conv.Block(inputs, width, pool=pool, policy=normalisation, form="auto", rngs=rngs))
+            inputs = width + more
+        return _Column(kind, layers, nnx.Linear(positions * inputs, size, rngs=rngs))
 
     def module(shape: tuple[int, ...], rngs: nnx.Rngs) -> nnx.Module:
-        if math.prod(shape) != size:
-            raise ValueError(f"inputs must be of size {size}, as the columns before take them, got {shape}")
-        return _Progressive(size, sizes, rngs)
+        inputs, positions = _sizes(shape, columns[0], pool)
+        found, beside = [], [0] * len(new)
+        for size, layers in zip([*heads, outputs], [*widths, new], strict=True):
+            found.append(column(inputs, positions, layers, beside, size, rngs))
+            beside = [sum(pair) for pair in zip(beside, layers, strict=True)]
+        return _Progressive(found)
 
-    model = _wrap.from_shape(module)
+    model = _wrap.from_shape(module, needs=() if kind == "layer" else _norm.needs(normalisation))
 
     def init(key: jax.Array, inputs: jax.Array) -> Params:
         return model.init(key, inputs) | {f"column_{index}": column for index, column in enumerate(columns)}
@@ -108,17 +141,42 @@ def progressive_column(earlier: Params, outputs: int, *, hidden: Sequence[int] |
     return Model(init, model.apply, model.needs)
 
 
+def _sizes(shape: tuple[int, ...], first: Params, pool: bool) -> tuple[int, int]:
+    """Numbers or channels that the first layers read, and positions of an image that the heads read.
+
+    Raises:
+      ValueError: those of the first column are others.
+    """
+    widths = _widths(first)
+    if "layer_0" in first:
+        reads, positions, kernel = math.prod(shape), 1, first["layer_0"]["kernel"]
+    else:
+        height, breadth, reads = _wrap.image_shape(shape)
+        for _ in widths:
+            height, breadth = _conv.halved(height, pool=pool), _conv.halved(breadth, pool=pool)
+        positions, kernel = height * breadth, first["block_0"]["kernel"]
+    found, wanted = (reads, positions * widths[-1]), (kernel.shape[-2], first["head"]["kernel"].shape[0])
+    if found != wanted:
+        raise ValueError(
+            f"inputs must be of the size that the columns before take, and halved as there, got {shape}, of which the "
+            f"first layer and the head would read {found} numbers instead of {wanted}"
+        )
+    return reads, positions
+
+
 def _columns(earlier: Params) -> list[Params]:
     groups = earlier if isinstance(earlier, Mapping) else {}
-    if "layer_0" in groups and "head" in groups:
+    if "head" in groups and {"layer_0", "block_0"} & set(groups):
         return [earlier]
     if groups and set(groups) == {f"column_{index}" for index in range(len(groups))}:
         return [groups[f"column_{index}"] for index in range(len(groups))]
     raise ValueError(
-        "earlier must be parameters of metajax.models.mlp with a hidden layer, or of a progressive network, got a tree "
-        f"of {sorted(groups)}"
+        "earlier must be parameters of metajax.models.mlp with a hidden layer, of metajax.models.conv4 with outputs, "
+        f"or of a progressive network, got a tree of {sorted(groups)}"
     )
 
 
 def _widths(column: Params) -> tuple[int, ...]:
-    return tuple(int(column[f"layer_{index}"]["bias"].shape[0]) for index in range(len(column) - 1))
+    if "layer_0" in column:
+        return tuple(int(column[f"layer_{index}"]["bias"].shape[0]) for index in range(len(column) - 1))
+    return tuple(int(column[f"block_{index}"]["kernel"].shape[3]) for index in range(len(column) - 1))

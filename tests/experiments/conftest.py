@@ -65,15 +65,24 @@ def pictures(tmp_path_factory):
     return draw_classes(tmp_path_factory.mktemp("pictures"), _NAMES, images=12)
 
 
+def _metric(pictures):
+    return {
+        "data": {**_IMAGES, "path": str(pictures)},
+        "model": {**_CONV, "normalisation": "batch"},
+        "episode": {"ways": 4, "shots": 2, "queries": 3},
+    }
+
+
 @pytest.fixture(scope="session")
 def metric_run(tmp_path_factory, pictures):
     """A run of a prototypical network, 4-way 2-shot."""
-    return make_run(
-        tmp_path_factory.mktemp("runs") / "metric",
-        data={**_IMAGES, "path": str(pictures)},
-        model={**_CONV, "normalisation": "batch"},
-        episode={"ways": 4, "shots": 2, "queries": 3},
-    )
+    return make_run(tmp_path_factory.mktemp("runs") / "metric", **_metric(pictures))
+
+
+@pytest.fixture(scope="session")
+def shorter_run(tmp_path_factory, pictures):
+    """The first steps of the same run."""
+    return make_run(tmp_path_factory.mktemp("runs") / "shorter", 3, **_metric(pictures))
 
 
 @pytest.fixture(scope="session")

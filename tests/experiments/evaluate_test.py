@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 
 import metajax
@@ -69,6 +70,21 @@ def test_a_regression_run_reports_its_error(launch, wave_run):
     assert written["value_mean"] == pytest.approx(expected.mean, rel=1e-4)
 
 
+def test_a_soup_is_the_mean_of_runs(launch, metric_run, shorter_run):
+    config, other = metajax.training.load_config(metric_run), shorter_run
+    done = launch("evaluate", f"--workdir={metric_run}", "--episodes=30", f"--soup={other},{other}")
+    assert done.returncode == 0, done.stderr
+    assert f"the mean of its weights and those of {other}, {other}" in done.stdout
+    written = json.loads((metric_run / "evaluation.json").read_text())
+    (learner, params), (_, more) = metajax.load_run(metric_run), metajax.load_run(other)
+    mean = jax.tree.map(lambda one, two: (one + 2 * two) / 3, params, more)
+    source, spec = metajax.training.open_source(config, "test"), metajax.training.build(config).spec
+    expected = metajax.evaluation.evaluate(learner, mean, source, spec, episodes=30)
+    assert written["soup"] == [str(other)] * 2
+    assert written["accuracy_mean"] == pytest.approx(expected.mean, abs=2e-3)
+    assert written["params_sha256"] not in [_runs.params_sha256(params), _runs.params_sha256(more)]
+
+
 def test_bad_input_is_refused_before_anything_is_written(refusals, metric_run, head_run):
     cases = [
         (head_run, "--ways=5", "ways must be at most 4"),
@@ -83,6 +99,8 @@ def test_bad_input_is_refused_before_anything_is_written(refusals, metric_run, h
         (head_run, "--steps=-1", "num_steps must be an integer of at least 0, got -1"),
         (metric_run, "--workdir=nowhere", "workdir must be the folder of a run"),
         (metric_run, "--checkpoint=first", "checkpoint must be one of"),
+        (metric_run, "--soup=nowhere", "workdir must be the folder of a run, with a config.json in it, got 'nowhere'"),
+        (metric_run, f"--soup={head_run}", "soup must hold runs with the parameters of workdir, got"),
         (metric_run, "--suite_data=omniglot=x", "suite_data must come with suite, got ['omniglot=x']"),
     ]
     for folder in (metric_run, head_run):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from parity import numpy_reference
 
 import metajax
 from metajax import strategies
@@ -12,6 +13,8 @@ from metajax import strategies
 INPUTS = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
 FIRST = metajax.models.mlp(2, hidden=(5, 4)).init(jax.random.key(0), INPUTS)
 SECOND = strategies.progressive_column(FIRST, 3, hidden=(6, 7))
+IMAGES = np.random.default_rng(1).normal(size=(3, 9, 8, 2)).astype(np.float32)
+CONV = metajax.models.conv4(2, width=3, depth=2).init(jax.random.key(0), IMAGES)
 THIRD = strategies.progressive_column(SECOND.init(jax.random.key(1), INPUTS), 1)
 
 
@@ -38,6 +41,43 @@ def test_is_the_numpy_network(model):
     params = model.init(jax.random.key(2), INPUTS)
     params = jax.tree.map(lambda leaf: leaf + 0.1, params)
     np.testing.assert_allclose(model.apply(params, INPUTS), reference(params, INPUTS), rtol=1e-4, atol=1e-5)
+
+
+def conv_reference(params, images, policy, pool):
+    hidden = []
+    for number in range(len(params)):
+        column, values, own = params[f"column_{number}"], images, []
+        for index in range(len(column) - 1):
+            block = {"block_0": column[f"block_{index}"]}
+            flat, _ = numpy_reference.conv4(block, values, policy=policy, pool=pool)
+            height, breadth = ((size // 2 if pool else -(-size // 2)) for size in values.shape[1:3])
+            own.append(flat.reshape(len(images), height, breadth, -1))
+            values = np.concatenate([own[-1], *(other[index] for other in hidden)], axis=-1)
+        hidden.append(own)
+        outputs = values.reshape(len(images), -1) @ column["head"]["kernel"] + column["head"]["bias"]
+    return outputs
+
+
+@pytest.mark.parametrize(("policy", "pool"), [("batch", True), ("layer", False), ("none", True)])
+def test_columns_of_convolutions_are_the_numpy_network(policy, pool):
+    options = {"normalisation": policy, "pool": pool}
+    first = metajax.models.conv4(2, width=3, depth=2, **options).init(jax.random.key(0), IMAGES)
+    second = strategies.progressive_column(first, 4, hidden=(2, 5), **options)
+    model = strategies.progressive_column(second.init(jax.random.key(1), IMAGES), 1, **options)
+    params = jax.tree.map(lambda leaf: leaf + 0.1, model.init(jax.random.key(2), IMAGES))
+    assert params["column_2"]["block_1"]["kernel"].shape == (3, 3, 3 + 3 + 2, 3)
+    expected = conv_reference(jax.tree.map(np.array, params), IMAGES, policy, pool)
+    np.testing.assert_allclose(model.apply(params, IMAGES), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_padding_enters_no_batch_statistics_of_columns():
+    first = metajax.models.conv4(2, width=3, depth=2).init(jax.random.key(0), IMAGES)
+    model = strategies.progressive_column(first, 2)
+    params = model.init(jax.random.key(1), IMAGES)
+    padded, mask = np.concatenate([IMAGES, 9 * IMAGES]), np.arange(6) < 3
+    np.testing.assert_allclose(
+        model.apply(params, padded, mask=mask)[:3], model.apply(params, IMAGES), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_columns_before_come_as_they_are_and_widths_follow_the_first():
@@ -82,7 +122,19 @@ def test_training_the_new_column_leaves_the_others():
         ),
         (
             lambda: SECOND.init(jax.random.key(0), jnp.ones([2, 5])),
-            r"inputs must be of size 3, as the columns before take them, got \(5,\)",
+            r"inputs must be of the size .* got \(5,\), of which .* would read \(5, 4\) numbers instead of \(3, 4\)",
+        ),
+        (
+            lambda: strategies.progressive_column(CONV, 2).init(jax.random.key(0), IMAGES[:, :, :3]),
+            r"inputs must be of the size .* would read \(2, 0\) numbers instead of \(2, 12\)",
+        ),
+        (
+            lambda: strategies.progressive_column(CONV, 2, normalisation="none"),
+            "normalisation must be that of the columns before, got 'none'",
+        ),
+        (
+            lambda: strategies.progressive_column(CONV, 2, normalisation="support"),
+            "normalisation must be .*, got 'support'",
         ),
     ],
 )
