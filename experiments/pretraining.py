@@ -1,14 +1,16 @@
-"""Momentum contrast before prototypical training, against prototypical training alone for as long.
+"""Momentum contrast before prototypical training, or labels before it, against prototypical training alone.
 
     python -m experiments.pretraining --data=PATH --out=runs/pretraining
 
     python -m experiments.pretraining --data=PATH --out=OUT --arms=moco &                         # beside each other:
     python -m experiments.pretraining --data=PATH --out=OUT --arms=scratch --scratch_steps=1250   # one core each
+    python -m experiments.pretraining --data=PATH --out=OUT --arms=supervised
 
-Conv4 on CIFAR-FS. One arm learns the training images without labels first and then on episodes, the other one on
-episodes from scratch, for the same processor time. Both keep the parameters that are best on validation episodes.
-Prints the accuracy on classes never seen, 5-way 1-shot, and draws how it grows on validation classes. An arm whose
-result is in the folder is not run again.
+Conv4 on CIFAR-FS. One arm learns the training images without labels first and then on episodes, another one on episodes
+from scratch, for the same processor time. Both keep the parameters that are best on validation episodes. The third arm
+is Meta-Baseline: it learns all training classes at once, and then on episodes, in as many steps as the first. Prints
+the accuracy on classes never seen, 5-way 1-shot, and draws how it grows on validation classes. An arm whose result is
+in the folder is not run again.
 """
 
 from __future__ import annotations
@@ -27,18 +29,23 @@ from experiments import _launch
 _DATA = flags.DEFINE_string("data", None, "CIFAR-FS, as data.path takes it.", required=True)
 _OUT = flags.DEFINE_string("out", "runs/pretraining", "Folder of the table and the picture.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of parameters, batches and episodes.")
-_PRETRAIN = flags.DEFINE_integer("pretrain_steps", 1000, "Steps of momentum contrast.")
+_PRETRAIN = flags.DEFINE_integer("pretrain_steps", 1000, "Steps of momentum contrast, or on labels.")
 _META = flags.DEFINE_integer("meta_steps", 800, "Meta steps after it; from scratch, as many more as take its time.")
 _SCRATCH = flags.DEFINE_integer("scratch_steps", 0, "Meta steps from scratch; 0: as many as take the other arm's time.")
-_ARMS = flags.DEFINE_list("arms", ["moco", "scratch"], "Which to run now.")
+_ARMS = flags.DEFINE_list("arms", ["moco", "scratch", "supervised"], "Which to run now.")
 _QUEUE = flags.DEFINE_integer("queue", 2048, "Keys of earlier batches, a multiple of 256; 0: MoCo v3.")
 _WIDTH = flags.DEFINE_integer("width", 32, "Channels of Conv4.")
 _EPISODES = flags.DEFINE_integer("episodes", 600, "Test episodes.")
 _BATCH, _RATE, _META_BATCH, _VALIDATIONS = 256, 2e-3, 4, 8
+_TITLES = {
+    "scratch": "prototypical, from scratch",
+    "moco": "momentum contrast, then prototypical",
+    "supervised": "labels, then prototypical",
+}
 
 
 def main() -> int:
-    """Trains both arms, evaluates, prints."""
+    """Trains the arms, evaluates, prints."""
     _launch.prepare(host_devices=1)
     import jax
     import numpy as np
@@ -50,8 +57,8 @@ def main() -> int:
     out = _runs.out_folder(_OUT.value)
     if 0 != _SCRATCH.value < _VALIDATIONS:
         raise ValueError(f"scratch_steps must be 0 or at least {_VALIDATIONS}, got {_SCRATCH.value}")
-    if not _ARMS.value or {*_ARMS.value} - {"moco", "scratch"}:
-        raise ValueError(f"arms must be among moco and scratch, got {_ARMS.value}")
+    if not _ARMS.value or {*_ARMS.value} - {*_TITLES}:
+        raise ValueError(f"arms must be among {', '.join(_TITLES)}, got {_ARMS.value}")
     if min(_PRETRAIN.value, _META.value) < _VALIDATIONS:
         raise ValueError(
             f"pretrain_steps and meta_steps must be at least {_VALIDATIONS}, got {_PRETRAIN.value} and {_META.value}"
@@ -62,6 +69,7 @@ def main() -> int:
     spec = metajax.data.EpisodeSpec(ways=5, shots=1, queries=15)
     train_spec = metajax.data.EpisodeSpec(ways=10, shots=1, queries=10)
     images = np.asarray(train.inputs)
+    standard = [metajax.data.random_crop(padding=4), metajax.data.random_flip()]
 
     def batches() -> Iterator[Any]:
         rng = np.random.default_rng(_SEED.value)
@@ -84,7 +92,6 @@ def main() -> int:
     def meta_step(steps: int) -> Any:
         rule = optax.chain(optax.clip_by_global_norm(10.0), optax.adam(optax.cosine_decay_schedule(_RATE, steps)))
         outer = metajax.outer_update(learner, rule, hypergrad=metajax.hypergrad.unrolled(), before=False)
-        standard = [metajax.data.random_crop(padding=4), metajax.data.random_flip()]
         return metajax.training.augment(outer, standard)
 
     def pretrained(steps: int) -> tuple[Any, float]:
@@ -118,12 +125,26 @@ def main() -> int:
         told = {"seconds": before + clock.seconds, "cost": clock.seconds / steps, "steps": steps, "curve": curve}
         _runs.write_json(out / f"{arm}.json", {**settings, **told, "accuracy": found.values.tolist()})
 
+    def labelled(steps: tuple[int, int]) -> None:
+        """Trains on labels, then on episodes, and writes what was found."""
+        since = time.process_time()
+        found = metajax.strategies.supervised(
+            model, metajax.data.transformed(train, standard), train_spec, steps=steps, rates=(_RATE, _RATE / 2),
+            batch=_BATCH, meta_batch=_META_BATCH, seed=_SEED.value,
+        )  # fmt: skip
+        told: dict[str, Any] = {"seconds": time.process_time() - since, "steps": steps}
+        told["curve"] = [(told["seconds"], validated(found.params))]
+        for name, params in (("accuracy", found.params), ("pretrained", found.pretrained)):
+            values = metajax.evaluation.evaluate(found.learner, params, test, spec, episodes=_EPISODES.value).values
+            told[name] = values.tolist()
+        _runs.write_json(out / "supervised.json", {**settings, **told})
+
     out.mkdir(parents=True, exist_ok=True)
     settings = {
         "seed": _SEED.value, "width": _WIDTH.value, "pretrain_steps": _PRETRAIN.value, "meta_steps": _META.value,
         "episodes": _EPISODES.value, "queue": _QUEUE.value,
     }  # fmt: skip
-    done = {arm: _read(out / f"{arm}.json", settings) for arm in ("moco", "scratch")}
+    done = {arm: _read(out / f"{arm}.json", settings) for arm in _TITLES}
     if "moco" in _ARMS.value and done["moco"] is None:
         backbone, seconds = pretrained(_PRETRAIN.value)
         print(f"moco: {_PRETRAIN.value} steps of contrast, {seconds:.0f} s", flush=True)
@@ -134,8 +155,12 @@ def main() -> int:
             raise ValueError("scratch_steps must be given where the other arm has no result yet, got 0")
         meta_trained("scratch", _SCRATCH.value or round(done["moco"]["seconds"] / done["moco"]["cost"]), None, 0.0)
         done["scratch"] = _read(out / "scratch.json", settings)
-    if None not in done.values():
-        _report(done, out)
+    if "supervised" in _ARMS.value and done["supervised"] is None:
+        labelled((_PRETRAIN.value, _META.value))
+        done["supervised"] = _read(out / "supervised.json", settings)
+    found = {arm: result for arm, result in done.items() if result is not None}
+    if "scratch" in found and len(found) > 1:
+        _report(found, out)
     return 0
 
 
@@ -157,22 +182,26 @@ def _report(arms: dict[str, Any], out: pathlib.Path) -> None:
 
     import metajax
 
-    titles = {"scratch": "prototypical, from scratch", "moco": "momentum contrast, then prototypical"}
-    episodes = len(arms["moco"]["accuracy"])
+    episodes = len(arms["scratch"]["accuracy"])
     print(f"CIFAR-FS, unseen classes, 5-way 1-shot, {episodes} episodes: accuracy in %, processor seconds of training")
-    rows = {title: arms[arm]["accuracy"] for arm, title in titles.items()}
-    seconds = [arms[arm]["seconds"] for arm in titles]
-    rows["gain, episode by episode"] = np.subtract(arms["moco"]["accuracy"], arms["scratch"]["accuracy"])
-    for (title, values), taken in zip(rows.items(), [*seconds, None], strict=True):
+
+    def line(title: str, values: Any, told: str = "") -> None:
         mean, ci95 = metajax.evaluation.mean_and_interval(100 * np.asarray(values))
-        print(f"{title:38s}{mean:7.2f} +- {ci95:.2f}" + ("" if taken is None else f"{taken:9.0f}"))
+        print(f"{title:38s}{mean:7.2f} +- {ci95:.2f}{told}")
+
+    for arm, result in arms.items():
+        line(_TITLES[arm], result["accuracy"], f"{result['seconds']:9.0f}")
+        if arm != "scratch":
+            line("  more, episode by episode", np.subtract(result["accuracy"], arms["scratch"]["accuracy"]))
+        if arm == "supervised":
+            line("  before the episodes", result["pretrained"])
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.add_subplot(
         xlabel="processor seconds of training", ylabel="validation accuracy, %", title="CIFAR-FS, 5-way 1-shot"
     )
-    for arm, title in titles.items():
-        times, values = np.array(arms[arm]["curve"]).T
-        axes.plot(times, 100 * values, "o-", label=title)
+    for arm, result in arms.items():
+        times, values = np.array(result["curve"]).T
+        axes.plot(times, 100 * values, "o-", label=_TITLES[arm])
     axes.legend()
     figure.savefig(out / "pretraining.png", dpi=120)
 

@@ -34,9 +34,12 @@ def test_the_arms_take_as_long(launch, folder, tmp_path):
     assert moco["curve"][0][0] > 0
     assert len(moco["curve"]) == 9
     gain = 100 * np.mean(np.subtract(moco["accuracy"], scratch["accuracy"]))
-    table = done.stdout.splitlines()[-4:]
-    assert table[-1].startswith("gain, episode by episode")
-    assert float(table[-1].split()[4]) == pytest.approx(gain, abs=0.006)
+    table = done.stdout.splitlines()[-7:]
+    assert table[3].startswith("  more, episode by episode")
+    assert float(table[3].split()[4]) == pytest.approx(gain, abs=0.006)
+    supervised = json.loads((out / "supervised.json").read_text())
+    assert table[4].startswith("labels, then prototypical")
+    assert float(table[6].split()[3]) == pytest.approx(100 * np.mean(supervised["pretrained"]), abs=0.006)
     assert (out / "pretraining.png").read_bytes()[1:4] == b"PNG"
     again = launch("pretraining", *flags)
     assert again.stdout.splitlines() == table, "nothing is trained again"
@@ -49,7 +52,7 @@ def test_bad_input_is_refused(refusals, tmp_path):
         (["--data=x", "--meta_steps=3"], "pretrain_steps and meta_steps must be at least 8, got 1000 and 3"),
         (["--data=x", "--scratch_steps=7"], "scratch_steps must be 0 or at least 8, got 7"),
         (["--data=no/such/folder"], "no/such/folder"),
-        (["--data=x", "--arms=both"], "arms must be among moco and scratch, got ['both']"),
+        (["--data=x", "--arms=both"], "arms must be among scratch, moco, supervised, got ['both']"),
     ]
     for text, (_, expected) in zip(refusals("pretraining", [flags for flags, _ in cases]), cases, strict=True):
         assert expected in text
