@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -52,7 +53,7 @@ def read_inputs(base: PretrainedModel, inputs: Any, name: str = "inputs") -> PyT
 
     Args:
       base: whose tokenizer or size of images counts.
-      inputs: a list of texts, or uint8 images `[n, height, width, channels]`.
+      inputs: a list of texts (long ones are cut, with a warning) or uint8 images `[n, height, width, channels]`.
       name: of the argument, for errors.
 
     Raises:
@@ -71,9 +72,12 @@ def _texts(base: PretrainedModel, inputs: Any, name: str) -> PyTree:
             what = "an empty text" if isinstance(text, str) else f"a {type(text).__name__}"
             raise ValueError(f"{name} must be texts that are not empty, got {what} at index {place}")
     lengths = lengths_of(base)
-    ids = [encoding.ids for encoding in _truncating(base.tokenizer, lengths[-1]).encode_batch_fast(list(inputs))]
+    encodings = _truncating(base.tokenizer, lengths[-1]).encode_batch_fast(list(inputs))
+    ids = [encoding.ids for encoding in encodings]
     if not all(ids):
         raise ValueError(f"{name} must be texts with tokens, got {inputs[ids.index([])]!r} at index {ids.index([])}")
+    if cut := sum(bool(encoding.overflowing) for encoding in encodings):
+        warnings.warn(f"{cut} of {len(ids)} {name} have more than {lengths[-1]} tokens, and are cut", stacklevel=2)
     sizes = np.array([len(row) for row in ids])
     length = next(length for length in lengths if length >= sizes.max())
     tokens = np.zeros([len(ids), length], np.int32)

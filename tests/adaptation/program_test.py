@@ -110,13 +110,27 @@ def _text_task(labels, count, rng):
     return [text for text, _ in pairs], [label for _, label in pairs]
 
 
-def test_texts_in_a_loop(tmp_path):
+@pytest.fixture
+def encoder(tmp_path):
+    """A small transformer with random weights, for texts of up to 16 words."""
     options = {"vocab": 50, "width": 32, "depth": 1, "heads": 4, "positions": 16}
     params = metajax.models.encoder(**options).init(jax.random.key(0), np.zeros([1, 2], np.int32))
     made = worlds.word_tokenizer(50)
     metajax.save_pretrained_model(tmp_path / "model", params, factory="encoder", options=options, tokenizer=made)
-    loaded, rng = metajax.load_pretrained_model(tmp_path / "model"), np.random.default_rng(0)
-    model = loaded
+    return metajax.load_pretrained_model(tmp_path / "model")
+
+
+def test_long_texts_are_cut_with_a_warning(encoder):
+    words = [f"w{1 + number}" for number in range(20)]
+    fast = metajax.fast_adapt_model(encoder, (["w1 w2", "w3", "w4 w5", "w6"], ["a", "a", "b", "b"]), steps=1)
+    texts = [" ".join(words), "w7", " ".join(words[:16])]
+    with pytest.warns(UserWarning, match="1 of 3 inputs have more than 16 tokens, and are cut"):
+        probabilities = fast.predict_proba(texts)
+    np.testing.assert_allclose(probabilities[0], probabilities[2], rtol=1e-5)
+
+
+def test_texts_in_a_loop(encoder):
+    model, loaded, rng = encoder, encoder, np.random.default_rng(0)
     for labels in (range(0, 8), range(8, 16), range(16, 24)):
         model = metajax.adapt_model(model, _text_task(labels, 8, rng), steps=40, shots=2, queries=4, outer_rate=1e-2)
     gains = []
