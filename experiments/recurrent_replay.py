@@ -1,0 +1,220 @@
+"""Replaying stretches of sequences to a recurrent network: from which state?
+
+    python -m experiments.recurrent_replay --out=runs/recurrent_replay
+
+Sine waves come as sequences of points; only the first points of each tell their value, and the network must remember
+the wave for the rest. It learns from short stretches of a memory (Kapturowski et al. 2019, R2D2), which mostly begin
+long after those points: from a state of zeros, from the state that was stored when the stretch was recorded, and from
+either after a burn-in by the present weights. Prints the squared error on whole sequences of new waves over several
+seeds, and draws it over the steps of a sequence.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any, NamedTuple
+
+from absl import flags
+
+from experiments import _launch
+
+_OUT = flags.DEFINE_string("out", "runs/recurrent_replay", "Folder of the table and the figure.")
+_SEED = flags.DEFINE_integer("seed", 0, "The first seed, of waves, weights and draws.")
+_SEEDS = flags.DEFINE_integer("seeds", 10, "Seeds.")
+_STEPS = flags.DEFINE_integer("steps", 4000, "Optimizer steps.")
+_BURN_IN = flags.DEFINE_integer("burn_in", 8, "Steps of a stretch that bring the state up to date and teach nothing.")
+_LENGTH, _TOLD, _LATE = 64, 8, 32  # steps of a sequence; with the value told; judged from this one on
+_ROWS, _BLOCK, _CAPACITY = 8, 8, 1024  # sequences side by side; steps between two updates; steps of a row that are kept
+_STRETCH, _COUNT = 16, 16  # steps that teach, of so many stretches
+_HIDDEN, _RATE, _JUDGED = 64, 2e-3, 256
+
+
+class _Step(NamedTuple):
+    """Leaves `[..., k]`. state: the recurrent state that stood before the step."""
+
+    inputs: Any
+    target: Any
+    first: Any
+    state: Any
+
+
+class _Way(NamedTuple):
+    title: str
+    stored: bool
+    burn_in: bool
+
+
+_WAYS = {
+    "zero": _Way("zeros", False, False),
+    "zero_burn_in": _Way("zeros, then a burn-in", False, True),
+    "stored": _Way("the stored state", True, False),
+    "stored_burn_in": _Way("the stored state, then a burn-in", True, True),
+}
+
+
+def main() -> int:
+    """Trains in each way on the same waves, compares, draws."""
+    _launch.prepare(host_devices=1)
+    import jax
+    import numpy as np
+
+    from experiments import _runs
+
+    out = _runs.out_folder(_OUT.value)
+    if _SEEDS.value < 2 or _STEPS.value < 1:
+        raise ValueError(f"seeds must be at least 2 and steps at least 1, got {_SEEDS.value} and {_STEPS.value}")
+    if not 1 <= _BURN_IN.value <= _LENGTH:
+        raise ValueError(f"burn_in must be an integer from 1 to {_LENGTH}, got {_BURN_IN.value}")
+    keys = jax.vmap(jax.random.key)(_SEED.value + np.arange(_SEEDS.value))
+    errors = {name: np.asarray(jax.jit(jax.vmap(_learned(way)))(keys), np.float64) for name, way in _WAYS.items()}
+    print(
+        f"squared error on sequences of {_LENGTH} points, the first {_TOLD} told; {_SEEDS.value} seeds, mean and 95 %"
+    )
+    print(f"{'stretches begin from':36s}{f'steps {_LATE} to {_LENGTH}':>20s}{'less than from zeros':>24s}")
+    late = {name: values[:, _LATE:].mean(1) for name, values in errors.items()}
+    for name, way in _WAYS.items():
+        print(f"{way.title:36s}{_runs.told(late[name], 3):>20s}{_runs.told(late['zero'] - late[name], 3):>24s}")
+    out.mkdir(parents=True, exist_ok=True)
+    settings = {"seed": _SEED.value, "steps": _STEPS.value, "burn_in": _BURN_IN.value}
+    _runs.write_json(out / "recurrent_replay.json", {**settings, "error": {k: v.tolist() for k, v in late.items()}})
+    _draw(out / "recurrent_replay.png", errors)
+    print(f"figure: {out / 'recurrent_replay.png'}")
+    return 0
+
+
+def _wave(key: Any) -> _Step:
+    """A sequence `[_LENGTH, ...]` of points of a random sine wave; the state is left out."""
+    import jax
+    import jax.numpy as jnp
+
+    size_key, phase_key, x_key = jax.random.split(key, 3)
+    amplitude, phase = jax.random.uniform(size_key, (), minval=0.5, maxval=2.0), jax.random.uniform(phase_key) * jnp.pi
+    x = jax.random.uniform(x_key, [_LENGTH], minval=-3.0, maxval=3.0)
+    y, time = amplitude * jnp.sin(x + phase), jnp.arange(_LENGTH)
+    told = time < _TOLD
+    return _Step(jnp.stack([x, told * y, told], axis=-1), y, time == 0, jnp.zeros([_LENGTH, 0]))
+
+
+def _network() -> tuple[Any, Any]:
+    """`(init, apply)` of a gated recurrent unit whose state, beside the point, a small network reads."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    import metajax
+
+    class Unit(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.cell = nnx.GRUCell(3, _HIDDEN, rngs=rngs)
+
+        def __call__(self, values: Any) -> Any:
+            return self.cell(values[:, :_HIDDEN], values[:, _HIDDEN:])[0]
+
+    cell, head = metajax.models.from_nnx(Unit), metajax.models.mlp(1, hidden=(64,))
+
+    def init(key: Any) -> Any:
+        cell_key, head_key = jax.random.split(key)
+        return {
+            "cell": cell.init(cell_key, jnp.zeros([1, _HIDDEN + 3])),
+            "head": head.init(head_key, jnp.zeros([1, 1 + _HIDDEN])),
+        }
+
+    def apply(params: Any, state: Any, step: _Step) -> tuple[Any, Any]:
+        before = jnp.where(step.first, 0.0, state)
+        # what is told of a point is read after it is judged
+        guess = head.apply(params["head"], jnp.concatenate([step.inputs[:1], before])[None])[0, 0]
+        return cell.apply(params["cell"], jnp.concatenate([before, step.inputs])[None])[0], guess
+
+    return init, apply
+
+
+def _learned(way: _Way) -> Any:
+    """A function from a key to the squared errors `[_LENGTH]` on new waves, after training."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    from metajax import strategies
+
+    init, apply = _network()
+    rule, burn_in = optax.adam(_RATE), _BURN_IN.value if way.burn_in else 0
+    memory = strategies.sequences(_CAPACITY, burn_in + _STRETCH, rows=_ROWS, period=_BLOCK)
+    assert memory.update is not None  # it has priorities
+
+    def block(key: Any, number: Any) -> _Step:
+        """The steps `[_ROWS, _BLOCK, ...]` that the stream brings next."""
+        sequence, place = number * _BLOCK // _LENGTH, number * _BLOCK % _LENGTH
+        waves = jax.vmap(_wave)(jax.random.split(jax.random.fold_in(key, sequence), _ROWS))
+        return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, place, _BLOCK, 1), waves)
+
+    def record(params: Any, state: Any, steps: _Step) -> tuple[Any, _Step]:
+        """Runs over new steps of one row, and stores the states that stood before them."""
+
+        def run(state: Any, step: _Step) -> tuple[Any, Any]:
+            return apply(params, state, step)[0], state
+
+        state, states = jax.lax.scan(run, state, steps)
+        return state, steps._replace(state=states)
+
+    def errors(params: Any, stretch: _Step) -> Any:
+        """Squared errors of one stretch behind its burn-in."""
+        start = stretch.state[0] if way.stored else jnp.zeros(_HIDDEN)
+        state, rest = strategies.burn_in(apply, params, start, stretch, burn_in)
+        _, guesses = jax.lax.scan(lambda state, step: apply(params, state, step), state, rest)
+        return jnp.square(guesses - rest.target)
+
+    def loss(params: Any, stretches: _Step, weights: Any) -> tuple[Any, Any]:
+        each = jax.vmap(errors, (None, 0))(params, stretches)
+        return jnp.mean(weights[:, None] * each), each
+
+    def learn(key: Any) -> Any:
+        params_key, stream_key, draw_key, judge_key = jax.random.split(key, 4)
+
+        def update(carry: Any, number: Any) -> tuple[Any, None]:
+            params, opt_state, kept, states = carry
+            states, steps = jax.vmap(record, (None, 0, 0))(params, states, block(stream_key, number))
+            kept = memory.add(kept, steps)
+            drawn = memory.sample(kept, _COUNT, key=jax.random.fold_in(draw_key, number))
+            slope, each = jax.grad(loss, has_aux=True)(params, drawn.items, drawn.weights)
+            kept = memory.update(kept, drawn.indices, strategies.sequence_priority(jnp.sqrt(each)))
+            updates, opt_state = rule.update(slope, opt_state)
+            return (optax.apply_updates(params, updates), opt_state, kept, states), None
+
+        params, states = init(params_key), jnp.zeros([_ROWS, _HIDDEN])
+        one = _wave(params_key)._replace(state=jnp.zeros([_LENGTH, _HIDDEN]))
+        kept = memory.init(jax.tree.map(lambda leaf: leaf[0], one))
+        before = -(-(burn_in + _STRETCH) // _BLOCK)  # blocks that come before a stretch is whole
+        for number in range(before):
+            states, steps = jax.vmap(record, (None, 0, 0))(params, states, block(stream_key, number))
+            kept = memory.add(kept, steps)
+        numbers = before + jnp.arange(_STEPS.value)
+        params = jax.lax.scan(update, (params, rule.init(params), kept, states), numbers)[0][0]
+
+        def judge(wave: _Step) -> Any:
+            _, guesses = jax.lax.scan(lambda state, step: apply(params, state, step), jnp.zeros(_HIDDEN), wave)
+            return jnp.square(guesses - wave.target)
+
+        return jax.vmap(judge)(jax.vmap(_wave)(jax.random.split(judge_key, _JUDGED))).mean(0)
+
+    return learn
+
+
+def _draw(path: pathlib.Path, errors: dict[str, Any]) -> None:
+    """Mean over seeds, and its 95 % interval."""
+    import matplotlib.figure
+    import numpy as np
+
+    figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, values in errors.items():
+        mean, half = values.mean(0), 1.96 * values.std(0, ddof=1) / np.sqrt(len(values))
+        line = axes.plot(mean, label=_WAYS[name].title)[0]
+        axes.fill_between(np.arange(_LENGTH), mean - half, mean + half, alpha=0.2, color=line.get_color(), lw=0)
+    axes.axvline(_TOLD, color="0.3", lw=1, ls=":")
+    axes.set(xlabel="step of a sequence", ylabel="squared error", ylim=(0, None), title="stretches begin from")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    _launch.run(main)
