@@ -139,7 +139,7 @@ def _learned(way: _Way) -> Any:
     init, apply = _network()
     rule, burn_in = optax.adam(_RATE), _BURN_IN.value if way.burn_in else 0
     memory = strategies.sequences(_CAPACITY, burn_in + _STRETCH, rows=_ROWS, period=_BLOCK)
-    assert memory.update is not None  # it has priorities
+    prioritise: Any = memory.update
 
     def block(key: Any, number: Any) -> _Step:
         """The steps `[_ROWS, _BLOCK, ...]` that the stream brings next."""
@@ -176,7 +176,7 @@ def _learned(way: _Way) -> Any:
             kept = memory.add(kept, steps)
             drawn = memory.sample(kept, _COUNT, key=jax.random.fold_in(draw_key, number))
             slope, each = jax.grad(loss, has_aux=True)(params, drawn.items, drawn.weights)
-            kept = memory.update(kept, drawn.indices, strategies.sequence_priority(jnp.sqrt(each)))
+            kept = prioritise(kept, drawn.indices, strategies.sequence_priority(jnp.sqrt(each)))
             updates, opt_state = rule.update(slope, opt_state)
             return (optax.apply_updates(params, updates), opt_state, kept, states), None
 
