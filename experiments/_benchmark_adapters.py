@@ -21,53 +21,67 @@ _WORDS = 12  # of a text that `fast_adapt_model` reads
 
 def run(rounds: int, model: str | None) -> dict[str, Any]:
     """Memory of MAML over adapters of an encoder of MiniLM's sizes; seconds to adapt the encoder in folder `model`."""
-    figures = {"memory": _memory()}
+    figures = {"memory": _memory(min(rounds, 3))}
     if model is None:
         print("fast_adapt_model: left out, --model names no folder of weights")
         return figures
     return {**figures, "fast_adapt": _fast_adapt(rounds, model)}
 
 
-def _memory() -> dict[str, Any]:
-    """Bytes as the compiler counts them; nothing is computed, so the weights are shapes only."""
+def _memory(rounds: int) -> dict[str, Any]:
+    """Bytes as the compiler counts them, and seconds of a step where blocks are recomputed in two ways."""
     import jax
-    import jax.numpy as jnp
+    import numpy as np
     import optax
 
     import metajax
 
-    base = metajax.models.encoder(outputs=_WAYS, **_MINILM)
-    model = metajax.adapters.lora(base, rank=_RANK)
-    learner = metajax.learners.maml(model, optax.sgd(0.01), _STEPS, adapts="lora|head")
-    key = jax.eval_shape(lambda: jax.random.key(0))
+    rng = np.random.default_rng(0)
 
-    def examples(n: int, *leading: int) -> Any:
-        def leaf(dtype: Any, *shape: int) -> Any:
-            return jax.ShapeDtypeStruct((*leading, *shape), dtype)
+    def examples() -> Any:
+        shape = (_TASKS, _WAYS)
+        texts = {
+            "tokens": rng.integers(1, _MINILM["vocab"], (*shape, _LENGTH), np.int32),
+            "mask": np.ones((*shape, _LENGTH), bool),
+        }
+        targets = np.broadcast_to(np.arange(_WAYS, dtype=np.int32), shape)
+        return metajax.Examples(texts, targets, np.ones(shape, bool), np.ones(shape, bool))
 
-        texts = {"tokens": leaf(jnp.int32, n, _LENGTH), "mask": leaf(bool, n, _LENGTH)}
-        return metajax.Examples(texts, leaf(jnp.int32, n), leaf(bool, n), leaf(bool, _WAYS))
-
+    batch = metajax.Episode(examples(), examples())
     figures: dict[str, Any] = {}
     print(f"{_TASKS} tasks of {_WAYS} support and {_WAYS} query texts of {_LENGTH} tokens, {_STEPS} inner steps over ")
-    print(f"rank-{_RANK} LoRA and a head, tasks under vmap, blocks of the encoder recomputed")
-    for name in ("unrolled", "mixed_mode"):
-        estimator = getattr(metajax.hypergrad, name)()
+    print(f"rank-{_RANK} LoRA and a head, tasks under vmap, blocks of the encoder recomputed (remat)")
+    programs, seconds = {}, {}
+    for name, remat in (("unrolled", True), ("mixed_mode", True), ("mixed_mode", "example")):
+        model = metajax.adapters.lora(metajax.models.encoder(outputs=_WAYS, remat=remat, **_MINILM), rank=_RANK)
+        learner = metajax.learners.maml(model, optax.sgd(0.01), _STEPS, adapts="lora|head")
         outer = metajax.outer_update(
-            learner, optax.adam(1e-3), hypergrad=estimator, trainable="lora|head", task_batching="vmap"
-        )
-        state = jax.eval_shape(outer.init, key, metajax.Episode(examples(_WAYS), examples(_WAYS)))
-        batch = metajax.Episode(examples(_WAYS, _TASKS), examples(_WAYS, _TASKS))
-        found: Any = jax.jit(outer.update).lower(state, batch).compile().memory_analysis()
+            learner, optax.adam(1e-3), hypergrad=getattr(metajax.hypergrad, name)(), trainable="lora|head",
+            task_batching="vmap",
+        )  # fmt: skip
+        state = outer.init(jax.random.key(0), jax.tree.map(lambda leaf: leaf[0], batch))
+        program = jax.jit(outer.update).lower(state, batch).compile()
+        found: Any = program.memory_analysis()
         weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params))
-        figures[name] = {
+        title = f"{name}, remat={remat!r}"
+        figures[title] = {
             "temporaries": found.temp_size_in_bytes, "arguments": found.argument_size_in_bytes, "weights": weights
         }  # fmt: skip
-        ratio = figures["unrolled"]["temporaries"] / found.temp_size_in_bytes
+        ratio = next(iter(figures.values()))["temporaries"] / found.temp_size_in_bytes
         print(
-            f"  {name:12s} temporaries {found.temp_size_in_bytes / 1e6:7.0f} MB, 1/{ratio:.1f}; arguments "
+            f"  {title:28s} temporaries {found.temp_size_in_bytes / 1e6:7.0f} MB, 1/{ratio:.1f}; arguments "
             f"{found.argument_size_in_bytes / 1e6:.0f} MB, of which the weights {weights / 1e6:.0f} MB"
         )
+        if name == "mixed_mode":
+            programs[title], seconds[title] = (program, state), list[float]()
+    for _ in range(1 + rounds):
+        for title, (program, state) in programs.items():
+            begin = time.perf_counter()
+            jax.block_until_ready(program(state, batch))
+            seconds[title].append(time.perf_counter() - begin)
+    for title, times in seconds.items():
+        figures[title]["seconds"] = statistics.median(times[1:])
+        print(f"  {title:28s} {figures[title]['seconds']:.1f} s a step")
     return figures
 
 

@@ -61,7 +61,9 @@ def base() -> ConfigDict:
                 "patch": 4,  # vit: side of a patch in pixels
                 "dtype": "float32",  # vit, decoder, pretrained: of the parameters, float32 or bfloat16
                 "frozen": False,  # pretrained: nothing of it is trained; its features are computed once, and kept
-                "remat": True,  # pretrained: blocks are computed again in the backward pass, to save memory
+                # pretrained: what is computed again in the backward pass, to save memory: none, a block at a time, or a
+                # block for one example at a time
+                "remat": "block",
                 "pool": False,  # conv4: halve by max pooling instead of stride
                 "normalisation": "batch",  # conv4, resnet12: batch (transductive), support, layer, group, none
                 "hidden": (40, 40),  # mlp

@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
     config = base()
     config.data.update(name="text", divides="domain", length=24, buckets=(12, 16, 20, 24))
     config.data.names.update(DOMAINS)
-    config.model.update(name="pretrained", remat=False)  # short texts: activations are small
+    config.model.update(name="pretrained", remat="none")  # short texts: activations are small
     config.adapter.update(name="lora", rank=8, where="blocks/(query|key|value|out)")
     config.augment.words = 0.15
     config.learner.update(name="prototypical", distance="centred_cosine", scale=20.0)

@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
     config = base()
     config.data.update(name="squad", length=256, buckets=(128, 192, 256), overlap=64, at_least=17)
     config.data.languages.update(LANGUAGES)
-    config.model.update(name="pretrained", head="span", remat=False)
+    config.model.update(name="pretrained", head="span", remat="none")
     config.adapter.update(name="lora", rank=8, where="blocks/.*kernel")
     config.learner.update(name="reptile", adapts="lora|head", batch_size=4)
     config.hypergrad.name = "displacement"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+Remat = bool | Literal["example"]
 
 
 def stacked(block: Callable[..., nnx.Module], depth: int, rngs: nnx.Rngs) -> Any:
@@ -27,32 +29,54 @@ def stacked(block: Callable[..., nnx.Module], depth: int, rngs: nnx.Rngs) -> Any
     return make(rngs)
 
 
+def check_remat(remat: Any) -> None:
+    """Raises ValueError for what is no `Remat`."""
+    if not isinstance(remat, bool) and remat != "example":
+        raise ValueError(f"remat must be True, False or 'example', got {remat!r}")
+
+
 def scanned(
-    blocks: Any, values: jax.Array, call: Callable[..., tuple[jax.Array, Any]], *, remat: bool, each: Any = None
+    blocks: Any,
+    values: jax.Array,
+    call: Callable[..., tuple[jax.Array, Any]],
+    *,
+    remat: Remat,
+    beside: Any = None,
+    each: Any = None,
 ) -> tuple[jax.Array, Any]:
     """Sends values through a stack of blocks, one after the other, in a program of the size of one.
 
     Args:
       blocks: what `stacked` gives.
-      values: what comes in.
-      call: `(block, values, own) -> (values, out)`.
-      remat: whether the backward pass computes each block once more.
+      values: what comes in, `[n, ...]`.
+      call: `(block, values, beside, own) -> (values, out)`, all with an axis of examples in front.
+      remat: whether the backward pass computes each block once more; "example": one example after the other.
+      beside: leaves `[n, ...]`, of which all blocks get the same, or None.
       each: leaves `[depth, ...]`, of which each block gets its `own`, or None.
 
     Returns:
       What comes out, and `out` of the blocks `[depth, ...]`.
 
     >>> blocks = stacked(lambda rngs: nnx.Linear(3, 3, rngs=rngs), 2, nnx.Rngs(0))
-    >>> scanned(blocks, jnp.ones([4, 3]), lambda block, values, own: (block(values), None), remat=True)[0].shape
+    >>> def call(block, values, beside, own):
+    ...     return block(values), None
+    >>> scanned(blocks, jnp.ones([4, 3]), call, remat=True)[0].shape
     (4, 3)
     """
     graph, params = nnx.split(blocks)
 
     def step(values: jax.Array, item: Any) -> tuple[jax.Array, Any]:
         params, own = item
-        return call(nnx.merge(graph, params), values, own)
 
-    return jax.lax.scan(jax.checkpoint(step) if remat else step, values, (params, each))
+        def one(example: Any) -> Any:
+            alone = jax.tree.map(lambda leaf: leaf[None], example)
+            return jax.tree.map(lambda leaf: leaf[0], call(nnx.merge(graph, params), *alone))
+
+        if remat == "example":
+            return jax.lax.map(jax.checkpoint(one), (values, beside, own))
+        return call(nnx.merge(graph, params), values, beside, own)
+
+    return jax.lax.scan(jax.checkpoint(step) if remat is True else step, values, (params, each))
 
 
 def with_prompt(values: jax.Array, mask: Any, prompt: jax.Array | None) -> tuple[jax.Array, Any]:

@@ -13,7 +13,7 @@ from metajax.core import _validate
 from metajax.core._types import Model
 from metajax.models import _wrap
 from metajax.models._attention import attend, heads_of
-from metajax.models._blocks import scanned, stacked, with_prompt
+from metajax.models._blocks import Remat, check_remat, scanned, stacked, with_prompt
 from metajax.models._linear import Linear
 
 Outputs = int | Literal["tokens", "features"]
@@ -90,7 +90,9 @@ def last_kept(mask: jax.Array) -> jax.Array:
 
 
 class _Decoder(nnx.Module):
-    def __init__(self, vocab: int, depth: int, outputs: Outputs, tied: bool, remat: bool, rngs: nnx.Rngs, **block: Any):
+    def __init__(
+        self, vocab: int, depth: int, outputs: Outputs, tied: bool, remat: Remat, rngs: nnx.Rngs, **block: Any
+    ):
         width = block["width"]
         self.embed = nnx.Embed(vocab, width, rngs=rngs)
         self.embed.dtype = None  # whichever type the table has in a call, and not the one it is made in
@@ -117,11 +119,15 @@ class _Decoder(nnx.Module):
             mask = after(cache["mask"], own)
         before = {name: cache[name] for name in ("key", "value")} if cache else None
 
-        def call(block: _Block, values: jax.Array, before: Any) -> tuple[jax.Array, Any]:
+        def call(block: _Block, values: jax.Array, beside: Any, before: Any) -> tuple[jax.Array, Any]:
+            positions, mask = beside
             values, new = block(values, positions, mask, before)
             return values, None if cache is None else new
 
-        values, new = scanned(self.blocks, values, call, remat=self.remat, each=before)
+        remat = self.remat if cache is None else bool(self.remat)  # examples may share what is in a cache
+        if remat == "example":
+            positions = jnp.broadcast_to(positions, values.shape[:2])
+        values, new = scanned(self.blocks, values, call, remat=remat, beside=(positions, mask), each=before)
         if self.outputs != "tokens":
             read = last_kept(own)[:, None]
         elif prompt is not None:
@@ -154,7 +160,7 @@ def decoder(
     qkv_bias: bool = False,
     tied: bool = False,
     outputs: Outputs = "tokens",
-    remat: bool = True,
+    remat: Remat = True,
     dtype: Any = jnp.float32,
 ) -> Model:
     """A decoder with RMSNorm, rotary positions, grouped-query attention and SwiGLU, as in Llama and Qwen2.
@@ -188,7 +194,8 @@ def decoder(
       tied: whether the table of embeddings gives the logits of tokens too, in place of a head.
       outputs: "tokens", the logits of the next token at each place; a number of classes, whose logits a head without
         bias gives of the last token of a text that is no padding; or "features", the normalised state of that token.
-      remat: whether blocks are recomputed in the backward pass.
+      remat: whether blocks are recomputed in the backward pass; "example": for one text at a time (without a cache),
+        which takes less memory still, and more time where texts are short.
       dtype: of the parameters, and of the computation; outputs are float32 at least. bfloat16 halves a frozen base;
         what takes gradient steps should be float32 (`models.mixed_precision`, or adapters, whose leaves are).
 
@@ -222,6 +229,7 @@ def decoder(
         raise ValueError(f"head_size must be even, got {head_size}")
     if heads % (kv_heads or heads):
         raise ValueError(f"kv_heads must divide heads, {heads}, got {kv_heads}")
+    check_remat(remat)
     _validate.positive_float("theta", theta)
     _validate.positive_float("norm_epsilon", norm_epsilon)
     classes = isinstance(outputs, int) and not isinstance(outputs, bool) and outputs > 0

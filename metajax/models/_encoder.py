@@ -13,7 +13,7 @@ from metajax.core import _losses, _validate
 from metajax.core._types import Model
 from metajax.models import _wrap
 from metajax.models._attention import attend, heads_of
-from metajax.models._blocks import gelu, layer_norm, scanned, stacked, with_prompt
+from metajax.models._blocks import Remat, check_remat, gelu, layer_norm, scanned, stacked, with_prompt
 from metajax.models._linear import Linear
 
 Head = Literal["mean", "cls", "tokens", "span"]
@@ -38,7 +38,7 @@ class _Block(nnx.Module):
 class _Encoder(nnx.Module):
     def __init__(
         self, vocab: int, depth: int, positions: int, first_position: int, types: int, head: Head,
-        outputs: int | None, remat: bool, rngs: nnx.Rngs, **block: Any,
+        outputs: int | None, remat: Remat, rngs: nnx.Rngs, **block: Any,
     ):  # fmt: skip
         width = block["width"]
         self.embed, self.position = nnx.Embed(vocab, width, rngs=rngs), nnx.Embed(positions, width, rngs=rngs)
@@ -63,7 +63,11 @@ class _Encoder(nnx.Module):
         values = self.embed(tokens) + self.position(jnp.arange(first, first + length))
         values = self.embed_norm(values + self.type(inputs.get("types", jnp.zeros_like(tokens))))
         values, mask = with_prompt(values, mask, prompt)
-        values, _ = scanned(self.blocks, values, lambda block, values, _: (block(values, mask), None), remat=self.remat)
+
+        def call(block: _Block, values: jax.Array, mask: jax.Array | None, _: None) -> tuple[jax.Array, None]:
+            return block(values, mask), None
+
+        values, _ = scanned(self.blocks, values, call, remat=self.remat, beside=mask)
         if prompt is not None:
             values = values[:, len(prompt) :]
         values = values.astype(jnp.promote_types(values.dtype, jnp.float32))  # for the sums of means and softmaxes
@@ -98,7 +102,7 @@ def encoder(
     types: int = 2,
     norm_epsilon: float = 1e-12,
     head: Head = "mean",
-    remat: bool = True,
+    remat: Remat = True,
     dtype: Any = jnp.float32,
 ) -> Model:
     """An encoder of text as BERT, MiniLM, multilingual E5 and XLM-R are.
@@ -121,7 +125,8 @@ def encoder(
         all "tokens" `[n, length, width]`, each through the linear layer where there is one; or "span", scores of first
         and last tokens of an answer `[n, length, 2]`, large negative ones at tokens that are padding, or that
         `"context"` excludes.
-      remat: whether blocks are recomputed in the backward pass.
+      remat: whether blocks are recomputed in the backward pass; "example": for one text at a time, which takes less
+        memory still, and more time where texts are short.
       dtype: of the parameters, and of the computation in the blocks; what comes out is float32 at least.
 
     Returns:
@@ -147,6 +152,7 @@ def encoder(
     _validate.int_at_least("first_position", first_position, 0)
     _validate.positive_float("norm_epsilon", norm_epsilon)
     _validate.one_of("head", head, HEADS)
+    check_remat(remat)
     if head == "span" and outputs not in (None, 2):
         raise ValueError(f"outputs must be None or 2 for a span head, got {outputs}")
     if width % heads:

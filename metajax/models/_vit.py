@@ -13,7 +13,7 @@ from metajax.core import _validate
 from metajax.core._types import Model
 from metajax.models import _wrap
 from metajax.models._attention import attend, heads_of
-from metajax.models._blocks import gelu, layer_norm, scanned, stacked
+from metajax.models._blocks import Remat, check_remat, gelu, layer_norm, scanned, stacked
 from metajax.models._linear import Linear
 
 Pooling = Literal["cls", "mean"]
@@ -38,7 +38,7 @@ class _Block(nnx.Module):
 
 class _ViT(nnx.Module):
     def __init__(
-        self, shape: tuple[int, ...], outputs: int | None, patch: int, depth: int, pooling: Pooling, remat: bool,
+        self, shape: tuple[int, ...], outputs: int | None, patch: int, depth: int, pooling: Pooling, remat: Remat,
         rngs: nnx.Rngs, **block: Any,
     ):  # fmt: skip
         height, breadth, channels = _wrap.image_shape(shape)
@@ -64,7 +64,11 @@ class _ViT(nnx.Module):
         values = self.embed(unfold(inputs, self.patch).astype(position.dtype))  # the parameters say in which type
         token = jnp.broadcast_to(token.astype(values.dtype), (len(values), 1, len(token)))
         values = jnp.concatenate([token, values], axis=1) + position
-        values, _ = scanned(self.blocks, values, lambda block, values, _: (block(values), None), remat=self.remat)
+
+        def call(block: _Block, values: jax.Array, *_: None) -> tuple[jax.Array, None]:
+            return block(values), None
+
+        values, _ = scanned(self.blocks, values, call, remat=self.remat)
         values = self.norm(values[:, :1] if self.pooling == "cls" else values[:, 1:])
         values = values.astype(jnp.promote_types(values.dtype, jnp.float32))  # for the sums of means and softmaxes
         features = values.mean(axis=1)
@@ -93,7 +97,7 @@ def vit(
     hidden: int | None = None,
     norm_epsilon: float = 1e-6,
     pooling: Pooling = "cls",
-    remat: bool = True,
+    remat: Remat = True,
     dtype: Any = jnp.float32,
 ) -> Model:
     """The Vision Transformer (Dosovitskiy et al. 2021); the default sizes are those of ViT-S/16.
@@ -112,7 +116,8 @@ def vit(
       norm_epsilon: of the layer normalisations; 1e-12 in Hugging Face's `ViTModel`.
       pooling: the features are the normalised state of the class token, "cls", or the mean of those of the patches,
         "mean".
-      remat: whether blocks are recomputed in the backward pass.
+      remat: whether blocks are recomputed in the backward pass; "example": for one image at a time, which takes less
+        memory still, and more time where images are small.
       dtype: of the parameters, and of the computation in the blocks; what comes out is float32 at least.
 
     Returns:
@@ -140,6 +145,7 @@ def vit(
     if width % heads:
         raise ValueError(f"heads must divide width, {width}, got {heads}")
     _validate.positive_float("norm_epsilon", norm_epsilon)
+    check_remat(remat)
     _validate.one_of("pooling", pooling, POOLINGS)
     block = {"width": width, "heads": heads, "hidden": hidden or 4 * width, "epsilon": norm_epsilon}
 

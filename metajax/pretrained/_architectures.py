@@ -83,7 +83,7 @@ def bert(config: Config) -> Architecture:
         "positions": _number(config, "max_position_embeddings"), "types": _number(config, "type_vocab_size", 2),
     }  # fmt: skip
 
-    def model(head: Any, outputs: int | None, dtype: Any, remat: bool) -> Model:
+    def model(head: Any, outputs: int | None, dtype: Any, remat: Any) -> Model:
         return models.encoder(
             _number(config, "vocab_size"), outputs, head=head, dtype=dtype, remat=remat, first_position=first,
             norm_epsilon=config.get("layer_norm_eps", 1e-12), **sizes,
@@ -129,7 +129,7 @@ def llama(config: Config) -> Architecture:
         "theta": rope.get("rope_theta", config.get("rope_theta", 1e4)),
     }  # fmt: skip
 
-    def model(head: Any, outputs: int | None, dtype: Any, remat: bool) -> Model:
+    def model(head: Any, outputs: int | None, dtype: Any, remat: Any) -> Model:
         return models.decoder(
             _number(config, "vocab_size"), dtype=dtype, remat=remat, norm_epsilon=config.get("rms_norm_eps", 1e-6),
             qkv_bias=qwen, tied=tied and outputs is None, outputs=head if outputs is None else outputs,
@@ -160,7 +160,7 @@ def vit(config: Config) -> Architecture:
         "heads": _number(config, "num_attention_heads"), "hidden": _number(config, "intermediate_size"),
     }  # fmt: skip
 
-    def model(head: Any, outputs: int | None, dtype: Any, remat: bool) -> Model:
+    def model(head: Any, outputs: int | None, dtype: Any, remat: Any) -> Model:
         epsilon = config.get("layer_norm_eps", 1e-12)
         return models.vit(outputs, pooling=head, dtype=dtype, remat=remat, norm_epsilon=epsilon, **sizes)
 
@@ -206,7 +206,7 @@ def own(config: Config) -> Architecture:
     if not isinstance(options, dict) or not set(options) <= set(accepted):
         raise ValueError(f"options of config.json must be among {', '.join(accepted)} for {name}, got {options!r}")
 
-    def model(head: Any, outputs: int | None, dtype: Any, remat: bool) -> Model:
+    def model(head: Any, outputs: int | None, dtype: Any, remat: Any) -> Model:
         given = {"dtype": dtype, "remat": remat, **({"head": head} if "head" in known else {})}
         return factory(outputs=outputs, **{**options, **{key: given[key] for key in given if key in known}})
 

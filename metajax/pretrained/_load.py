@@ -16,6 +16,7 @@ import numpy as np
 from metajax.core import _tree, _validate
 from metajax.core._types import Model, Params
 from metajax.data import _tokens
+from metajax.models._blocks import Remat
 from metajax.models._wrap import as_floats
 from metajax.pretrained import _architectures
 from metajax.pretrained._tensors import Tensors
@@ -88,7 +89,7 @@ def load_pretrained_model(
     head: str | None = None,
     outputs: int | None = None,
     dtype: Any = jnp.float32,
-    remat: bool = True,
+    remat: Remat = True,
     key: jax.Array | None = None,
 ) -> PretrainedModel:
     """Loads a pretrained model from a folder in the layout of Hugging Face.
@@ -105,7 +106,8 @@ def load_pretrained_model(
         Transformers: "cls" or "mean".
       outputs: of a new linear layer on top, such as the ways of a task; None is features as they are.
       dtype: of the parameters, a floating-point type; bfloat16 halves a frozen base.
-      remat: whether the backward pass computes blocks once more instead of keeping their activations.
+      remat: whether the backward pass computes blocks once more instead of keeping their activations; "example":
+        those of one example at a time, which takes less memory still.
       key: PRNG key of a new head; None is key 0.
 
     Returns:
@@ -153,7 +155,7 @@ def open_model(
     head: str | None = None,
     outputs: int | None = None,
     dtype: Any = jnp.float32,
-    remat: bool = True,
+    remat: Remat = True,
 ) -> tuple[dict[str, Any], _architectures.Architecture, Model]:
     """What the config of a folder describes, whose weights are not read: `(config, architecture, model)`.
 

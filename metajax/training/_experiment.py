@@ -29,6 +29,7 @@ _LOSSES: dict[str, Loss] = {"sinusoids": squared_error, "squad": span_cross_entr
 LEARNERS = ("maml", "meta_sgd", "reptile", "bayesian", "prototypical", "finetune", "in_context", "moco", "simclr")
 _GRADIENT = ("maml", "meta_sgd", "reptile", "bayesian")
 _CONTRASTIVE = ("moco", "simclr")
+_REMAT = {"none": False, "block": True, "example": "example"}
 _IDENTITY = Model(lambda key, inputs: {}, lambda params, inputs: inputs)
 ESTIMATORS = (  # those that need no argument
     "displacement", "finite_difference", "first_order", "forward_mode", "implicit", "mixed_mode", "sama", "unrolled"
@@ -313,11 +314,12 @@ def _begins_pretrained(config: Config) -> bool:
 
 def _pretrained_options(config: Config, outputs: int | None) -> dict[str, Any]:
     dtype = _validate.one_of("model.dtype", config["model"]["dtype"], ("float32", "bfloat16"))
+    remat = config["model"]["remat"]  # runs of old have True or False
     return {
         "head": config["model"]["head"] or None,
         "outputs": outputs,
         "dtype": jnp.dtype(dtype),
-        "remat": config["model"]["remat"],
+        "remat": remat if isinstance(remat, bool) else _REMAT[_validate.one_of("model.remat", remat, tuple(_REMAT))],
     }
 
 
