@@ -52,7 +52,8 @@ def _memory(rounds: int) -> dict[str, Any]:
     print(f"{_TASKS} tasks of {_WAYS} support and {_WAYS} query texts of {_LENGTH} tokens, {_STEPS} inner steps over ")
     print(f"rank-{_RANK} LoRA and a head, tasks under vmap, blocks of the encoder recomputed (remat)")
     programs, seconds = {}, {}
-    for name, remat in (("unrolled", True), ("mixed_mode", True), ("mixed_mode", "example")):
+    variants: list[tuple[str, Any]] = [("unrolled", True), ("mixed_mode", True), ("mixed_mode", "example")]
+    for name, remat in variants:
         model = metajax.adapters.lora(metajax.models.encoder(outputs=_WAYS, remat=remat, **_MINILM), rank=_RANK)
         learner = metajax.learners.maml(model, optax.sgd(0.01), _STEPS, adapts="lora|head")
         outer = metajax.outer_update(

@@ -44,14 +44,13 @@ class _Column(nnx.Module):
 
 
 class _Progressive(nnx.Module):
-    def __init__(self, columns: Sequence[_Column]):
-        self.columns = len(columns)
+    def __init__(self, columns: Sequence[_Column], *, flat: bool):
+        self.columns, self.flat = len(columns), flat
         for index, column in enumerate(columns):
             setattr(self, f"column_{index}", column)
 
     def __call__(self, inputs: jax.Array, mask: Any = None) -> jax.Array:
-        flat = self.column_0.names[0] == "layer_0"
-        values = inputs.reshape(inputs.shape[0], math.prod(inputs.shape[1:])) if flat else inputs
+        values = inputs.reshape(inputs.shape[0], math.prod(inputs.shape[1:])) if self.flat else inputs
         before: list[list[jax.Array]] = []
         for index in range(self.columns):
             own, outputs = getattr(self, f"column_{index}")(values, before, mask)
@@ -64,8 +63,8 @@ def progressive_column(
     outputs: int,
     *,
     hidden: Sequence[int] | None = None,
-    pool: bool = True,
-    normalisation: _norm.Policy = "batch",
+    pool: bool | None = None,
+    normalisation: _norm.Policy | None = None,
 ) -> Model:
     """A new column beside the columns that were trained before, which stay as they are (Rusu et al. 2016).
 
@@ -79,7 +78,7 @@ def progressive_column(
         model that this function returned.
       outputs: number of outputs of the new column.
       hidden: widths of its hidden layers, as many as the first column has; None takes those of the first.
-      pool: of `conv4`, as the earlier columns were built; without effect for `mlp`.
+      pool: beside `conv4` alone, as the earlier columns were built, which their parameters do not tell.
       normalisation: likewise; all policies but "support".
 
     Returns:
@@ -87,8 +86,9 @@ def progressive_column(
       on, where all but the last are `earlier`; these are arguments of `apply` as all parameters are.
 
     Raises:
-      ValueError: parameters of another network, another number of layers, a size below 1, or a normalisation that is
-        another one or "support"; (in `init`) inputs of another size than the earlier columns take.
+      ValueError: parameters of another network, another number of layers, a size below 1, `pool` or `normalisation`
+        missing beside `conv4`, given beside `mlp` or out of range; (in `init`) inputs of another size than the earlier
+        columns take.
 
     Source: Rusu et al. 2016, Progressive Neural Networks, arXiv:1606.04671, equation 2 without adapters.
 
@@ -102,38 +102,30 @@ def progressive_column(
     >>> model.apply(params, inputs).shape
     (4, 5)
     """
-    columns = _columns(earlier)
-    kind = "layer" if "layer_0" in columns[0] else "block"
-    widths = [_widths(column) for column in columns]
+    kind, columns = _columns(earlier)
+    _check_form(kind, columns[0], pool, normalisation)
+    widths = [_widths(kind, column) for column in columns]
     new = widths[0] if hidden is None else tuple(_validate.positive_int("hidden", width) for width in hidden)
     _validate.positive_int("outputs", outputs)
-    _validate.one_of("normalisation", normalisation, [policy for policy in _norm.POLICIES if policy != "support"])
     if len(new) != len(widths[0]):
         raise ValueError(f"hidden must hold {len(widths[0])} widths, as the columns before, got {hidden!r}")
-    if kind == "block" and ("scale" in columns[0]["block_0"]["norm"]) != (normalisation != "none"):
-        raise ValueError(f"normalisation must be that of the columns before, got {normalisation!r}")
     heads = [int(column["head"]["bias"].shape[0]) for column in columns]
 
-    def column(inputs: int, positions: int, widths: Sequence[int], beside: Sequence[int], size: int, rngs: Any) -> Any:
-        """Args: beside: how many units the columns before have in each hidden layer; size: outputs."""
-        layers: list[nnx.Module] = []
-        for width, more in zip(widths, beside, strict=True):
-            if kind == "layer":
-                layers.append(_Dense(inputs, width, rngs=rngs))
-            else:
-                layers.append(_conv.Block(inputs, width, pool=pool, policy=normalisation, form="auto", rngs=rngs))
-            inputs = width + more
-        return _Column(kind, layers, nnx.Linear(positions * inputs, size, rngs=rngs))
-
     def module(shape: tuple[int, ...], rngs: nnx.Rngs) -> nnx.Module:
-        inputs, positions = _sizes(shape, columns[0], pool)
-        found, beside = [], [0] * len(new)
+        inputs, positions = _sizes(kind, shape, columns[0], pool)
+        found, beside = [], [0] * len(new)  # how many units the columns before have in each hidden layer
         for size, layers in zip([*heads, outputs], [*widths, new], strict=True):
-            found.append(column(inputs, positions, layers, beside, size, rngs))
+            reads = [inputs, *(sum(pair) for pair in zip(layers, beside, strict=True))]
+            made = [
+                _Dense(read, width, rngs=rngs) if kind == "layer"
+                else _conv.Block(read, width, pool=bool(pool), policy=normalisation or "none", form="auto", rngs=rngs)
+                for read, width in zip(reads, layers, strict=False)
+            ]  # fmt: skip
+            found.append(_Column(kind, made, nnx.Linear(positions * reads[-1], size, rngs=rngs)))
             beside = [sum(pair) for pair in zip(beside, layers, strict=True)]
-        return _Progressive(found)
+        return _Progressive(found, flat=kind == "layer")
 
-    model = _wrap.from_shape(module, needs=() if kind == "layer" else _norm.needs(normalisation))
+    model = _wrap.from_shape(module, needs=_norm.needs(normalisation) if normalisation else ())
 
     def init(key: jax.Array, inputs: jax.Array) -> Params:
         return model.init(key, inputs) | {f"column_{index}": column for index, column in enumerate(columns)}
@@ -141,42 +133,57 @@ def progressive_column(
     return Model(init, model.apply, model.needs)
 
 
-def _sizes(shape: tuple[int, ...], first: Params, pool: bool) -> tuple[int, int]:
-    """Numbers or channels that the first layers read, and positions of an image that the heads read.
-
-    Raises:
-      ValueError: those of the first column are others.
-    """
-    widths = _widths(first)
-    if "layer_0" in first:
-        reads, positions, kernel = math.prod(shape), 1, first["layer_0"]["kernel"]
-    else:
-        height, breadth, reads = _wrap.image_shape(shape)
-        for _ in widths:
-            height, breadth = _conv.halved(height, pool=pool), _conv.halved(breadth, pool=pool)
-        positions, kernel = height * breadth, first["block_0"]["kernel"]
-    found, wanted = (reads, positions * widths[-1]), (kernel.shape[-2], first["head"]["kernel"].shape[0])
-    if found != wanted:
-        raise ValueError(
-            f"inputs must be of the size that the columns before take, and halved as there, got {shape}, of which the "
-            f"first layer and the head would read {found} numbers instead of {wanted}"
-        )
-    return reads, positions
-
-
-def _columns(earlier: Params) -> list[Params]:
+def _columns(earlier: Params) -> tuple[str, list[Params]]:
+    """What hidden layers are called, "layer" or "block", and the columns."""
     groups = earlier if isinstance(earlier, Mapping) else {}
-    if "head" in groups and {"layer_0", "block_0"} & set(groups):
-        return [earlier]
-    if groups and set(groups) == {f"column_{index}" for index in range(len(groups))}:
-        return [groups[f"column_{index}"] for index in range(len(groups))]
+    columns = [groups[f"column_{index}"] for index in range(len(groups)) if f"column_{index}" in groups]
+    columns = columns if columns and len(columns) == len(groups) else [groups]
+    for kind in ("layer", "block"):
+        if "head" in columns[0] and "kernel" in columns[0].get(f"{kind}_0", {}):
+            return kind, columns
     raise ValueError(
         "earlier must be parameters of metajax.models.mlp with a hidden layer, of metajax.models.conv4 with outputs, "
         f"or of a progressive network, got a tree of {sorted(groups)}"
     )
 
 
-def _widths(column: Params) -> tuple[int, ...]:
-    if "layer_0" in column:
-        return tuple(int(column[f"layer_{index}"]["bias"].shape[0]) for index in range(len(column) - 1))
-    return tuple(int(column[f"block_{index}"]["kernel"].shape[3]) for index in range(len(column) - 1))
+def _widths(kind: str, column: Params) -> tuple[int, ...]:
+    return tuple(int(column[f"{kind}_{index}"]["kernel"].shape[-1]) for index in range(len(column) - 1))
+
+
+def _check_form(kind: str, first: Params, pool: Any, normalisation: Any) -> None:
+    """Raises ValueError where `pool` and `normalisation` are not those of columns of this kind."""
+    if kind == "layer":
+        for name, value in (("pool", pool), ("normalisation", normalisation)):
+            if value is not None:
+                raise ValueError(f"{name} must not be given beside columns of mlp, got {value!r}")
+        return
+    if not isinstance(pool, bool):
+        raise ValueError(f"pool must be True or False, as the columns before were built, got {pool!r}")
+    _validate.one_of("normalisation", normalisation, [policy for policy in _norm.POLICIES if policy != "support"])
+    if ("scale" in first["block_0"]["norm"]) != (normalisation != "none"):
+        raise ValueError(f"normalisation must be that of the columns before, got {normalisation!r}")
+
+
+def _sizes(kind: str, shape: tuple[int, ...], first: Params, pool: Any) -> tuple[int, int]:
+    """Numbers or channels that the first layers read, and positions of an image that the heads read.
+
+    Raises:
+      ValueError: those of the first column are others.
+    """
+    widths = _widths(kind, first)
+    if kind == "layer":
+        reads, positions = math.prod(shape), 1
+    else:
+        height, breadth, reads = _wrap.image_shape(shape)
+        for _ in widths:
+            height, breadth = _conv.halved(height, pool=pool), _conv.halved(breadth, pool=pool)
+        positions = height * breadth
+    found = reads, positions * widths[-1]
+    wanted = first[f"{kind}_0"]["kernel"].shape[-2], first["head"]["kernel"].shape[0]
+    if found != wanted:
+        raise ValueError(
+            f"inputs must be of the size that the columns before take, and halved as there, got {shape}, of which the "
+            f"first layer and the head would read {found} numbers instead of {wanted}"
+        )
+    return reads, positions

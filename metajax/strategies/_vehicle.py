@@ -296,12 +296,15 @@ def residual_dynamics(nominal: Vehicle | None = None, *, hidden: tuple[int, ...]
       behind the four go to the network as they are: with them, it is a model for `strategies.recurrent(model, 2)`.
 
     Raises:
-      ValueError: a width below 1, or `nominal` is no `Vehicle`.
+      ValueError: a width below 1, or `nominal` is no `Vehicle`; (in a call) fewer than 4 columns.
 
     >>> model = residual_dynamics()
     >>> features = motion_features(Motion(speed=20.0), 0.5)[None]
     >>> model.apply(model.init(jax.random.key(0), features), features).shape
     (1, 2)
+    >>> remembering = jnp.concatenate([features, jnp.zeros([1, 8])], axis=1)  # with a memory of 8 numbers
+    >>> model.init(jax.random.key(0), remembering)["layer_0"]["kernel"].shape
+    (14, 32)
     """
     assumption = _validate.instance("nominal", Vehicle() if nominal is None else nominal, Vehicle)
     network = mlp(2, hidden=hidden)
@@ -315,11 +318,16 @@ def residual_dynamics(nominal: Vehicle | None = None, *, hidden: tuple[int, ...]
         features = jnp.clip((inputs[:, :4] - jnp.array(_CENTRE)) / jnp.array(_SPREAD), -4, 4)
         return jnp.concatenate([features, nominal / jnp.array(_SCALE), inputs[:, 4:]], axis=1)
 
+    def expected(inputs: Any) -> jax.Array:
+        if inputs.ndim != 2 or inputs.shape[1] < 4:
+            raise ValueError(f"inputs must be features [n, 4], or with more columns, got an array of {inputs.shape}")
+        return jax.vmap(assumed)(inputs)
+
     def init(key: jax.Array, inputs: Any) -> Any:
-        return network.init(key, seen(inputs, jax.vmap(assumed)(inputs)))
+        return network.init(key, seen(inputs, expected(inputs)))
 
     def apply(params: Any, inputs: Any) -> jax.Array:
-        nominal = jax.vmap(assumed)(inputs)
+        nominal = expected(inputs)
         return nominal + jnp.array(_SCALE) * network.apply(params, seen(inputs, nominal))
 
     return Model(init, apply)

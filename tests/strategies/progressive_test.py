@@ -14,6 +14,7 @@ INPUTS = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
 FIRST = metajax.models.mlp(2, hidden=(5, 4)).init(jax.random.key(0), INPUTS)
 SECOND = strategies.progressive_column(FIRST, 3, hidden=(6, 7))
 IMAGES = np.random.default_rng(1).normal(size=(3, 9, 8, 2)).astype(np.float32)
+BATCH = {"pool": True, "normalisation": "batch"}
 CONV = metajax.models.conv4(2, width=3, depth=2).init(jax.random.key(0), IMAGES)
 THIRD = strategies.progressive_column(SECOND.init(jax.random.key(1), INPUTS), 1)
 
@@ -71,8 +72,7 @@ def test_columns_of_convolutions_are_the_numpy_network(policy, pool):
 
 
 def test_padding_enters_no_batch_statistics_of_columns():
-    first = metajax.models.conv4(2, width=3, depth=2).init(jax.random.key(0), IMAGES)
-    model = strategies.progressive_column(first, 2)
+    model = strategies.progressive_column(CONV, 2, **BATCH)
     params = model.init(jax.random.key(1), IMAGES)
     padded, mask = np.concatenate([IMAGES, 9 * IMAGES]), np.arange(6) < 3
     np.testing.assert_allclose(
@@ -124,17 +124,35 @@ def test_training_the_new_column_leaves_the_others():
             lambda: SECOND.init(jax.random.key(0), jnp.ones([2, 5])),
             r"inputs must be of the size .* got \(5,\), of which .* would read \(5, 4\) numbers instead of \(3, 4\)",
         ),
+        (lambda: strategies.progressive_column(FIRST, 2, pool=True), "pool must not be given beside .* mlp, got True"),
         (
-            lambda: strategies.progressive_column(CONV, 2).init(jax.random.key(0), IMAGES[:, :, :3]),
-            r"inputs must be of the size .* would read \(2, 0\) numbers instead of \(2, 12\)",
+            lambda: strategies.progressive_column(FIRST, 2, normalisation="layer"),
+            "normalisation must not be given beside columns of mlp, got 'layer'",
         ),
         (
-            lambda: strategies.progressive_column(CONV, 2, normalisation="none"),
+            lambda: strategies.progressive_column(CONV, 2, normalisation="batch"),
+            "pool must be True or False, as the columns before were built, got None",
+        ),
+        (lambda: strategies.progressive_column(CONV, 2, pool=True), "normalisation must be .*, got None"),
+        (
+            lambda: strategies.progressive_column(CONV, 2, pool=True, normalisation="support"),
+            "normalisation must be one of .*, got 'support'",
+        ),
+        (
+            lambda: strategies.progressive_column(CONV, 2, pool=True, normalisation="none"),
             "normalisation must be that of the columns before, got 'none'",
         ),
         (
-            lambda: strategies.progressive_column(CONV, 2, normalisation="support"),
-            "normalisation must be .*, got 'support'",
+            lambda: strategies.progressive_column(CONV, 2, **BATCH).init(jax.random.key(0), IMAGES[:, :, :3]),
+            r"inputs must be of the size .* would read \(2, 0\) numbers instead of \(2, 12\)",
+        ),
+        (
+            lambda: strategies.progressive_column(CONV, 2, **{**BATCH, "pool": False}).init(jax.random.key(0), IMAGES),
+            r"inputs must be of the size .*, and halved as there, .* would read \(2, 18\) numbers instead of \(2, 12\)",
+        ),
+        (
+            lambda: strategies.progressive_column({"block_0": {"conv_0": 1}, "head": 1}, 2),
+            r"earlier must be .* got a tree of \['block_0', 'head'\]",
         ),
     ],
 )

@@ -208,6 +208,8 @@ def test_bad_input_of_a_vehicle_is_refused():
         strategies.residual_dynamics(0.9)
     with pytest.raises(ValueError, match="hidden must be an integer of at least 1, got 0"):
         strategies.residual_dynamics(hidden=(0,))
+    with pytest.raises(ValueError, match=r"inputs must be features \[n, 4\], .* got an array of \(2, 3\)"):
+        strategies.residual_dynamics().init(jax.random.key(0), jnp.zeros([2, 3]))
 
 
 def test_random_vehicles_stay_within_their_bounds():
