@@ -5,8 +5,8 @@
 Sine waves come as sequences of points; only the first points of each tell their value, and the network must remember
 the wave for the rest. It learns from short stretches of a memory (Kapturowski et al. 2019, R2D2), which mostly begin
 long after those points: from a state of zeros, from the state that was stored when the stretch was recorded, and from
-either after a burn-in by the present weights. Prints the squared error on whole sequences of new waves over several
-seeds, and draws it over the steps of a sequence.
+either after a burn-in by the present weights. All stretches are as long; without a burn-in, all of their steps teach.
+Prints the squared error on whole sequences of new waves over several seeds, and draws it over the steps of a sequence.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _OUT = flags.DEFINE_string("out", "runs/recurrent_replay", "Folder of the table 
 _SEED = flags.DEFINE_integer("seed", 0, "The first seed, of waves, weights and draws.")
 _SEEDS = flags.DEFINE_integer("seeds", 10, "Seeds.")
 _STEPS = flags.DEFINE_integer("steps", 4000, "Optimizer steps.")
-_BURN_IN = flags.DEFINE_integer("burn_in", 8, "Steps of a stretch that bring the state up to date and teach nothing.")
+_BURN_IN = flags.DEFINE_integer("burn_in", 8, "First steps of a stretch that bring its state up to date.")
 _LENGTH, _TOLD, _LATE = 64, 8, 32  # steps of a sequence; with the value told; judged from this one on
-_ROWS, _BLOCK, _CAPACITY = 8, 8, 1024  # sequences side by side; steps between two updates; steps of a row that are kept
-_STRETCH, _COUNT = 16, 16  # steps that teach, of so many stretches
+_ROWS, _BLOCK, _CAPACITY = 8, 8, 8192  # sequences side by side; steps between two updates; steps of a row that are kept
+_STRETCH, _COUNT = 24, 16  # steps of a stretch, stretches of an update
 _HIDDEN, _RATE, _JUDGED = 64, 2e-3, 256
 
 
@@ -63,8 +63,8 @@ def main() -> int:
     out = _runs.out_folder(_OUT.value)
     if _SEEDS.value < 2 or _STEPS.value < 1:
         raise ValueError(f"seeds must be at least 2 and steps at least 1, got {_SEEDS.value} and {_STEPS.value}")
-    if not 1 <= _BURN_IN.value <= _LENGTH:
-        raise ValueError(f"burn_in must be an integer from 1 to {_LENGTH}, got {_BURN_IN.value}")
+    if not 1 <= _BURN_IN.value < _STRETCH:
+        raise ValueError(f"burn_in must be an integer from 1 to {_STRETCH - 1}, got {_BURN_IN.value}")
     keys = jax.vmap(jax.random.key)(_SEED.value + np.arange(_SEEDS.value))
     errors = {name: np.asarray(jax.jit(jax.vmap(_learned(way)))(keys), np.float64) for name, way in _WAYS.items()}
     print(
@@ -73,10 +73,12 @@ def main() -> int:
     print(f"{'stretches begin from':36s}{f'steps {_LATE} to {_LENGTH}':>20s}{'less than from zeros':>24s}")
     late = {name: values[:, _LATE:].mean(1) for name, values in errors.items()}
     for name, way in _WAYS.items():
-        print(f"{way.title:36s}{_runs.told(late[name], 3):>20s}{_runs.told(late['zero'] - late[name], 3):>24s}")
+        less = "" if name == "zero" else _runs.told(late["zero"] - late[name], 3)
+        print(f"{way.title:36s}{_runs.told(late[name], 3):>20s}{less:>24s}")
     out.mkdir(parents=True, exist_ok=True)
-    settings = {"seed": _SEED.value, "steps": _STEPS.value, "burn_in": _BURN_IN.value}
-    _runs.write_json(out / "recurrent_replay.json", {**settings, "error": {k: v.tolist() for k, v in late.items()}})
+    settings = {"seed": _SEED.value, "seeds": _SEEDS.value, "steps": _STEPS.value, "burn_in": _BURN_IN.value}
+    told = {"error": {k: v.tolist() for k, v in late.items()}, "curves": {k: v.tolist() for k, v in errors.items()}}
+    _runs.write_json(out / "recurrent_replay.json", {**settings, **told})
     _draw(out / "recurrent_replay.png", errors)
     print(f"figure: {out / 'recurrent_replay.png'}")
     return 0
@@ -138,8 +140,7 @@ def _learned(way: _Way) -> Any:
 
     init, apply = _network()
     rule, burn_in = optax.adam(_RATE), _BURN_IN.value if way.burn_in else 0
-    memory = strategies.sequences(_CAPACITY, burn_in + _STRETCH, rows=_ROWS, period=_BLOCK)
-    prioritise: Any = memory.update
+    memory = strategies.sequences(_CAPACITY, _STRETCH, rows=_ROWS, period=_BLOCK, exponent=0.0)
 
     def block(key: Any, number: Any) -> _Step:
         """The steps `[_ROWS, _BLOCK, ...]` that the stream brings next."""
@@ -163,9 +164,8 @@ def _learned(way: _Way) -> Any:
         _, guesses = jax.lax.scan(lambda state, step: apply(params, state, step), state, rest)
         return jnp.square(guesses - rest.target)
 
-    def loss(params: Any, stretches: _Step, weights: Any) -> tuple[Any, Any]:
-        each = jax.vmap(errors, (None, 0))(params, stretches)
-        return jnp.mean(weights[:, None] * each), each
+    def loss(params: Any, stretches: _Step) -> Any:
+        return jnp.mean(jax.vmap(errors, (None, 0))(params, stretches))
 
     def learn(key: Any) -> Any:
         params_key, stream_key, draw_key, judge_key = jax.random.split(key, 4)
@@ -175,15 +175,13 @@ def _learned(way: _Way) -> Any:
             states, steps = jax.vmap(record, (None, 0, 0))(params, states, block(stream_key, number))
             kept = memory.add(kept, steps)
             drawn = memory.sample(kept, _COUNT, key=jax.random.fold_in(draw_key, number))
-            slope, each = jax.grad(loss, has_aux=True)(params, drawn.items, drawn.weights)
-            kept = prioritise(kept, drawn.indices, strategies.sequence_priority(jnp.sqrt(each)))
-            updates, opt_state = rule.update(slope, opt_state)
+            updates, opt_state = rule.update(jax.grad(loss)(params, drawn.items), opt_state)
             return (optax.apply_updates(params, updates), opt_state, kept, states), None
 
         params, states = init(params_key), jnp.zeros([_ROWS, _HIDDEN])
         one = _wave(params_key)._replace(state=jnp.zeros([_LENGTH, _HIDDEN]))
         kept = memory.init(jax.tree.map(lambda leaf: leaf[0], one))
-        before = -(-(burn_in + _STRETCH) // _BLOCK)  # blocks that come before a stretch is whole
+        before = -(-_STRETCH // _BLOCK)  # blocks that come before a stretch is whole
         for number in range(before):
             states, steps = jax.vmap(record, (None, 0, 0))(params, states, block(stream_key, number))
             kept = memory.add(kept, steps)
@@ -211,8 +209,9 @@ def _draw(path: pathlib.Path, errors: dict[str, Any]) -> None:
         line = axes.plot(mean, label=_WAYS[name].title)[0]
         axes.fill_between(np.arange(_LENGTH), mean - half, mean + half, alpha=0.2, color=line.get_color(), lw=0)
     axes.axvline(_TOLD, color="0.3", lw=1, ls=":")
-    axes.set(xlabel="step of a sequence", ylabel="squared error", ylim=(0, None), title="stretches begin from")
-    axes.legend(fontsize=8)
+    axes.axvspan(_LATE, _LENGTH - 1, color="0.95")
+    axes.set(xlabel="step of a sequence", ylabel="squared error", ylim=(0, None))
+    axes.legend(fontsize=8, title="stretches begin from")
     figure.savefig(path, dpi=120)
 
 

@@ -27,8 +27,8 @@ def test_bad_input_is_refused(refusals, tmp_path):
         ([f"--out={tmp_path / 'file'}"], "out must be a folder, got"),
         (["--seeds=1"], "seeds must be at least 2 and steps at least 1, got 1 and 4000"),
         (["--steps=0"], "seeds must be at least 2 and steps at least 1, got 10 and 0"),
-        (["--burn_in=0"], "burn_in must be an integer from 1 to 64, got 0"),
-        (["--burn_in=65"], "burn_in must be an integer from 1 to 64, got 65"),
+        (["--burn_in=0"], "burn_in must be an integer from 1 to 23, got 0"),
+        (["--burn_in=24"], "burn_in must be an integer from 1 to 23, got 24"),
     ]
     told = refusals("recurrent_replay", [flags for flags, _ in cases])
     for text, (_, expected) in zip(told, cases, strict=True):

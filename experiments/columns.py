@@ -1,0 +1,137 @@
+"""Learning alphabets one after the other with a column for each: what the columns before are worth.
+
+    python -m experiments.columns --out=runs/columns                      # scripts of the embedded glyphs
+    python -m experiments.columns --out=runs/columns --data=OMNIGLOT      # a folder as `metajax.data.omniglot` takes it
+
+The streams of experiments.replay, told of which alphabet an image is (task-incremental). A column stays as it is once
+its alphabet was learned, so that nothing is forgotten, and later ones read its layers (Rusu et al. 2016). Compared with
+a network for each alphabet alone, and with columns beside ones that were never trained, which read as many numbers and
+can gain nothing from other alphabets. Prints the accuracy over several streams, and draws it for each alphabet.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+from absl import flags
+
+from experiments import _alphabets, _launch
+
+_OUT = flags.DEFINE_string("out", "runs/columns", "Folder of the table and the figure.")
+_DATA = flags.DEFINE_string("data", None, "Folder of Omniglot; without it, scripts of the embedded glyphs.")
+_SEED = flags.DEFINE_integer("seed", 0, "The first stream's; each differs in alphabets, letters, order and weights.")
+_SEEDS = flags.DEFINE_integer("seeds", 10, "Streams.")
+_STEPS = flags.DEFINE_integer("steps", 100, "Meta steps on each alphabet.")
+_ROWS = {
+    "own": "a network of its own",
+    "untrained": "a column beside untrained ones",
+    "columns": "a column beside learned ones",
+}
+
+
+def main() -> int:
+    """Learns each stream in each way, compares, draws."""
+    _launch.prepare(host_devices=1)
+    import jax
+    import numpy as np
+
+    from experiments import _runs
+
+    out = _runs.out_folder(_OUT.value)
+    if _SEEDS.value < 2 or _STEPS.value < 1:
+        raise ValueError(f"seeds must be at least 2 and steps at least 1, got {_SEEDS.value} and {_STEPS.value}")
+    alphabets = _alphabets.alphabets(_DATA.value)
+    learn = _ways()
+    found: dict[str, list[list[float]]] = {name: [] for name in _ROWS}  # of each stream, of each alphabet
+    for seed in range(_SEED.value, _SEED.value + _SEEDS.value):
+        _, stream, test = _alphabets.draw(alphabets, seed, _STEPS.value)
+        for name, shares in learn(jax.random.key(seed), stream, test).items():
+            found[name].append(shares)
+    accuracy = {name: 100 * np.array(shares) for name, shares in found.items()}
+    print(
+        f"{_SEEDS.value} streams of {_alphabets.ALPHABETS} alphabets, {_STEPS.value} meta steps on each; accuracy in %"
+    )
+    for name, title in _ROWS.items():
+        print(f"{title:34s}{_runs.told(accuracy[name].mean(1), 1):>16s}")
+    for name in ("own", "untrained"):
+        more = (accuracy["columns"] - accuracy[name])[:, 1:].mean(1)  # the first alphabet has no column before
+        print(f"from the second alphabet on, beside learned ones more than {_ROWS[name]}: {_runs.told(more, 1)}")
+    out.mkdir(parents=True, exist_ok=True)
+    settings = {"steps": _STEPS.value, "seed": _SEED.value, "seeds": _SEEDS.value, "data": _DATA.value or "glyphs"}
+    rows = {name: values.tolist() for name, values in accuracy.items()}
+    _runs.write_json(out / "columns.json", {**settings, "accuracy": rows})
+    _draw(out / "columns.png", accuracy)
+    print(f"figure: {out / 'columns.png'}")
+    return 0
+
+
+def _ways() -> Any:
+    """A function `(key, stream, test) -> {row: shares that are right, of each alphabet}`."""
+    import jax
+    import numpy as np
+
+    from metajax import strategies
+
+    blank = np.zeros([1, _alphabets.SIZE, _alphabets.SIZE, 1], np.float32)
+    models = [_alphabets.network(_alphabets.LETTERS)]
+    outers, params = [_alphabets.reptile(models[0])], models[0].init(jax.random.key(0), blank)
+    for place in range(1, _alphabets.ALPHABETS):
+        models.append(strategies.progressive_column(params, _alphabets.LETTERS, **_alphabets.FORM))
+        outers.append(_alphabets.reptile(models[-1], adapts=f"^column_{place}/"))
+        params = models[-1].init(jax.random.key(0), blank)
+    steps = [_alphabets.in_turn(outer) for outer in outers]
+
+    def trained(place: int, key: Any, before: Any, batches: Any, test: Any) -> tuple[Any, float]:
+        """Parameters with one more column, and the share of its test images that is right."""
+        inputs, targets = test
+        first = place * _alphabets.LETTERS
+        batches = jax.tree.map(lambda leaf: leaf - first if leaf.dtype == np.int32 else leaf, batches)
+        start = models[len(before)].init(key, blank)
+        start = {**start, **before} if before else start
+        state = outers[len(before)].init(key, jax.tree.map(lambda leaf: leaf[0, 0], batches), start)
+        params = steps[len(before)](state, batches).params
+        hits = np.asarray(models[len(before)].apply(params, inputs)).argmax(-1) == targets - first
+        return params, float(np.mean(hits))
+
+    def untrained(key: Any, count: int) -> Any:
+        """So many columns that were never trained."""
+        params = models[count - 1].init(key, blank) if count else {}
+        return {"column_0": params} if count == 1 else params
+
+    def learn(key: Any, stream: list[Any], test: list[Any]) -> dict[str, list[float]]:
+        shares: dict[str, list[float]] = {name: [] for name in _ROWS}
+        before: Any = {}
+        for place, (batches, judged) in enumerate(zip(stream, test, strict=True)):
+            key = jax.random.fold_in(key, place)
+            alone, share = trained(place, key, {}, batches, judged)
+            shares["own"].append(share)
+            beside = untrained(jax.random.fold_in(key, 1), place)
+            shares["untrained"].append(trained(place, key, beside, batches, judged)[1])
+            params, share = trained(place, key, before, batches, judged)
+            shares["columns"].append(share)
+            before = params if before else {"column_0": alone}
+        return shares
+
+    return learn
+
+
+def _draw(path: pathlib.Path, accuracy: dict[str, Any]) -> None:
+    """Mean over the streams, and its 95 % interval."""
+    import matplotlib.figure
+    import numpy as np
+
+    figure = matplotlib.figure.Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    places = 1 + np.arange(_alphabets.ALPHABETS)
+    for shift, (name, title) in zip((-0.08, 0.0, 0.08), _ROWS.items(), strict=True):
+        values = accuracy[name]
+        half = 1.96 * values.std(0, ddof=1) / np.sqrt(len(values))
+        axes.errorbar(places + shift, values.mean(0), half, fmt="o-", capsize=3, label=title)
+    axes.set(xlabel="alphabet of the stream", ylabel="test accuracy in %", xticks=places)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    _launch.run(main)
