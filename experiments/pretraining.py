@@ -7,10 +7,10 @@
     python -m experiments.pretraining --data=PATH --out=OUT --arms=supervised
 
 Conv4 on CIFAR-FS. One arm learns the training images without labels first and then on episodes, another one on episodes
-from scratch, for the same processor time. Both keep the parameters that are best on validation episodes. The third arm
-is Meta-Baseline: it learns all training classes at once, and then on episodes, in as many steps as the first. Prints
-the accuracy on classes never seen, 5-way 1-shot, and draws how it grows on validation classes. An arm whose result is
-in the folder is not run again.
+from scratch, for the same processor time. The third arm learns to tell all training classes first, as Meta-Baseline
+does, and then on episodes, in as many steps as the first. All keep the parameters that are best on validation episodes.
+Prints the accuracy on classes never seen, 5-way 1-shot, and draws how it grows on validation classes. An arm whose
+result is in the folder is not run again.
 """
 
 from __future__ import annotations
@@ -85,22 +85,31 @@ def main() -> int:
     def validated(params: Any) -> float:
         return metajax.evaluation.evaluate(learner, params, validation, spec, episodes=200).mean
 
-    def contrast(steps: int) -> Any:
-        rule = optax.adam(optax.cosine_decay_schedule(_RATE, steps))
-        return metajax.strategies.moco(model, rule, queue=_QUEUE.value)
-
     def meta_step(steps: int) -> Any:
         rule = optax.chain(optax.clip_by_global_norm(10.0), optax.adam(optax.cosine_decay_schedule(_RATE, steps)))
         outer = metajax.outer_update(learner, rule, hypergrad=metajax.hypergrad.unrolled(), before=False)
         return metajax.training.augment(outer, standard)
 
-    def pretrained(steps: int) -> tuple[Any, float]:
-        """The backbone and the processor seconds that it took."""
-        outer, stream = contrast(steps), batches()
-        state = outer.init(jax.random.key(_SEED.value), next(stream))
-        clock = _Clock()
+    def fitted(outer: Any, stream: Any, example: Any, steps: int) -> tuple[Any, float]:
+        """The state after pre-training, and the processor seconds that it took."""
+        state, clock = outer.init(jax.random.key(_SEED.value), example), _Clock()
         state = metajax.training.fit(outer, state, stream, steps=steps, callbacks=[clock])
-        return metajax.strategies.encoder_params(state), clock.seconds
+        return state, clock.seconds
+
+    def contrasted(steps: int) -> tuple[Any, float]:
+        rule, stream = optax.adam(optax.cosine_decay_schedule(_RATE, steps)), batches()
+        outer = metajax.strategies.moco(model, rule, queue=_QUEUE.value)
+        state, seconds = fitted(outer, stream, next(stream), steps)
+        return metajax.strategies.encoder_params(state), seconds
+
+    def labelled(steps: int) -> tuple[Any, float]:
+        rule = optax.adam(optax.cosine_decay_schedule(_RATE, steps))
+        pretrain = metajax.learners.pretrain(model, train.num_classes)
+        outer = metajax.outer_update(pretrain, rule, hypergrad=metajax.hypergrad.unrolled(), before=False)
+        with contextlib.closing(metajax.data.batches(train, _BATCH, _SEED.value)) as stream:
+            example = jax.tree.map(lambda leaf: leaf[0], next(stream))
+            state, seconds = fitted(metajax.training.augment(outer, standard), stream, example, steps)
+        return state.params["backbone"], seconds
 
     def meta_trained(arm: str, steps: int, params: Any, before: float) -> None:
         """Trains from `params`, tests the parameters that are best by validation, and writes what was found."""
@@ -125,39 +134,23 @@ def main() -> int:
         told = {"seconds": before + clock.seconds, "cost": clock.seconds / steps, "steps": steps, "curve": curve}
         _runs.write_json(out / f"{arm}.json", {**settings, **told, "accuracy": found.values.tolist()})
 
-    def labelled(steps: tuple[int, int]) -> None:
-        """Trains on labels, then on episodes, and writes what was found."""
-        since = time.process_time()
-        found = metajax.strategies.supervised(
-            model, metajax.data.transformed(train, standard), train_spec, steps=steps, rates=(_RATE, _RATE / 2),
-            batch=_BATCH, meta_batch=_META_BATCH, seed=_SEED.value,
-        )  # fmt: skip
-        told: dict[str, Any] = {"seconds": time.process_time() - since, "steps": steps}
-        told["curve"] = [(told["seconds"], validated(found.params))]
-        for name, params in (("accuracy", found.params), ("pretrained", found.pretrained)):
-            values = metajax.evaluation.evaluate(found.learner, params, test, spec, episodes=_EPISODES.value).values
-            told[name] = values.tolist()
-        _runs.write_json(out / "supervised.json", {**settings, **told})
-
     out.mkdir(parents=True, exist_ok=True)
     settings = {
         "seed": _SEED.value, "width": _WIDTH.value, "pretrain_steps": _PRETRAIN.value, "meta_steps": _META.value,
         "episodes": _EPISODES.value, "queue": _QUEUE.value,
     }  # fmt: skip
     done = {arm: _read(out / f"{arm}.json", settings) for arm in _TITLES}
-    if "moco" in _ARMS.value and done["moco"] is None:
-        backbone, seconds = pretrained(_PRETRAIN.value)
-        print(f"moco: {_PRETRAIN.value} steps of contrast, {seconds:.0f} s", flush=True)
-        meta_trained("moco", _META.value, backbone, seconds)
-        done["moco"] = _read(out / "moco.json", settings)
+    for arm, pretrained in (("moco", contrasted), ("supervised", labelled)):
+        if arm in _ARMS.value and done[arm] is None:
+            backbone, seconds = pretrained(_PRETRAIN.value)
+            print(f"{arm}: {_PRETRAIN.value} steps before the episodes, {seconds:.0f} s", flush=True)
+            meta_trained(arm, _META.value, backbone, seconds)
+            done[arm] = _read(out / f"{arm}.json", settings)
     if "scratch" in _ARMS.value and done["scratch"] is None:
         if not _SCRATCH.value and done["moco"] is None:
             raise ValueError("scratch_steps must be given where the other arm has no result yet, got 0")
         meta_trained("scratch", _SCRATCH.value or round(done["moco"]["seconds"] / done["moco"]["cost"]), None, 0.0)
         done["scratch"] = _read(out / "scratch.json", settings)
-    if "supervised" in _ARMS.value and done["supervised"] is None:
-        labelled((_PRETRAIN.value, _META.value))
-        done["supervised"] = _read(out / "supervised.json", settings)
     found = {arm: result for arm, result in done.items() if result is not None}
     if "scratch" in found and len(found) > 1:
         _report(found, out)
@@ -193,8 +186,6 @@ def _report(arms: dict[str, Any], out: pathlib.Path) -> None:
         line(_TITLES[arm], result["accuracy"], f"{result['seconds']:9.0f}")
         if arm != "scratch":
             line("  more, episode by episode", np.subtract(result["accuracy"], arms["scratch"]["accuracy"]))
-        if arm == "supervised":
-            line("  before the episodes", result["pretrained"])
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.add_subplot(
         xlabel="processor seconds of training", ylabel="validation accuracy, %", title="CIFAR-FS, 5-way 1-shot"
