@@ -48,7 +48,9 @@ _OVERRIDE = flags.DEFINE_multi_string(
     "--checkpoint=start they are made for it: another learner over the same pretrained weights. As often as needed.",
 )
 _SOUP = flags.DEFINE_list(
-    "soup", [], "Runs that began at the same weights (config.init): the mean of theirs and of this run's is evaluated."
+    "soup",
+    [],
+    "Runs that began as this one did (config.init, or else seed): the mean of all their weights is evaluated.",
 )
 _SHUFFLE = flags.DEFINE_bool("shuffle_support", False, "Also evaluate with shuffled support labels: stands at chance.")
 _SUITE = flags.DEFINE_enum("suite", None, ["cross_domain"], "Also evaluates on other sources of images, in one table.")
@@ -76,6 +78,8 @@ def main() -> int:
     if _SUITE_DATA.value and not _SUITE.value:
         raise ValueError(f"suite_data must come with suite, got {_SUITE_DATA.value}")
     others = _suite.parse(_SUITE_DATA.value, config) if _SUITE.value else {}
+    if not all(_SOUP.value):
+        raise ValueError(f"soup must hold folders of runs, got {_SOUP.value}")
     if _SOUP.value and _CHECKPOINT.value == "start":
         raise ValueError(f"soup must not be given with --checkpoint=start, got {_SOUP.value}")
     given: dict[str, Any] = {"ways": _WAYS.value, "shots": _SHOTS.value, "queries": _QUERIES.value}
@@ -87,7 +91,7 @@ def main() -> int:
     source = metajax.training.open_source(config, _SPLIT.value, path=_DATA.value)
     inputs = metajax.data.episode(source, spec, seed=0, index=0).query.inputs
     learner, params = metajax.load_run(workdir, checkpoint=_CHECKPOINT.value, config=config, inputs=inputs)
-    params = _soup(params) if _SOUP.value else params
+    params = _soup(metajax.training.load_config(workdir), params) if _SOUP.value else params
     _inputs.check_inputs("data", inputs, learner, params)
     options: dict[str, Any] = {
         "episodes": _EPISODES.value,
@@ -130,18 +134,30 @@ def main() -> int:
     return 0
 
 
-def _soup(params: Any) -> Any:
-    """The mean of these parameters and those of the runs of --soup."""
+def _soup(config: dict[str, Any], params: Any) -> Any:
+    """The mean of these parameters and those of the runs of --soup, which must have begun at the same ones.
+
+    Parameters of other beginnings mean nothing in the mean: units come in another order.
+    """
     import jax
     import numpy as np
 
     import metajax
 
-    solutions = [params, *(metajax.load_run(run, checkpoint=_CHECKPOINT.value)[1] for run in _SOUP.value)]
-    sizes = [jax.tree.map(np.shape, solution) for solution in solutions]
-    for run, size in zip(_SOUP.value, sizes[1:], strict=True):
-        if size != sizes[0]:
-            raise ValueError(f"soup must hold runs with the parameters of workdir, got {run!r}, which has others")
+    def beginning(config: dict[str, Any]) -> dict[str, Any]:
+        told = {name: config[name] for name in ("init", "model", "adapter", "learner")}
+        return told if told["init"] else {**told, "seed": config["seed"]}
+
+    solutions = [params]
+    for run in _SOUP.value:
+        other, wanted = beginning(metajax.training.load_config(run)), beginning(config)
+        for name in wanted:
+            if other.get(name) != wanted[name]:
+                raise ValueError(
+                    f"soup must hold runs that began as workdir did, with {name} {wanted[name]!r}, got {run!r} with "
+                    f"{other.get(name)!r}"
+                )
+        solutions.append(metajax.load_run(run, checkpoint=_CHECKPOINT.value)[1])
     return jax.tree.map(np.asarray, metajax.strategies.soup(solutions))
 
 

@@ -100,13 +100,17 @@ def test_bad_input_is_refused_before_anything_is_written(refusals, metric_run, h
         (metric_run, "--workdir=nowhere", "workdir must be the folder of a run"),
         (metric_run, "--checkpoint=first", "checkpoint must be one of"),
         (metric_run, "--soup=nowhere", "workdir must be the folder of a run, with a config.json in it, got 'nowhere'"),
-        (metric_run, f"--soup={head_run}", "soup must hold runs with the parameters of workdir, got"),
+        (metric_run, f"--soup={head_run}", "soup must hold runs that began as workdir did, with model {"),
+        (metric_run, "--soup=a,,b", "soup must hold folders of runs, got ['a', '', 'b']"),
+        (metric_run, "--soup=a --checkpoint=start", "soup must not be given with --checkpoint=start, got ['a']"),
         (metric_run, "--suite_data=omniglot=x", "suite_data must come with suite, got ['omniglot=x']"),
     ]
     for folder in (metric_run, head_run):
         (folder / "evaluation.json").unlink(missing_ok=True)
     before = [sorted(folder.rglob("*")) for folder in (metric_run, head_run)]
-    told = refusals("evaluate", [(f"--workdir={folder}", "--episodes=10", flag) for folder, flag, _ in cases])
+    told = refusals(
+        "evaluate", [(f"--workdir={folder}", "--episodes=10", *flags.split()) for folder, flags, _ in cases]
+    )
     for (_, flag, said), text in zip(cases, told, strict=True):
         assert said in text, flag
         assert "\n" not in text, flag
