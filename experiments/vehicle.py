@@ -238,8 +238,10 @@ def _train(learner: Any, seed: int) -> tuple[Any, list[float]]:
         def part(start: int, size: int) -> Any:
             return jax.tree.map(lambda leaf: leaf[rows, first + start + np.arange(size)], records)
 
-        support, seen = part(0, _WINDOW.value), rng.random([32, 1]) >= hidden
-        return metajax.Episode(support._replace(mask=support.mask & seen), part(_WINDOW.value, _QUERY))
+        support = part(0, _WINDOW.value)
+        if hidden:
+            support = support._replace(mask=support.mask & (rng.random([32, 1]) >= hidden))
+        return metajax.Episode(support, part(_WINDOW.value, _QUERY))
 
     rule = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(_RATE, _STEPS.value)))
     outer = metajax.outer_update(
