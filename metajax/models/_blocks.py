@@ -50,7 +50,8 @@ def scanned(
       blocks: what `stacked` gives.
       values: what comes in, `[n, ...]`.
       call: `(block, values, beside, own) -> (values, out)`, all with an axis of examples in front.
-      remat: whether the backward pass computes each block once more; "example": one example after the other.
+      remat: whether the backward pass computes each block once more; "example": examples go through
+        it one after the other.
       beside: leaves `[n, ...]`, of which all blocks get the same, or None.
       each: leaves `[depth, ...]`, of which each block gets its `own`, or None.
 
@@ -72,7 +73,7 @@ def scanned(
             alone = jax.tree.map(lambda leaf: leaf[None], example)
             return jax.tree.map(lambda leaf: leaf[0], call(nnx.merge(graph, params), *alone))
 
-        if remat == "example":
+        if remat == "example":  # of a block, what came in is kept, and the rest of one example at a time
             return jax.lax.map(jax.checkpoint(one), (values, beside, own))
         return call(nnx.merge(graph, params), values, beside, own)
 

@@ -194,8 +194,9 @@ def decoder(
       tied: whether the table of embeddings gives the logits of tokens too, in place of a head.
       outputs: "tokens", the logits of the next token at each place; a number of classes, whose logits a head without
         bias gives of the last token of a text that is no padding; or "features", the normalised state of that token.
-      remat: whether blocks are recomputed in the backward pass; "example": for one text at a time (without a cache),
-        which takes less memory still, and more time where texts are short.
+      remat: whether blocks are recomputed in the backward pass; "example": for one text at a time (without a cache).
+        Texts then go through a block one after the other, also forward, which takes less memory still, and more time
+        where they are short.
       dtype: of the parameters, and of the computation; outputs are float32 at least. bfloat16 halves a frozen base;
         what takes gradient steps should be float32 (`models.mixed_precision`, or adapters, whose leaves are).
 

@@ -125,8 +125,9 @@ def encoder(
         all "tokens" `[n, length, width]`, each through the linear layer where there is one; or "span", scores of first
         and last tokens of an answer `[n, length, 2]`, large negative ones at tokens that are padding, or that
         `"context"` excludes.
-      remat: whether blocks are recomputed in the backward pass; "example": for one text at a time, which takes less
-        memory still, and more time where texts are short.
+      remat: whether blocks are recomputed in the backward pass; "example": for one text at a time. Texts then go
+        through a block one after the other, also forward, which takes less memory still, and more time where they are
+        short.
       dtype: of the parameters, and of the computation in the blocks; what comes out is float32 at least.
 
     Returns:

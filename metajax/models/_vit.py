@@ -116,8 +116,9 @@ def vit(
       norm_epsilon: of the layer normalisations; 1e-12 in Hugging Face's `ViTModel`.
       pooling: the features are the normalised state of the class token, "cls", or the mean of those of the patches,
         "mean".
-      remat: whether blocks are recomputed in the backward pass; "example": for one image at a time, which takes less
-        memory still, and more time where images are small.
+      remat: whether blocks are recomputed in the backward pass; "example": for one image at a time. Images then go
+        through a block one after the other, also forward, which takes less memory still, and more time where they are
+        small.
       dtype: of the parameters, and of the computation in the blocks; what comes out is float32 at least.
 
     Returns:
