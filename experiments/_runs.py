@@ -154,6 +154,12 @@ def out_folder(value: str) -> pathlib.Path:
     return out
 
 
+def require_seeds(seeds: int, name: str, value: int, at_least: int = 1) -> None:
+    """Raises ValueError where seeds are too few for an interval, or the flag `name` is below `at_least`."""
+    if seeds < 2 or value < at_least:
+        raise ValueError(f"seeds must be at least 2 and {name} at least {at_least}, got {seeds} and {value}")
+
+
 def told(values: Any, digits: int) -> str:
     """Mean and 95 % interval of values as text."""
     from metajax import evaluation

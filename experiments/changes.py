@@ -39,10 +39,7 @@ def main() -> int:
     from metajax import strategies
 
     out = _runs.out_folder(_OUT.value)
-    if _SEEDS.value < 2 or _STEPS.value < 4 * _AROUND:
-        raise ValueError(
-            f"seeds must be at least 2 and steps at least {4 * _AROUND}, got {_SEEDS.value} and {_STEPS.value}"
-        )
+    _runs.require_seeds(_SEEDS.value, "steps", _STEPS.value, 4 * _AROUND)
     begins = {seed: _begins(seed) for seed in range(_SEED.value, _SEED.value + _SEEDS.value)}
     if not any(_alone(begins[seed]) for seed in begins):
         raise ValueError(

@@ -39,8 +39,7 @@ def main() -> int:
     from experiments import _runs
 
     out = _runs.out_folder(_OUT.value)
-    if _SEEDS.value < 2 or _STEPS.value < 1:
-        raise ValueError(f"seeds must be at least 2 and steps at least 1, got {_SEEDS.value} and {_STEPS.value}")
+    _runs.require_seeds(_SEEDS.value, "steps", _STEPS.value)
     alphabets = _alphabets.alphabets(_DATA.value)
     learn = _ways()
     found: dict[str, list[list[float]]] = {name: [] for name in _ROWS}  # of each stream, of each alphabet
@@ -96,7 +95,7 @@ def _ways() -> Any:
 
     def untrained(key: Any, count: int) -> Any:
         """So many columns that were never trained."""
-        params = models[count - 1].init(key, blank) if count else {}
+        params = models[count - 1].init(key, blank)
         return {"column_0": params} if count == 1 else params
 
     def learn(key: Any, stream: list[Any], test: list[Any]) -> dict[str, list[float]]:
@@ -106,11 +105,15 @@ def _ways() -> Any:
             key = jax.random.fold_in(key, place)
             alone, share = trained(place, key, {}, batches, judged)
             shares["own"].append(share)
+            if not before:  # the first has nothing beside it
+                before = {"column_0": alone}
+                shares["untrained"].append(share)
+                shares["columns"].append(share)
+                continue
             beside = untrained(jax.random.fold_in(key, 1), place)
             shares["untrained"].append(trained(place, key, beside, batches, judged)[1])
-            params, share = trained(place, key, before, batches, judged)
+            before, share = trained(place, key, before, batches, judged)
             shares["columns"].append(share)
-            before = params if before else {"column_0": alone}
         return shares
 
     return learn
@@ -121,13 +124,13 @@ def _draw(path: pathlib.Path, accuracy: dict[str, Any]) -> None:
     import matplotlib.figure
     import numpy as np
 
+    from experiments import _figures
+
     figure = matplotlib.figure.Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
     places = 1 + np.arange(_alphabets.ALPHABETS)
     for shift, (name, title) in zip((-0.08, 0.0, 0.08), _ROWS.items(), strict=True):
-        values = accuracy[name]
-        half = 1.96 * values.std(0, ddof=1) / np.sqrt(len(values))
-        axes.errorbar(places + shift, values.mean(0), half, fmt="o-", capsize=3, label=title)
+        axes.errorbar(places + shift, *_figures.interval(accuracy[name]), fmt="o-", capsize=3, label=title)
     axes.set(xlabel="alphabet of the stream", ylabel="test accuracy in %", xticks=places)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)

@@ -70,7 +70,8 @@ def main() -> int:
     from experiments import _inputs, _job, _runs, _suite
 
     workdir = pathlib.Path(_WORKDIR.value)
-    config = _inputs.with_columns(metajax.training.load_config(workdir), _TEXT.value, _LABEL.value)
+    trained_with = metajax.training.load_config(workdir)
+    config = _inputs.with_columns(trained_with, _TEXT.value, _LABEL.value)
     config = _inputs.with_fields(config, _OVERRIDE.value)
     if _NAMES.value:
         config = _inputs.with_names(config, _SPLIT.value, _NAMES.value)
@@ -91,7 +92,7 @@ def main() -> int:
     source = metajax.training.open_source(config, _SPLIT.value, path=_DATA.value)
     inputs = metajax.data.episode(source, spec, seed=0, index=0).query.inputs
     learner, params = metajax.load_run(workdir, checkpoint=_CHECKPOINT.value, config=config, inputs=inputs)
-    params = _soup(metajax.training.load_config(workdir), params) if _SOUP.value else params
+    params = _soup(trained_with, params) if _SOUP.value else params
     _inputs.check_inputs("data", inputs, learner, params)
     options: dict[str, Any] = {
         "episodes": _EPISODES.value,
@@ -148,16 +149,17 @@ def _soup(config: dict[str, Any], params: Any) -> Any:
         told = {name: config[name] for name in ("init", "model", "adapter", "learner")}
         return told if told["init"] else {**told, "seed": config["seed"]}
 
-    solutions = [params]
+    solutions, wanted = [params], beginning(config)
     for run in _SOUP.value:
-        other, wanted = beginning(metajax.training.load_config(run)), beginning(config)
+        of_run = metajax.training.load_config(run)
+        other = beginning(of_run)
         for name in wanted:
             if other.get(name) != wanted[name]:
                 raise ValueError(
                     f"soup must hold runs that began as workdir did, with {name} {wanted[name]!r}, got {run!r} with "
                     f"{other.get(name)!r}"
                 )
-        solutions.append(metajax.load_run(run, checkpoint=_CHECKPOINT.value)[1])
+        solutions.append(metajax.load_run(run, checkpoint=_CHECKPOINT.value, config=of_run)[1])
     return jax.tree.map(np.asarray, metajax.strategies.soup(solutions))
 
 

@@ -47,8 +47,7 @@ def main() -> int:
 
     out = _runs.out_folder(_OUT.value)
     rounds = _ROUNDS.value
-    if _SEEDS.value < 2 or rounds < 10:
-        raise ValueError(f"seeds must be at least 2 and rounds at least 10, got {_SEEDS.value} and {rounds}")
+    _runs.require_seeds(_SEEDS.value, "rounds", rounds, 10)
 
     def follow(online: Any, items: list[Any], seed: int) -> Any:
         return strategies.run_online(online, online.init(jax.random.key(seed), items[0]), items, steps=len(items))
@@ -162,14 +161,13 @@ def _plain(rate: float, steps: int, *, carry: bool) -> Any:
 
 def _draw(path: pathlib.Path, regrets: dict[str, Any]) -> None:
     import matplotlib.figure
-    import numpy as np
+
+    from experiments import _figures
 
     figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for name, values in regrets.items():
-        mean, half = values.mean(0), 1.96 * values.std(0, ddof=1) / np.sqrt(len(values))
-        line = axes.plot(mean, label=_ROWS[name])[0]
-        axes.fill_between(np.arange(len(mean)), mean - half, mean + half, alpha=0.2, color=line.get_color(), lw=0)
+        _figures.band(axes, range(values.shape[1]), values, _ROWS[name])
     axes.set(xlabel="round", ylabel="cumulative regret", title="squared errors, against knowing each wave")
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)

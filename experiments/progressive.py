@@ -50,8 +50,7 @@ def main() -> int:
     from experiments import _runs
 
     out = _runs.out_folder(_OUT.value)
-    if _SEEDS.value < 2 or _STEPS.value < 10:
-        raise ValueError(f"seeds must be at least 2 and steps at least 10, got {_SEEDS.value} and {_STEPS.value}")
+    _runs.require_seeds(_SEEDS.value, "steps", _STEPS.value, 10)
     if _WIDTH.value < 2 or _WIDTH.value % 2:
         raise ValueError(f"width must be an even number of at least 2, got {_WIDTH.value}")
     sources = {split: _source(split) for split in ("train", "test")}

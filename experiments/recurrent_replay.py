@@ -61,8 +61,7 @@ def main() -> int:
     from experiments import _runs
 
     out = _runs.out_folder(_OUT.value)
-    if _SEEDS.value < 2 or _STEPS.value < 1:
-        raise ValueError(f"seeds must be at least 2 and steps at least 1, got {_SEEDS.value} and {_STEPS.value}")
+    _runs.require_seeds(_SEEDS.value, "steps", _STEPS.value)
     if not 1 <= _BURN_IN.value < _STRETCH:
         raise ValueError(f"burn_in must be an integer from 1 to {_STRETCH - 1}, got {_BURN_IN.value}")
     keys = jax.vmap(jax.random.key)(_SEED.value + np.arange(_SEEDS.value))
@@ -101,18 +100,12 @@ def _network() -> tuple[Any, Any]:
     """`(init, apply)` of a gated recurrent unit whose state, beside the point, a small network reads."""
     import jax
     import jax.numpy as jnp
-    from flax import nnx
 
     import metajax
+    from metajax.strategies._recurrent import Cell
 
-    class Unit(nnx.Module):
-        def __init__(self, rngs: nnx.Rngs):
-            self.cell = nnx.GRUCell(3, _HIDDEN, rngs=rngs)
-
-        def __call__(self, values: Any) -> Any:
-            return self.cell(values[:, :_HIDDEN], values[:, _HIDDEN:])[0]
-
-    cell, head = metajax.models.from_nnx(Unit), metajax.models.mlp(1, hidden=(64,))
+    cell = metajax.models.from_nnx(lambda rngs: Cell(3, _HIDDEN, rngs))
+    head = metajax.models.mlp(1, hidden=(64,))
 
     def init(key: Any) -> Any:
         cell_key, head_key = jax.random.split(key)
@@ -200,14 +193,13 @@ def _learned(way: _Way) -> Any:
 def _draw(path: pathlib.Path, errors: dict[str, Any]) -> None:
     """Mean over seeds, and its 95 % interval."""
     import matplotlib.figure
-    import numpy as np
+
+    from experiments import _figures
 
     figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for name, values in errors.items():
-        mean, half = values.mean(0), 1.96 * values.std(0, ddof=1) / np.sqrt(len(values))
-        line = axes.plot(mean, label=_WAYS[name].title)[0]
-        axes.fill_between(np.arange(_LENGTH), mean - half, mean + half, alpha=0.2, color=line.get_color(), lw=0)
+        _figures.band(axes, range(_LENGTH), values, _WAYS[name].title)
     axes.axvline(_TOLD, color="0.3", lw=1, ls=":")
     axes.axvspan(_LATE, _LENGTH - 1, color="0.95")
     axes.set(xlabel="step of a sequence", ylabel="squared error", ylim=(0, None))

@@ -39,8 +39,7 @@ def main() -> int:
     from experiments import _runs
 
     out = _runs.out_folder(_OUT.value)
-    if _SEEDS.value < 2 or _STEPS.value < 1:
-        raise ValueError(f"seeds must be at least 2 and steps at least 1, got {_SEEDS.value} and {_STEPS.value}")
+    _runs.require_seeds(_SEEDS.value, "steps", _STEPS.value)
     if _CAPACITY.value < max(_REPLAYED, _alphabets.ALPHABETS):
         raise ValueError(f"capacity must be at least {_REPLAYED}, the images of a step, got {_CAPACITY.value}")
     alphabets = _alphabets.alphabets(_DATA.value)

@@ -51,8 +51,7 @@ def main() -> int:
         raise ValueError(f"train must be an integer from 1 to {most}, got {_TRAIN.value}")
     if not 0 < _WRONG.value < 1:
         raise ValueError(f"wrong must be a number above 0 and below 1, got {_WRONG.value}")
-    if _SEEDS.value < 2 or _STEPS.value < 1:
-        raise ValueError(f"seeds must be at least 2 and steps at least 1, got {_SEEDS.value} and {_STEPS.value}")
+    _runs.require_seeds(_SEEDS.value, "steps", _STEPS.value)
     model, net = metajax.models.mlp(_LETTERS, hidden=(64,)), metajax.models.mlp(1, hidden=(16,))
 
     def weights(params: Any, meta_params: Any, examples: metajax.Examples) -> tuple[Any, Any]:

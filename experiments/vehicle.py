@@ -62,18 +62,19 @@ def main() -> int:
     frictions = _BEFORE.value, _AFTER.value
     if not all(0 < value <= 2 for value in frictions):
         raise ValueError(f"before and after must be frictions above 0 and up to 2, got {frictions}")
-    if _SEEDS.value < 2 or _STEPS.value < 1:
-        raise ValueError(f"seeds must be at least 2 and steps at least 1, got {_SEEDS.value} and {_STEPS.value}")
+    _runs.require_seeds(_SEEDS.value, "steps", _STEPS.value)
     if not 1 <= _WINDOW.value <= _RECORD - _QUERY:
         raise ValueError(f"window must be an integer from 1 to {_RECORD - _QUERY}, got {_WINDOW.value}")
 
     model = strategies.residual_dynamics()
+    hidden = 0.0  # gradient steps begin at the prior, which so learns too
     if _ADAPTATION.value == "recurrent":
         learner = strategies.recurrent(model, 2, loss=strategies.dynamics_loss)
+        hidden = 0.2  # an empty memory must be trained for itself
     else:
         inner = optax.chain(metajax.inner.clip_by_global_norm(1.0), optax.sgd(_INNER_RATE))
         learner = metajax.learners.maml(model, inner, _INNER_STEPS, loss=strategies.dynamics_loss)
-    params, fits = _train(learner, _SEED.value)
+    params, fits = _train(learner, _SEED.value, hidden)
     print(f"mean squared error of the accelerations: {fits[0]:.4f} before adaptation, {fits[1]:.4f} after it")
 
     changed = np.arange(_DRIVE) >= _CHANGE
@@ -216,8 +217,14 @@ def _record(key: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf[:, 0], jax.lax.scan(step, (start, zero), inputs)[1])
 
 
-def _train(learner: Any, seed: int) -> tuple[Any, list[float]]:
-    """Meta-parameters, and the query losses before and after adaptation in 100 more batches."""
+def _train(learner: Any, seed: int, hidden: float) -> tuple[Any, list[float]]:
+    """Meta-parameters, and the query losses before and after adaptation in 100 more batches.
+
+    Args:
+      learner: what is trained.
+      seed: of vehicles, batches and weights.
+      hidden: the share of training tasks of which no step is seen before the query.
+    """
     import jax
     import numpy as np
     import optax
@@ -231,7 +238,6 @@ def _train(learner: Any, seed: int) -> tuple[Any, list[float]]:
     rng = np.random.default_rng(seed)
 
     def batch(hidden: float) -> Any:
-        """Args: hidden: the share of tasks of which no step is seen before the query."""
         rows = rng.integers(len(records.mask), size=[32, 1])
         first = rng.integers(_RECORD - _WINDOW.value - _QUERY + 1, size=[32, 1])
 
@@ -247,8 +253,6 @@ def _train(learner: Any, seed: int) -> tuple[Any, list[float]]:
     outer = metajax.outer_update(
         learner, rule, hypergrad=metajax.hypergrad.mixed_mode(), task_batching="vmap", before=False
     )
-    # gradient steps begin at the prior, which so learns too; an empty memory must be trained for itself
-    hidden = 0.2 if _ADAPTATION.value == "recurrent" else 0.0
     state = outer.init(jax.random.key(seed), jax.tree.map(lambda leaf: leaf[0], batch(hidden)))
     params = metajax.training.fit(outer, state, iter(lambda: batch(hidden), None), steps=_STEPS.value).params
 
@@ -265,15 +269,15 @@ def _draw(path: pathlib.Path, errors: dict[str, Any]) -> None:
     import matplotlib.figure
     import numpy as np
 
+    from experiments import _figures
+
     figure = matplotlib.figure.Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     shown = slice(_CHANGE - round(6 / _DT), None)
     time = (_DT * (np.arange(_DRIVE) - _CHANGE))[shown]
     for name, title in _ROWS.items():
         smooth = np.array([np.convolve(one, np.ones(_AVERAGE) / _AVERAGE)[:_DRIVE] for one in errors[name]])[:, shown]
-        mean, half = smooth.mean(0), 1.96 * smooth.std(0, ddof=1) / np.sqrt(len(smooth))
-        line = axes.plot(time, mean, label=title)[0]
-        axes.fill_between(time, mean - half, mean + half, alpha=0.2, color=line.get_color(), lw=0)
+        _figures.band(axes, time, smooth, title)
     axes.axvline(0, color="0.3", lw=1, ls=":")
     axes.set(
         xlabel="seconds after the change of friction",

@@ -19,7 +19,7 @@ class _Remembering(NamedTuple):
     hidden: jax.Array
 
 
-class _Cell(nnx.Module):
+class Cell(nnx.Module):
     """A gated recurrent unit as a map from `[n, hidden + inputs]` to `[n, hidden]`."""
 
     def __init__(self, inputs: int, hidden: int, rngs: nnx.Rngs):
@@ -63,7 +63,7 @@ def recurrent(model: Model, outputs: int, *, hidden: int = 32, loss: Loss = _los
     _validate.positive_int("hidden", hidden)
 
     def cell(width: int) -> Model:
-        return from_nnx(lambda rngs: _Cell(width + outputs, hidden, rngs))
+        return from_nnx(lambda rngs: Cell(width + outputs, hidden, rngs))
 
     def beside(inputs: jax.Array, memory: jax.Array) -> jax.Array:
         return jnp.concatenate([inputs, jnp.broadcast_to(memory, (len(inputs), hidden))], axis=1)

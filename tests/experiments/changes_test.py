@@ -25,7 +25,7 @@ def test_detection_loses_less_than_a_long_window(launch, tmp_path):
     assert (tmp_path / "changes.png").stat().st_size > 10_000
 
 
-def test_bad_input_is_refused(refusals, tmp_path):
+def test_bad_input_is_refused(refuses, tmp_path):
     (tmp_path / "file").write_text("")
     cases = [
         ([f"--out={tmp_path / 'file'}"], "out must be a folder, got"),
@@ -36,6 +36,4 @@ def test_bad_input_is_refused(refusals, tmp_path):
         ),
         (["--steps=39"], "seeds must be at least 2 and steps at least 40, got 10 and 39"),
     ]
-    told = refusals("changes", [flags for flags, _ in cases])
-    for text, (_, expected) in zip(told, cases, strict=True):
-        assert expected in text
+    refuses("changes", cases)

@@ -25,7 +25,7 @@ def test_columns_learn_every_alphabet(launch, tmp_path):
     assert (tmp_path / "columns.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_bad_input_is_refused(refusals, tmp_path):
+def test_bad_input_is_refused(refuses, tmp_path):
     (tmp_path / "file").write_text("")
     cases = [
         ([f"--out={tmp_path / 'file'}"], "out must be a folder, got"),
@@ -33,6 +33,4 @@ def test_bad_input_is_refused(refusals, tmp_path):
         (["--steps=0"], "seeds must be at least 2 and steps at least 1, got 10 and 0"),
         ([f"--data={tmp_path / 'none'}"], "path must be a folder or a zip file, got"),
     ]
-    told = refusals("columns", [flags for flags, _ in cases])
-    for text, (_, expected) in zip(told, cases, strict=True):
-        assert expected in text
+    refuses("columns", cases)

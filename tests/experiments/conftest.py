@@ -161,6 +161,18 @@ def refusals():
 
 
 @pytest.fixture(scope="session")
+def refuses(refusals):
+    """Asserts of pairs `(flags, text)` that the launcher NAME refuses each list of flags with an error of that text."""
+
+    def check(name, cases):
+        told = refusals(name, [flags for flags, _ in cases])
+        for text, (_, expected) in zip(told, cases, strict=True):
+            assert expected in text
+
+    return check
+
+
+@pytest.fixture(scope="session")
 def draw():
     """`draw_classes`, for tests that need folders of their own."""
     return draw_classes

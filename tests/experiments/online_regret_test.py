@@ -18,13 +18,11 @@ def test_the_meta_leader_loses_less_than_what_learns_no_prior(launch, tmp_path):
     assert len(done.stdout.splitlines()) == 8
 
 
-def test_bad_input_is_refused(refusals, tmp_path):
+def test_bad_input_is_refused(refuses, tmp_path):
     (tmp_path / "file").write_text("")
     cases = [
         ([f"--out={tmp_path / 'file'}"], "out must be a folder, got"),
         (["--seeds=1"], "seeds must be at least 2 and rounds at least 10, got 1 and 200"),
         (["--rounds=9"], "seeds must be at least 2 and rounds at least 10, got 10 and 9"),
     ]
-    told = refusals("online_regret", [flags for flags, _ in cases])
-    for text, (_, expected) in zip(told, cases, strict=True):
-        assert expected in text
+    refuses("online_regret", cases)

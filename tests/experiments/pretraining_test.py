@@ -46,7 +46,7 @@ def test_the_arms_take_as_long(launch, folder, tmp_path):
     assert again.stdout.splitlines() == table, "nothing is trained again"
 
 
-def test_bad_input_is_refused(refusals, tmp_path):
+def test_bad_input_is_refused(refuses, tmp_path):
     (tmp_path / "file").write_text("")
     cases = [
         (["--data=x", f"--out={tmp_path / 'file'}"], "out must be a folder, got"),
@@ -55,5 +55,4 @@ def test_bad_input_is_refused(refusals, tmp_path):
         (["--data=no/such/folder"], "no/such/folder"),
         (["--data=x", "--arms=both"], "arms must be among scratch, moco, supervised, got ['both']"),
     ]
-    for text, (_, expected) in zip(refusals("pretraining", [flags for flags, _ in cases]), cases, strict=True):
-        assert expected in text
+    refuses("pretraining", cases)

@@ -23,7 +23,7 @@ def test_the_curriculum_takes_less_compute_and_the_control_as_much(launch, tmp_p
     assert (tmp_path / "progressive.png").stat().st_size > 1000
 
 
-def test_bad_input_is_refused(refusals, tmp_path):
+def test_bad_input_is_refused(refuses, tmp_path):
     (tmp_path / "file").write_text("")
     cases = [
         ([f"--out={tmp_path / 'file'}"], "out must be a folder, got"),
@@ -31,6 +31,4 @@ def test_bad_input_is_refused(refusals, tmp_path):
         (["--steps=9"], "seeds must be at least 2 and steps at least 10, got 10 and 9"),
         (["--width=5"], "width must be an even number of at least 2, got 5"),
     ]
-    told = refusals("progressive", [flags for flags, _ in cases])
-    for text, (_, expected) in zip(told, cases, strict=True):
-        assert expected in text
+    refuses("progressive", cases)

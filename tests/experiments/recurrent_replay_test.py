@@ -21,7 +21,7 @@ def test_a_stored_state_beats_zeros(launch, tmp_path):
     assert (tmp_path / "recurrent_replay.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_bad_input_is_refused(refusals, tmp_path):
+def test_bad_input_is_refused(refuses, tmp_path):
     (tmp_path / "file").write_text("")
     cases = [
         ([f"--out={tmp_path / 'file'}"], "out must be a folder, got"),
@@ -30,6 +30,4 @@ def test_bad_input_is_refused(refusals, tmp_path):
         (["--burn_in=0"], "burn_in must be an integer from 1 to 23, got 0"),
         (["--burn_in=24"], "burn_in must be an integer from 1 to 23, got 24"),
     ]
-    told = refusals("recurrent_replay", [flags for flags, _ in cases])
-    for text, (_, expected) in zip(told, cases, strict=True):
-        assert expected in text
+    refuses("recurrent_replay", cases)

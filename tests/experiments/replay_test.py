@@ -31,7 +31,7 @@ def test_a_memory_keeps_alphabets_from_being_forgotten(launch, tmp_path):
     assert (tmp_path / "replay.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_bad_input_is_refused(refusals, tmp_path):
+def test_bad_input_is_refused(refuses, tmp_path):
     (tmp_path / "file").write_text("")
     cases = [
         ([f"--out={tmp_path / 'file'}"], "out must be a folder, got"),
@@ -40,6 +40,4 @@ def test_bad_input_is_refused(refusals, tmp_path):
         (["--capacity=29"], "capacity must be at least 30, the images of a step, got 29"),
         ([f"--data={tmp_path / 'none'}"], "path must be a folder or a zip file, got"),
     ]
-    told = refusals("replay", [flags for flags, _ in cases])
-    for text, (_, expected) in zip(told, cases, strict=True):
-        assert expected in text
+    refuses("replay", cases)

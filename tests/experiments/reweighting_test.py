@@ -29,7 +29,7 @@ def test_wrong_labels_weigh_less_and_the_test_images_gain(launch, tmp_path):
     assert len(told) == 10
 
 
-def test_bad_input_is_refused(refusals, tmp_path):
+def test_bad_input_is_refused(refuses, tmp_path):
     (tmp_path / "file").write_text("")
     cases = [
         ([f"--out={tmp_path / 'file'}"], "out must be a folder, got"),
@@ -39,6 +39,4 @@ def test_bad_input_is_refused(refusals, tmp_path):
         (["--seeds=1"], "seeds must be at least 2 and steps at least 1, got 1 and 60"),
         (["--steps=0"], "seeds must be at least 2 and steps at least 1, got 10 and 0"),
     ]
-    told = refusals("reweighting", [flags for flags, _ in cases])
-    for text, (_, expected) in zip(told, cases, strict=True):
-        assert expected in text
+    refuses("reweighting", cases)

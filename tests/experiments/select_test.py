@@ -22,7 +22,7 @@ def test_a_family_has_a_row(launch, tmp_path):
     assert "chosen within one interval of the best: " in done.stdout
 
 
-def test_bad_input_is_refused(refusals, tmp_path):
+def test_bad_input_is_refused(refuses, tmp_path):
     (tmp_path / "file").write_text("")
     cases = [
         ([f"--out={tmp_path / 'file'}"], "out must be a folder, got"),
@@ -30,5 +30,4 @@ def test_bad_input_is_refused(refusals, tmp_path):
         ([f"--out={tmp_path / 'out'}", "--together=0"], "together must be an integer of at least 1, got 0"),
         ([f"--out={tmp_path / 'out'}", "--budget=19"], "budget must be at least 20 meta steps"),
     ]
-    for text, (_, expected) in zip(refusals("select", [flags for flags, _ in cases]), cases, strict=True):
-        assert expected in text
+    refuses("select", cases)
