@@ -212,7 +212,8 @@ _GCLOUD = """#!/bin/bash
 # describe: the next line of `states`; ssh: two hosts, and the first status that is not 0, as gcloud does
 if [ "$4" = describe ]; then
   echo "describe ${*:5}" >>"$FAKES/log"
-  head -n 1 "$FAKES/states"; sed -i 1d "$FAKES/states"
+  # who reads the line goes on at once, maybe to the next call: it must be gone by then
+  line=$(head -n 1 "$FAKES/states"); sed -i 1d "$FAKES/states"; printf '%s\n' "$line"
   exit
 fi
 echo "ssh ${*:5:$#-5}" >>"$FAKES/log"
