@@ -190,8 +190,8 @@ def vit(config: Config) -> Architecture:
 
 # Factories of `metajax.models` that a config of model_type "metajax" may name, and the kind of their inputs.
 FACTORIES: dict[str, tuple[Callable[..., Model], str]] = {
-    "conv4": (models.conv4, "image"), "encoder": (models.encoder, "text"), "resnet12": (models.resnet12, "image"),
-    "vit": (models.vit, "image"),
+    "conv4": (models.conv4, "image"), "decoder": (models.decoder, "text"), "encoder": (models.encoder, "text"),
+    "resnet12": (models.resnet12, "image"), "vit": (models.vit, "image"),
 }  # fmt: skip
 _GIVEN = ("outputs", "dtype", "remat")  # options that the loading call decides
 
@@ -206,20 +206,29 @@ def own(config: Config) -> Architecture:
     if not isinstance(options, dict) or not set(options) <= set(accepted):
         raise ValueError(f"options of config.json must be among {', '.join(accepted)} for {name}, got {options!r}")
 
+    heads = ("tokens", "features") if name == "decoder" else (options.get("head", _default(known, "head", "features")),)
+
     def model(head: Any, outputs: int | None, dtype: Any, remat: Any) -> Model:
-        given = {"dtype": dtype, "remat": remat, **({"head": head} if "head" in known else {})}
-        return factory(outputs=outputs, **{**options, **{key: given[key] for key in given if key in known}})
+        given = {"dtype": dtype, "remat": remat, "head": head, "outputs": outputs}
+        if name == "decoder" and outputs is None:
+            given["outputs"] = head
+        return factory(**{**options, **{key: given[key] for key in given if key in known}})
 
     image = positions = None
     if kind == "image":
         height, width, channels = (_number(config.get("input", {}), part) for part in ("height", "width", "channels"))
         image = (height, width, channels)
+    elif name == "decoder":
+        positions = _number(config, "max_length")
     else:
         positions = options.get("positions", known["positions"].default) - options.get("first_position", 0)
-    head = options.get("head", known["head"].default) if "head" in known else "features"
-    leaves = _tree.paths(jax.eval_shape(model(head, None, np.float32, False).init, jax.random.key(0), example(image)))
-    names = {path: path for path in leaves}
-    return Architecture(model, (head,), names, ("",), kind, positions, image, dict.fromkeys(leaves, PLAIN))
+    made = jax.eval_shape(model(heads[0], None, np.float32, False).init, jax.random.key(0), example(image))
+    names = {path: path for path in _tree.paths(made)}
+    return Architecture(model, heads, names, ("",), kind, positions, image, dict.fromkeys(names, PLAIN))
+
+
+def _default(parameters: Mapping[str, inspect.Parameter], name: str, otherwise: Any) -> Any:
+    return parameters[name].default if name in parameters else otherwise
 
 
 def _linear(path: str, name: str, *, bias: bool = True) -> dict[str, str]:

@@ -26,6 +26,7 @@ def save_pretrained_model(
     factory: str,
     options: Mapping[str, Any] | None = None,
     image: tuple[int, int, int] | None = None,
+    max_length: int | None = None,
     tokenizer: Any = None,
 ) -> None:
     """Saves a model of `metajax.models` as a folder that `load_pretrained_model` reads.
@@ -37,14 +38,15 @@ def save_pretrained_model(
       path: the folder.
       params: parameters of the model; those of a head of the task it was trained on may be among them, and are not
         loaded into a model of features.
-      factory: name of the function in `metajax.models`: "conv4", "encoder", "resnet12" or "vit".
+      factory: name of the function in `metajax.models`: "conv4", "decoder", "encoder", "resnet12" or "vit".
       options: its keywords that JSON can hold, but not `outputs`, `dtype` and `remat`, which the loading call decides.
       image: height, width and channels, for models of images.
+      max_length: the most tokens of a text, for decoders, whose positions have no end.
       tokenizer: of the tokenizers library, for models of texts.
 
     Raises:
-      ValueError: an unknown factory or option; `image` is missing, or of no three sizes; a parameter of the model is
-        missing or has another shape; another folder is there.
+      ValueError: an unknown factory or option; `image` is missing, or of no three sizes; `max_length` is
+        missing, or below 1; a parameter of the model is missing or has another shape; another folder is there.
       ImportError: the safetensors library is not installed.
 
     >>> import jax, jax.numpy as jnp, pathlib, tempfile, metajax
@@ -64,6 +66,8 @@ def save_pretrained_model(
             name: _validate.positive_int(f"{name} of image", size)
             for name, size in zip(("height", "width", "channels"), image, strict=True)
         }
+    if factory == "decoder":
+        config["max_length"] = _validate.positive_int("max_length", max_length)
     architecture = _architectures.own(json.loads(json.dumps(config)))
     tensors = named(params)
     model = architecture.model(architecture.heads[0], None, np.float32, False)

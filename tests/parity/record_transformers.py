@@ -1,7 +1,7 @@
 """Records what `transformers` computes with the models of transformers_cases.py, into transformers.json.
 
 pip install torch transformers safetensors
-cd tests/parity && python record_transformers.py MINILM    # a folder with all-MiniLM-L6-v2
+cd tests/parity && python record_transformers.py MINILM SMOLLM2    # folders: all-MiniLM-L6-v2, and of make_smollm2.py
 """
 
 import json
@@ -10,6 +10,7 @@ import sys
 import tempfile
 
 TEXTS = ["Set an alarm for 7 o'clock, please.", "How much money is in my account?", "Ünïcode: naïve café"]
+PROMPT = "The capital of France is"
 
 
 def main() -> None:
@@ -36,7 +37,7 @@ def main() -> None:
                 )
                 found = found.logits if hasattr(found, "logits") else found.last_hidden_state
         recorded[family] = found.double().numpy().round(7).tolist()
-    recorded["minilm"] = _minilm(sys.argv[1])
+    recorded["minilm"], recorded["smollm2"] = _minilm(sys.argv[1]), _smollm2(sys.argv[2])
     path = pathlib.Path(__file__).with_name("transformers.json")
     path.write_text(json.dumps(recorded) + "\n", encoding="utf-8")
 
@@ -57,6 +58,26 @@ def _minilm(folder: str) -> dict[str, object]:
         ids[: int(mask.sum())].tolist() for ids, mask in zip(given["input_ids"], given["attention_mask"], strict=True)
     ]
     return {"texts": TEXTS, "tokens": tokens, "means": means.double().numpy().round(6).tolist()}
+
+
+def _smollm2(folder: str) -> dict[str, object]:
+    """Some logits of real weights, and what they write."""
+    import torch
+    import transformers
+
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=f"{folder}/tokenizer.json")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    tokens = [tokenizer(text)["input_ids"] for text in TEXTS]
+    with torch.no_grad():
+        logits = [model(torch.tensor([ids])).logits[0, :, ::4096].double().numpy().round(6).tolist() for ids in tokens]
+        prompt = torch.tensor([tokenizer(PROMPT)["input_ids"]])
+        written = model.generate(prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, prompt.shape[1] :]
+    return {
+        "texts": TEXTS, "tokens": tokens, "logits": logits,
+        "prompt": PROMPT, "written": written.tolist(), "read": tokenizer.decode(written),
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

