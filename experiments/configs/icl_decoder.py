@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     config.adapter.update(name="lora", rank=8, where="query|value")
     config.learner.update(name="in_context", content_free="N/A")
     config.episode.update(ways=5, shots=1, queries=3)
-    config.outer.update(rate=1e-4, steps=200, meta_batch=2, trainable="lora")
-    config.validation.update(every=100, episodes=50)
-    config.checkpoint.every = 100
+    config.outer.update(rate=1e-3, schedule="linear", steps=120, meta_batch=2, trainable="lora")
+    config.validation.update(every=120, episodes=20)
+    config.checkpoint.every = 20
     return config

@@ -28,6 +28,7 @@ from metajax.pretrained._tensors import WEIGHTS, Tensors, write
 _SIZES = (5, 10, 16, 25, 32, 48, 64)  # of support sets and of what is predicted at once; then multiples of the last
 _WAYS = 8  # classes come in multiples of it
 _FILE = "fast_model.json"
+_FILES = (_FILE, "config.json", "preprocessor_config.json", "tokenizer.json", WEIGHTS)
 _RATE = 2e-3  # of Adam
 
 
@@ -103,7 +104,7 @@ class FastModel:
             "classes": list(self.classes_), "rank": self.rank, "ways": len(np.asarray(self.adapted.class_mask)),
             "options": {key: value for key, value in self.base.options.items() if key != "preprocessor"},
         }  # fmt: skip
-        with whole_folder(path, _FILE) as folder:
+        with whole_folder(path, _FILES, lambda folder: (folder / _FILE).is_file()) as folder:
             (folder / "config.json").write_text(json.dumps(self.base.config, indent=2) + "\n", encoding="utf-8")
             if self.base.options.get("preprocessor") is not None:
                 text = json.dumps(self.base.options["preprocessor"], indent=2) + "\n"

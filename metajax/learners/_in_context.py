@@ -76,6 +76,8 @@ def in_context(
     if blank is not None and not len(blank) + len(before_label):
         raise ValueError("content_free must hold a token where separator holds none, got no tokens")
     classes, width = names.shape
+    said = [part for part in (names, before_label, after_label, blank) if part is not None and part.size]
+    largest = max(int(part.max()) for part in said)
 
     def scores(params: Params, cache: Any, texts: _Text) -> jax.Array:
         """Log-probabilities `[n, classes]` of the labels behind texts that continue `cache`."""
@@ -107,7 +109,12 @@ def in_context(
             _texts(support.inputs, kept), before_label, (jnp.maximum(answers, 0), answers >= 0), after_label
         )
         shown = {"tokens": texts[0].reshape(1, -1), "mask": (texts[1] & kept[:, None]).reshape(1, -1)}
-        _, cache = continued(model, meta_params, shown, {})
+        logits, cache = continued(model, meta_params, shown, {})
+        if largest >= logits.shape[-1]:
+            raise ValueError(
+                "labels, separator, end and content_free must be among the "
+                f"{logits.shape[-1]} tokens of the model, got {largest}"
+            )
         bias = None
         if blank is not None:
             bias = scores(meta_params, cache, (jnp.asarray(blank)[None], jnp.ones([1, len(blank)], bool)))
@@ -125,7 +132,10 @@ def in_context(
 
 def _labels(labels: Any) -> np.ndarray:
     """Labels as `[classes, k]`, where a negative number is padding."""
-    names = np.asarray(labels)
+    try:
+        names = np.asarray(labels)
+    except ValueError as error:
+        raise ValueError(f"labels must be of one length, shorter ones padded with -1, got {labels!r}") from error
     names = names[:, None] if names.ndim == 1 else names
     if names.ndim != 2 or not names.size or not np.issubdtype(names.dtype, np.integer):
         raise ValueError(f"labels must be token ids [classes] or [classes, k], got {labels!r}")
@@ -138,7 +148,8 @@ def _labels(labels: Any) -> np.ndarray:
 
 
 def _tokens(name: str, tokens: Sequence[int]) -> np.ndarray:
-    array = np.asarray(tokens, np.int32 if len(tokens) == 0 else None)
+    array = np.asarray(tokens)
+    array = array if array.size else array.astype(np.int32)
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer) or np.any(array < 0):
         raise ValueError(f"{name} must be a list of token ids, got {tokens!r}")
     return array.astype(np.int32)
@@ -148,7 +159,7 @@ def _texts(inputs: Any, mask: Array | None) -> _Text:
     """The tokens of examples, and which of them are kept: none of an example that is padding."""
     inputs = inputs if isinstance(inputs, dict) else {"tokens": inputs}
     tokens = jnp.asarray(inputs["tokens"])
-    return _losses.clear_padding((tokens, inputs.get("mask", jnp.ones(tokens.shape, bool))), mask)
+    return _losses.clear_padding((tokens, jnp.asarray(inputs.get("mask", jnp.ones(tokens.shape, bool)), bool)), mask)
 
 
 def _joined(texts: _Text, *parts: Any) -> _Text:

@@ -221,14 +221,19 @@ def decoder(
     (2, 3)
     """
     sizes = {"vocab": vocab, "width": width, "depth": depth, "heads": heads}
-    for name, value in {**sizes, "kv_heads": kv_heads or heads, "hidden": hidden or 1}.items():
+    sizes |= {name: size for name, size in {"kv_heads": kv_heads, "hidden": hidden}.items() if size is not None}
+    for name, value in sizes.items():
         _validate.positive_int(name, value)
+    kv_heads = heads if kv_heads is None else kv_heads
+    hidden = -(-8 * width // 96) * 32 if hidden is None else hidden
+    for name, flag in {"qkv_bias": qkv_bias, "tied": tied}.items():
+        _validate.instance(name, flag, bool)
     if head_size is None and width % (2 * heads):
         raise ValueError(f"heads must divide width, {width}, into even parts, got {heads}")
     size = _validate.positive_int("head_size", width // heads if head_size is None else head_size)
     if size % 2:
         raise ValueError(f"head_size must be even, got {head_size}")
-    if heads % (kv_heads or heads):
+    if heads % kv_heads:
         raise ValueError(f"kv_heads must divide heads, {heads}, got {kv_heads}")
     check_remat(remat)
     _validate.positive_float("theta", theta)
@@ -237,8 +242,8 @@ def decoder(
     if not classes and outputs not in ("tokens", "features"):
         raise ValueError(f"outputs must be 'tokens', 'features' or a number of classes, got {outputs!r}")
     block = {
-        "width": width, "heads": heads, "kv_heads": kv_heads or heads, "size": size,
-        "hidden": hidden or -(-8 * width // 96) * 32, "theta": theta, "epsilon": norm_epsilon, "bias": qkv_bias,
+        "width": width, "heads": heads, "kv_heads": kv_heads, "size": size,
+        "hidden": hidden, "theta": theta, "epsilon": norm_epsilon, "bias": qkv_bias,
     }  # fmt: skip
     model = _wrap.from_nnx(lambda rngs: _Decoder(vocab, depth, outputs, tied, remat, rngs, **block))
     return _wrap.of_dtype(model, dtype)

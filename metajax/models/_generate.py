@@ -46,8 +46,8 @@ def generate(
       the mask is False and the token 0.
 
     Raises:
-      ValueError: a part of another type, an argument out of range, a temperature without a key, or a model without
-        a cache.
+      ValueError: a part of another type or shape, an argument out of range, a temperature without a key, or a model
+        without a cache.
 
     >>> import jax, jax.numpy as jnp, metajax
     >>> model = metajax.models.decoder(100, width=16, depth=2, heads=4)
@@ -63,6 +63,16 @@ def generate(
     if _validate.non_negative_float("temperature", temperature) and key is None:
         raise ValueError(f"key must be given to draw tokens at temperature {temperature}, got None")
     inputs = inputs if isinstance(inputs, dict) else {"tokens": inputs}
+    if not {"tokens"} <= set(inputs) <= {"tokens", "mask"}:
+        raise ValueError(f"inputs must hold tokens, and may hold a mask, got {', '.join(inputs) or 'nothing'}")
+    inputs = {name: jnp.asarray(part) for name, part in inputs.items()}
+    tokens, mask = inputs["tokens"], inputs.get("mask")
+    if tokens.ndim != 2 or not tokens.shape[1] or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"tokens of inputs must be integers [n, prompt], got {tokens.dtype} {list(tokens.shape)}")
+    if mask is not None:
+        if mask.shape != tokens.shape:
+            raise ValueError(f"mask of inputs must have the shape of its tokens, {tokens.shape}, got {mask.shape}")
+        inputs["mask"] = mask.astype(bool)
     return _generate(model, length, stop, temperature, params, inputs, key if temperature else None)
 
 
@@ -75,7 +85,9 @@ def _generate(
     rows, place = jnp.arange(len(tokens)), last_kept(mask)
     # The last token of each prompt is left to the first step, so that all steps are alike. The logits of this pass are
     # never asked for, and not computed.
-    _, cache = continued(model, params, {**inputs, "mask": mask.at[rows, place].set(False)}, {})
+    logits, cache = continued(model, params, {**inputs, "mask": mask.at[rows, place].set(False)}, {})
+    if stop is not None and stop >= logits.shape[-1]:
+        raise ValueError(f"stop must be one of the {logits.shape[-1]} tokens of the model, got {stop}")
     first = cache["mask"].shape[1]  # the prompt of an adapter included
     cache = {
         name: jnp.pad(leaf, [(0, length * (axis == _PLACES[name])) for axis in range(leaf.ndim)])

@@ -76,7 +76,7 @@ def bert(config: Config) -> Architecture:
     family = config["model_type"]
     _require(config, "hidden_act", ("gelu",))
     _require(config, "position_embedding_type", ("absolute", None))
-    first = 0 if family == "bert" else _number(config, "pad_token_id", 1) + 1
+    first = 0 if family == "bert" else _number(config, "pad_token_id", 1, minimum=0) + 1
     sizes: dict[str, Any] = {
         "width": _number(config, "hidden_size"), "depth": _number(config, "num_hidden_layers"),
         "heads": _number(config, "num_attention_heads"), "hidden": _number(config, "intermediate_size"),
@@ -121,7 +121,8 @@ def llama(config: Config) -> Architecture:
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ValueError(f"rotary positions of config.json must be of type 'default', got {rope!r}")
     width, heads = _number(config, "hidden_size"), _number(config, "num_attention_heads")
-    tied = bool(config.get("tie_word_embeddings", False))
+    _require(config, "tie_word_embeddings", (False, True))
+    tied = config.get("tie_word_embeddings", False)
     sizes: dict[str, Any] = {
         "width": width, "depth": _number(config, "num_hidden_layers"), "heads": heads,
         "kv_heads": _number(config, "num_key_value_heads", heads), "hidden": _number(config, "intermediate_size"),
@@ -204,9 +205,14 @@ def own(config: Config) -> Architecture:
     known = inspect.signature(factory).parameters
     accepted = [option for option in known if option not in _GIVEN]
     if not isinstance(options, dict) or not set(options) <= set(accepted):
-        raise ValueError(f"options of config.json must be among {', '.join(accepted)} for {name}, got {options!r}")
-
-    heads = ("tokens", "features") if name == "decoder" else (options.get("head", _default(known, "head", "features")),)
+        raise ValueError(f"options must be among {', '.join(accepted)} for {name}, got {options!r}")
+    for option in accepted:
+        if known[option].default is inspect.Parameter.empty and option not in options:
+            raise ValueError(f"options must hold {option} for {name}, got {options!r}")
+    if name == "decoder":
+        heads = ("features",) if config.get("head") == "features" else ("tokens", "features")
+    else:
+        heads = (options.get("head", known["head"].default) if "head" in known else "features",)
 
     def model(head: Any, outputs: int | None, dtype: Any, remat: Any) -> Model:
         given = {"dtype": dtype, "remat": remat, "head": head, "outputs": outputs}
@@ -227,10 +233,6 @@ def own(config: Config) -> Architecture:
     return Architecture(model, heads, names, ("",), kind, positions, image, dict.fromkeys(names, PLAIN))
 
 
-def _default(parameters: Mapping[str, inspect.Parameter], name: str, otherwise: Any) -> Any:
-    return parameters[name].default if name in parameters else otherwise
-
-
 def _linear(path: str, name: str, *, bias: bool = True) -> dict[str, str]:
     return {f"{path}/kernel": f"{name}.weight"} | ({f"{path}/bias": f"{name}.bias"} if bias else {})
 
@@ -239,11 +241,9 @@ def _norm(path: str, name: str, *, bias: bool = True) -> dict[str, str]:
     return {f"{path}/scale": f"{name}.weight"} | ({f"{path}/bias": f"{name}.bias"} if bias else {})
 
 
-def _number(config: Config, name: str, default: int | None = None) -> int:
-    value = config.get(name, default)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"config.json must hold an integer {name}, got {value!r}")
-    return value
+def _number(config: Config, name: str, default: int | None = None, *, minimum: int = 1) -> int:
+    value = default if config.get(name) is None else config[name]
+    return _validate.int_at_least(f"{name} of config.json", value, minimum)
 
 
 def _require(config: Config, name: str, accepted: tuple[Any, ...]) -> None:

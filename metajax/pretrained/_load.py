@@ -103,9 +103,10 @@ def load_pretrained_model(
       path: the folder.
       head: what comes out; the architecture's own by default. Encoders: "mean" (of a text's tokens), "cls", "tokens" or
         "span", as `models.encoder` describes them. Decoders: logits of "tokens", or "features" of a text. Vision
-        Transformers: "cls" or "mean".
+        Transformers: "cls" or "mean". What `save_pretrained_model` wrote has the head that it was saved with.
       outputs: of a new linear layer on top, such as the ways of a task; None is features as they are.
-      dtype: of the parameters, a floating-point type; bfloat16 halves a frozen base.
+      dtype: of the parameters, a floating-point type; bfloat16 halves a frozen base (float16 too, but CPUs do not
+        compute attention in it).
       remat: whether the backward pass computes blocks once more instead of keeping their activations; "example":
         those of one example at a time, which takes less memory still.
       key: PRNG key of a new head; None is key 0.
@@ -134,12 +135,7 @@ def load_pretrained_model(
     if architecture.kind == "text" and (folder / "tokenizer.json").is_file():
         assert architecture.positions is not None
         tokenizer = _tokens.load_tokenizer(folder, architecture.positions, user="load_pretrained_model")
-        size, rows = tokenizer.get_vocab_size(), params["embed"]["embedding"].shape[0]
-        if size > rows:
-            raise ValueError(
-                f"tokenizer.json of {str(folder)!r} must have at most {rows} tokens, the rows of the table of "
-                f"embeddings, got {size}: it is of another model"
-            )
+        check_vocabulary(tokenizer, params)
     options = {
         "head": head, "outputs": outputs, "dtype": jnp.dtype(dtype).name, "remat": remat,
         "preprocessor": read_preprocessor(folder),
@@ -147,6 +143,20 @@ def load_pretrained_model(
     return PretrainedModel(
         model, params, config, architecture.kind, tokenizer, architecture.positions, architecture.image, report, options
     )
+
+
+def check_vocabulary(tokenizer: Any, params: Params) -> None:
+    """Refuses a tokenizer that has tokens without a row in the table of embeddings.
+
+    Raises:
+      ValueError: it has more tokens than the table has rows.
+    """
+    size, rows = tokenizer.get_vocab_size(), params["embed"]["embedding"].shape[0]
+    if size > rows:
+        raise ValueError(
+            f"tokenizer must have at most {rows} tokens, the rows of the table of embeddings, got {size}: it is of "
+            "another model"
+        )
 
 
 def open_model(
@@ -160,7 +170,8 @@ def open_model(
     """What the config of a folder describes, whose weights are not read: `(config, architecture, model)`.
 
     Raises:
-      ValueError: there is no config, or its architecture or `head` is not supported.
+      ValueError: there is no config, or it describes no model, or its architecture or `head` is not supported, or
+        `outputs` is below 1.
 
     >>> open_model(pathlib.Path("no/such/folder"))
     Traceback (most recent call last):
@@ -169,12 +180,17 @@ def open_model(
     """
     config = read_config(folder)
     names = _architectures.ARCHITECTURES
-    if config.get("model_type") not in names:
+    if outputs is not None:
+        _validate.positive_int("outputs", outputs)
+    if not isinstance(config.get("model_type"), str) or config["model_type"] not in names:
         raise ValueError(
             f"model_type of {str(folder / 'config.json')!r} must be one of {', '.join(sorted(names))}, got "
             f"{config.get('model_type')!r} ({', '.join(map(str, config.get('architectures') or ['no architectures']))})"
         )
-    architecture = names[config["model_type"]](config)
+    try:
+        architecture = names[config["model_type"]](config)
+    except (AttributeError, TypeError, ZeroDivisionError) as error:  # of what JSON can hold instead of a size or a dict
+        raise ValueError(f"{str(folder / 'config.json')!r} describes no {config['model_type']} ({error})") from error
     head = _validate.one_of("head", architecture.heads[0] if head is None else head, architecture.heads)
     model = architecture.model(head, outputs, dtype, remat)
     preprocessor = read_preprocessor(folder) if architecture.kind == "image" else None

@@ -8,7 +8,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -16,7 +16,10 @@ import numpy as np
 
 from metajax.core import _tree, _validate
 from metajax.core._types import Params
-from metajax.pretrained import _architectures, _tensors
+from metajax.data import _tokens
+from metajax.pretrained import _architectures, _load, _tensors
+
+_CONFIG, _TOKENIZER = "config.json", "tokenizer.json"
 
 
 def save_pretrained_model(
@@ -36,17 +39,19 @@ def save_pretrained_model(
 
     Args:
       path: the folder.
-      params: parameters of the model; those of a head of the task it was trained on may be among them, and are not
-        loaded into a model of features.
+      params: parameters of the model, adapters merged; those of a head of the task it was trained on may be among
+        them, and are not loaded into a model of features. A decoder without a head of tokens is loaded with features.
       factory: name of the function in `metajax.models`: "conv4", "decoder", "encoder", "resnet12" or "vit".
       options: its keywords that JSON can hold, but not `outputs`, `dtype` and `remat`, which the loading call decides.
+        Shapes do not show all of them: a decoder is another one with other `heads` or `theta`.
       image: height, width and channels, for models of images.
       max_length: the most tokens of a text, for decoders, whose positions have no end.
       tokenizer: of the tokenizers library, for models of texts.
 
     Raises:
-      ValueError: an unknown factory or option; `image` is missing, or of no three sizes; `max_length` is
-        missing, or below 1; a parameter of the model is missing or has another shape; another folder is there.
+      ValueError: an unknown factory or option; `image` is missing, or of no three sizes; `max_length` is missing, or
+        below 1; an argument that is for other factories; a parameter of the model is missing, of another shape or of
+        no model; a tokenizer of more tokens than the table has rows; another folder is there.
       ImportError: the safetensors library is not installed.
 
     >>> import jax, jax.numpy as jnp, pathlib, tempfile, metajax
@@ -59,35 +64,68 @@ def save_pretrained_model(
     (28, 28, 1)
     """
     config: dict[str, Any] = {"model_type": "metajax", "factory": factory, "options": dict(options or {})}
-    if _validate.one_of("factory", factory, sorted(_architectures.FACTORIES)) and _kind(factory) == "image":
+    _validate.one_of("factory", factory, sorted(_architectures.FACTORIES))
+    kind = _architectures.FACTORIES[factory][1]
+    needed = {"image": kind == "image", "max_length": factory == "decoder", "tokenizer": kind == "text"}
+    for name, value in {"image": image, "max_length": max_length, "tokenizer": tokenizer}.items():
+        if value is not None and not needed[name]:
+            raise ValueError(f"{name} must not be given for {factory}, got {value!r}")
+    if kind == "image":
         if not isinstance(image, tuple) or len(image) != 3:
             raise ValueError(f"image must be (height, width, channels) for {factory}, got {image!r}")
         config["input"] = {
             name: _validate.positive_int(f"{name} of image", size)
             for name, size in zip(("height", "width", "channels"), image, strict=True)
         }
+    tensors = named(params)
     if factory == "decoder":
         config["max_length"] = _validate.positive_int("max_length", max_length)
-    architecture = _architectures.own(json.loads(json.dumps(config)))
-    tensors = named(params)
+        if not _gives_tokens(tensors, tied=config["options"].get("tied", False)):
+            config["head"] = "features"
+    try:
+        stored = json.dumps(config, indent=2)
+    except TypeError as error:
+        raise ValueError(f"options must be what JSON can hold, got {options!r} ({error})") from error
+    architecture = _architectures.own(json.loads(stored))
+    _check(tensors, architecture, f"{factory} of {config['options']}")
+    with whole_folder(path, (_CONFIG, _TOKENIZER, _tensors.WEIGHTS), _is_own) as folder:
+        (folder / _CONFIG).write_text(stored + "\n", encoding="utf-8")
+        if tokenizer is not None:
+            (folder / _TOKENIZER).write_text(tokenizer.to_str(), encoding="utf-8")
+            assert architecture.positions is not None
+            read = _tokens.load_tokenizer(folder, architecture.positions, user="save_pretrained_model")
+            _load.check_vocabulary(read, params)
+        _tensors.write(folder / _tensors.WEIGHTS, tensors)
+
+
+def _gives_tokens(tensors: Mapping[str, np.ndarray], *, tied: bool) -> bool:
+    """Whether parameters of a decoder give the logits of tokens: a table that is tied, or a head of as many outputs."""
+    head, table = tensors.get(_architectures.HEAD), tensors.get("embed/embedding")
+    of_tokens = head is not None and table is not None and head.shape == table.shape[::-1]
+    if tied is True and of_tokens:
+        raise ValueError(f"params must not hold {_architectures.HEAD} of all tokens where options say tied, got both")
+    return tied or of_tokens
+
+
+def _check(tensors: Mapping[str, np.ndarray], architecture: _architectures.Architecture, told: str) -> None:
+    """Refuses parameters that the model would not be loaded with."""
     model = architecture.model(architecture.heads[0], None, np.float32, False)
     example = _architectures.example(architecture.image)
     wanted = named(jax.eval_shape(model.init, jax.random.key(0), example), np.shape)
     for name, shape in wanted.items():
         if name not in tensors or tensors[name].shape != shape:
             found = f"shape {tensors[name].shape}" if name in tensors else f"only {', '.join(tensors)}"
-            raise ValueError(
-                f"params must hold {name} of shape {shape} for {factory} of {config['options']}, got {found}"
-            )
-    with whole_folder(path, "config.json") as folder:
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        _tensors.write(folder / _tensors.WEIGHTS, tensors)
-        if tokenizer is not None:
-            (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+            raise ValueError(f"params must hold {name} of shape {shape} for {told}, got {found}")
+    surplus = [name for name in tensors if name not in wanted and not name.startswith("head/")]
+    if surplus:
+        raise ValueError(
+            f"params must hold no leaves but those of {told} and of a head, got {', '.join(surplus)} too: merge "
+            "adapters first (metajax.adapters.merge)"
+        )
 
 
-def _kind(factory: str) -> str:
-    return _architectures.FACTORIES[factory][1]
+def _is_own(folder: pathlib.Path) -> bool:
+    return _load.read_config(folder).get("model_type") == "metajax"
 
 
 def named(tree: Any, of: Any = np.asarray) -> dict[str, Any]:
@@ -100,15 +138,26 @@ def named(tree: Any, of: Any = np.asarray) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def whole_folder(path: str | os.PathLike[str], marker: str) -> Iterator[pathlib.Path]:
+def whole_folder(
+    path: str | os.PathLike[str], files: Collection[str], is_earlier: Callable[[pathlib.Path], bool]
+) -> Iterator[pathlib.Path]:
     """A temporary folder beside `path` that takes its place in the end, or is removed where writing fails.
 
+    Args:
+      path: where the folder goes.
+      files: names of all files that a save writes: a folder that holds another one is nobody's to remove.
+      is_earlier: whether a folder of such files is of an earlier save.
+
     Raises:
-      ValueError: at `path` is a file, or a folder with files but without `marker`, which no earlier save wrote.
+      ValueError: at `path` is a file, or a folder that no earlier save wrote.
     """
     target = pathlib.Path(path)
-    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / marker).is_file())):
-        raise ValueError(f"path must be a new folder or one with a {marker} to replace, got {str(target)!r}")
+    there = {entry.name for entry in target.iterdir()} if target.is_dir() else set()
+    if (target.exists() and not target.is_dir()) or (there and not (there <= set(files) and is_earlier(target))):
+        raise ValueError(
+            f"path must be a new folder or that of an earlier save, with no files but {', '.join(files)}, got "
+            f"{str(target)!r}"
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     around = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -116,6 +165,11 @@ def whole_folder(path: str | os.PathLike[str], marker: str) -> Iterator[pathlib.
         yield around / "new"
         if target.exists():
             target.rename(around / "old")  # no call swaps two folders: between these lines a reader finds none
-        (around / "new").rename(target)
+        try:
+            (around / "new").rename(target)
+        except OSError:
+            if (around / "old").exists():
+                (around / "old").rename(target)
+            raise
     finally:
         shutil.rmtree(around)

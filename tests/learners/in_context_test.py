@@ -210,6 +210,11 @@ def test_adapters_alone_are_trained(params):
         ({"labels": [[3, -1, 4], [5, 6, 7]]}, "labels must each begin with a token, and be padded behind it"),
         ({"labels": [3, 4, 3]}, "labels must differ from class to class"),
         ({"separator": [-1]}, r"separator must be a list of token ids, got \[-1\]"),
+        ({"separator": 5}, "separator must be a list of token ids, got 5"),
+        (
+            {"labels": [[1, 2], [3]]},
+            r"labels must be of one length, shorter ones padded with -1, got \[\[1, 2\], \[3\]\]",
+        ),
         ({"end": [0.5]}, r"end must be a list of token ids, got \[0.5\]"),
         ({"separator": [], "content_free": []}, "content_free must hold a token where separator holds none"),
         ({"model": BASE.apply}, "model must be of type Model"),
@@ -232,3 +237,10 @@ def test_a_model_of_features_is_refused():
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros([1, 4], jnp.int32))
     with pytest.raises(ValueError, match="model must be a decoder with outputs='tokens'"):
         jax.eval_shape(learner.adapt, params, examples(TEXTS, [0, 1, 0, 1]))
+
+
+@pytest.mark.parametrize("tokens", [{"labels": [1, 30]}, {"separator": [30]}, {"end": [30]}, {"content_free": [30]}])
+def test_a_token_that_the_model_does_not_have_is_refused(tokens, params):
+    learner = learners.in_context(BASE, **{"labels": [1, 2], **tokens})
+    with pytest.raises(ValueError, match="content_free must be among the 30 tokens of the model, got 30"):
+        learner.adapt(params, examples(TEXTS, [0, 1, 0, 1]))

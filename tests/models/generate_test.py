@@ -181,3 +181,38 @@ def test_a_model_without_a_cache_is_refused(model):
     params = jax.eval_shape(model.init, jax.random.key(0), inputs)
     with pytest.raises(ValueError, match="model must be a decoder with outputs='tokens', which takes a cache"):
         jax.eval_shape(lambda params: models.generate(model, params, inputs, length=2), params)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"tokens": [[1, 2]], "attention_mask": [[1, 1]]}, "may hold a mask, got tokens, attention_mask"),
+        ({}, "inputs must hold tokens, and may hold a mask, got nothing"),
+        ([1, 2], r"tokens of inputs must be integers \[n, prompt\], got int32 \[2\]"),
+        (np.zeros([2, 0], np.int32), r"must be integers \[n, prompt\], got int32 \[2, 0\]"),
+        ([[0.5]], "tokens of inputs must be integers"),
+        (
+            {"tokens": [[1, 2]], "mask": [[1]]},
+            r"mask of inputs must have the shape of its tokens, \(1, 2\), got \(1, 1\)",
+        ),
+    ],
+)
+def test_inputs_that_are_no_prompts_are_refused(inputs, message):
+    with pytest.raises(ValueError, match=message):
+        models.generate(BASE, {}, inputs, length=2)
+
+
+def test_a_mask_may_be_of_integers():
+    tokens = jnp.array([[5, 6, 7]])
+    found = [
+        models.generate(BASE, scattered(BASE), {"tokens": tokens, "mask": jnp.array([[0, 1, 1]], dtype)}, length=3)[
+            "tokens"
+        ]
+        for dtype in (bool, int)
+    ]
+    np.testing.assert_array_equal(*found)
+
+
+def test_a_stop_that_is_no_token_is_refused():
+    with pytest.raises(ValueError, match=r"stop must be one of the .* tokens of the model, got 1000"):
+        models.generate(BASE, scattered(BASE), jnp.array([[5, 6, 7]]), length=2, stop=1000)

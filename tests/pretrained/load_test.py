@@ -180,7 +180,10 @@ REFUSALS = {
         "must be one of bert, llama, .*got 'gpt2' .GPT2Model",
     ),
     "another activation": (lambda folder: _edit(folder, hidden_act="relu"), "hidden_act .* must be 'gelu', got 'relu'"),
-    "no size": (lambda folder: _edit(folder, hidden_size=None), "must hold an integer hidden_size, got None"),
+    "no size": (
+        lambda folder: _edit(folder, hidden_size=None),
+        "hidden_size of config.json must be an integer of at least 1, got None",
+    ),
     "a tensor is missing": (_take(WORDS), f"must hold the tensor '{WORDS}', for embed/embedding of shape .50, 16."),
     "another shape": (_put(WORDS, np.ones([40, 16], np.float32)), f"'{WORDS}' must have shape .50, 16.*got .40, 16."),
     "integers": (_put(WORDS, np.ones([50, 16], np.int32)), "must be of one of F64, F32, F16, BF16, got I32"),
