@@ -194,6 +194,8 @@ FACTORIES: dict[str, tuple[Callable[..., Model], str]] = {
     "conv4": (models.conv4, "image"), "decoder": (models.decoder, "text"), "encoder": (models.encoder, "text"),
     "resnet12": (models.resnet12, "image"), "vit": (models.vit, "image"),
 }  # fmt: skip
+# The option that says which outputs a model gives, and those of its values that share parameters.
+_HEADS = {"encoder": ("head", ("mean", "cls", "tokens")), "vit": ("pooling", ("cls", "mean"))}
 _GIVEN = ("outputs", "dtype", "remat")  # options that the loading call decides
 
 
@@ -209,15 +211,17 @@ def own(config: Config) -> Architecture:
     for option in accepted:
         if known[option].default is inspect.Parameter.empty and option not in options:
             raise ValueError(f"options must hold {option} for {name}, got {options!r}")
+    heads: tuple[str, ...]
     if name == "decoder":
-        heads = ("features",) if config.get("head") == "features" else ("tokens", "features")
+        keyword, heads = "outputs", ("features",) if config.get("head") == "features" else ("tokens", "features")
     else:
-        heads = (options.get("head", known["head"].default) if "head" in known else "features",)
+        keyword, shared = _HEADS.get(str(name), ("", ("features",)))
+        saved = options.get(keyword, known[keyword].default) if keyword else "features"
+        heads = (saved, *(head for head in shared if head != saved and saved in shared))
 
     def model(head: Any, outputs: int | None, dtype: Any, remat: Any) -> Model:
-        given = {"dtype": dtype, "remat": remat, "head": head, "outputs": outputs}
-        if name == "decoder" and outputs is None:
-            given["outputs"] = head
+        given = {"dtype": dtype, "remat": remat, keyword: head}
+        given |= {} if outputs is None else {"outputs": outputs}
         return factory(**{**options, **{key: given[key] for key in given if key in known}})
 
     image = positions = None

@@ -103,7 +103,7 @@ def load_pretrained_model(
       path: the folder.
       head: what comes out; the architecture's own by default. Encoders: "mean" (of a text's tokens), "cls", "tokens" or
         "span", as `models.encoder` describes them. Decoders: logits of "tokens", or "features" of a text. Vision
-        Transformers: "cls" or "mean". What `save_pretrained_model` wrote has the head that it was saved with.
+        Transformers: "cls" or "mean". What `save_pretrained_model` wrote has by default that of its options.
       outputs: of a new linear layer on top, such as the ways of a task; None is features as they are.
       dtype: of the parameters, a floating-point type; bfloat16 halves a frozen base (float16 too, but CPUs do not
         compute attention in it).

@@ -154,3 +154,21 @@ def test_outputs_is_a_number(outputs, arguments, tmp_path):
     metajax.save_pretrained_model(tmp_path / "model", **arguments)
     with pytest.raises(ValueError, match=f"outputs must be an integer of at least 1, got {outputs!r}"):
         metajax.load_pretrained_model(tmp_path / "model", outputs=outputs)
+
+
+@pytest.mark.parametrize(
+    ("factory", "options", "heads"),
+    [
+        ("encoder", {"vocab": 50, "width": 16, "depth": 1, "heads": 2, "positions": 8, "head": "cls"}, ("cls", "mean")),
+        ("vit", {"width": 16, "depth": 1, "heads": 2, "pooling": "mean"}, ("mean", "cls")),
+    ],
+)
+def test_what_was_saved_is_loaded_with_heads_that_share_its_parameters(factory, options, heads, tmp_path):
+    inputs, given = (TOKENS, {}) if factory == "encoder" else (np.ones([2, 16, 16, 3]), {"image": (16, 16, 3)})
+    make = getattr(metajax.models, factory)
+    params = make(**options).init(jax.random.key(7), inputs)
+    metajax.save_pretrained_model(tmp_path / "model", params, factory=factory, options=options, **given)
+    for head, asked in zip(heads, (None, heads[1]), strict=True):
+        loaded = metajax.load_pretrained_model(tmp_path / "model", head=asked)
+        wanted = make(**options | {"pooling" if factory == "vit" else "head": head}).apply(params, inputs)
+        np.testing.assert_allclose(loaded.model.apply(loaded.params, inputs), wanted, atol=1e-5)
