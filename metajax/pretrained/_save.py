@@ -70,6 +70,8 @@ def save_pretrained_model(
     for name, value in {"image": image, "max_length": max_length, "tokenizer": tokenizer}.items():
         if value is not None and not needed[name]:
             raise ValueError(f"{name} must not be given for {factory}, got {value!r}")
+    if tokenizer is not None and not hasattr(tokenizer, "to_str"):
+        raise ValueError(f"tokenizer must be one of the tokenizers library, got {tokenizer!r}")
     if kind == "image":
         if not isinstance(image, tuple) or len(image) != 3:
             raise ValueError(f"image must be (height, width, channels) for {factory}, got {image!r}")

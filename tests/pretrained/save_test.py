@@ -74,6 +74,7 @@ def arguments():
         ({"max_length": 0}, "max_length must be an integer of at least 1, got 0"),
         ({"image": (3, 3, 3)}, r"image must not be given for decoder, got \(3, 3, 3\)"),
         ({"factory": "encoder"}, "max_length must not be given for encoder, got 12"),
+        ({"tokenizer": "tokenizer.json"}, "tokenizer must be one of the tokenizers library, got 'tokenizer.json'"),
         ({"options": {}}, "options must hold vocab for decoder, got {}"),
         ({"options": {**SIZES, "outputs": 3}}, "options must be among vocab, .* got .*'outputs'"),
         ({"options": {**SIZES, "theta": np.float32(10)}}, "options must be what JSON can hold, got .*theta"),
