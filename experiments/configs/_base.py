@@ -54,7 +54,8 @@ def base() -> ConfigDict:
             "model": {
                 "name": "conv4",  # conv4, resnet12, vit, mlp, decoder (for cycles), pretrained (for text and squad)
                 "path": "",  # pretrained: a folder with config.json and model.safetensors
-                "head": "",  # pretrained: mean, cls, span (for squad), ...; "" is the one of its architecture
+                # pretrained: mean, cls, span (for squad), ...; "" that of its architecture, features of a decoder
+                "head": "",
                 "width": 64,  # resnet12: of the first block; the others have 2.5, 5 and 10 times as much
                 "depth": 4,  # blocks
                 "heads": 8,  # vit, decoder

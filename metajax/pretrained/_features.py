@@ -34,7 +34,7 @@ def features(model: Model, params: Params, source: ClassSource, *, cache: bool =
       The same classes, examples and nodes, with inputs float32 `[n, d]`.
 
     Raises:
-      ValueError: `source` has no examples by class, or `model` needs statistics of a whole batch.
+      ValueError: `source` has no examples by class, or `model` needs statistics of a whole batch or gives no vectors.
 
     >>> import metajax
     >>> model = metajax.models.mlp(outputs=3)
@@ -49,6 +49,11 @@ def features(model: Model, params: Params, source: ClassSource, *, cache: bool =
         raise ValueError(f"model must map each example by itself, got one that needs {', '.join(model.needs)}")
     params = jax.tree.map(jax.numpy.asarray, params)
     apply = jax.jit(model.apply)
+    shape = jax.eval_shape(apply, params, _inputs(source, np.zeros(1, int), (source.length_buckets or (0,))[-1])).shape
+    if len(shape) != 2:
+        raise ValueError(
+            f"model must give features [n, d], such as a decoder with head='features', got outputs of shape {shape}"
+        )
 
     def make() -> dict[str, np.ndarray]:
         return {"features": _compute(apply, params, source)}

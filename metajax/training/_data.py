@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -126,8 +127,16 @@ def with_features(config: Config, source: Any) -> Any:
         )
     fields = config["model"]
     dtype = _validate.one_of("model.dtype", fields["dtype"], ("float32", "bfloat16"))
-    base = pretrained.load_pretrained_model(fields["path"], head=fields["head"] or None, dtype=dtype)
+    base = pretrained.load_pretrained_model(fields["path"], head=pretrained_head(config), dtype=dtype)
     return pretrained.features(base.model, base.params, source)
+
+
+def pretrained_head(config: Config) -> str | None:
+    """What comes out of a pretrained model; of a decoder that is not prompted, features and not logits of tokens."""
+    if config["model"]["head"] or config["learner"]["name"] == "in_context":
+        return config["model"]["head"] or None
+    heads = pretrained.open_model(pathlib.Path(config["model"]["path"]))[1].heads
+    return "features" if "features" in heads else None
 
 
 def image_options(config: Config) -> dict[str, Any]:

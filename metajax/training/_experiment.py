@@ -21,7 +21,7 @@ from metajax.core._types import Hypergrad, Learner, Loss, Model, Params
 from metajax.data._tokens import load_tokenizer
 from metajax.strategies._contrast import TRAINED, contrastive
 from metajax.strategies._curriculum import Stage
-from metajax.training import _checkpoint
+from metajax.training import _checkpoint, _data
 from metajax.training._stages import stages
 
 Config = Mapping[str, Any]
@@ -316,7 +316,7 @@ def _pretrained_options(config: Config, outputs: int | None) -> dict[str, Any]:
     dtype = _validate.one_of("model.dtype", config["model"]["dtype"], ("float32", "bfloat16"))
     remat = config["model"]["remat"]  # runs of old have True or False
     return {
-        "head": config["model"]["head"] or None,
+        "head": _data.pretrained_head(config),
         "outputs": outputs,
         "dtype": jnp.dtype(dtype),
         "remat": remat if isinstance(remat, bool) else _REMAT[_validate.one_of("model.remat", remat, tuple(_REMAT))],

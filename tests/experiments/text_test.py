@@ -247,3 +247,9 @@ def test_a_prompt_needs_no_training(run, launch):
     found = json.loads((run / "prompt" / "evaluation.json").read_text())
     assert (found["learner"], found["checkpoint"]) == ("in_context", "start")
     assert 0 < found["accuracy_mean"] < 1
+    for settings in ((), ("--override=adapter.name=", "--override=model.frozen=True")):
+        done = launch(
+            "evaluate", f"--workdir={run / 'prompt'}", "--checkpoint=start", "--episodes=4",
+            "--override=learner.name=prototypical", *settings,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr  # of the decoder's features

@@ -88,3 +88,10 @@ def test_what_has_no_features_is_refused(source, params):
         pretrained.features(MODEL._replace(needs=("mask",)), params, source)
     with pytest.raises(ValueError, match="source must be"):
         pretrained.features(MODEL, params, data.sinusoids())
+
+
+def test_outputs_that_are_no_vectors_are_refused(source):
+    model = metajax.models.decoder(20, width=8, depth=1, heads=2)
+    params = model.init(jax.random.key(0), source.inputs)
+    with pytest.raises(ValueError, match=r"such as a decoder with head='features', got outputs of shape \(1, 6, 20\)"):
+        pretrained.features(model, params, source, cache=False)
