@@ -22,13 +22,13 @@ from metajax.evaluation._metrics import softmax
 from metajax.learners._forward import Adapted
 from metajax.pretrained import PretrainedModel, Report, open_model
 from metajax.pretrained._load import read_preprocessor
-from metajax.pretrained._save import named, whole_folder
+from metajax.pretrained._save import FILES, named, whole_folder
 from metajax.pretrained._tensors import WEIGHTS, Tensors, write
 
 _SIZES = (5, 10, 16, 25, 32, 48, 64)  # of support sets and of what is predicted at once; then multiples of the last
 _WAYS = 8  # classes come in multiples of it
 _FILE = "fast_model.json"
-_FILES = (_FILE, "config.json", "preprocessor_config.json", "tokenizer.json", WEIGHTS)
+_FILES = (*FILES, "preprocessor_config.json", _FILE)
 _RATE = 2e-3  # of Adam
 
 

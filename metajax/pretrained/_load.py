@@ -133,9 +133,7 @@ def load_pretrained_model(
     )
     tokenizer = None
     if architecture.kind == "text" and (folder / "tokenizer.json").is_file():
-        assert architecture.positions is not None
-        tokenizer = _tokens.load_tokenizer(folder, architecture.positions, user="load_pretrained_model")
-        check_vocabulary(tokenizer, params)
+        tokenizer = read_tokenizer(folder, architecture, params, user="load_pretrained_model")
     options = {
         "head": head, "outputs": outputs, "dtype": jnp.dtype(dtype).name, "remat": remat,
         "preprocessor": read_preprocessor(folder),
@@ -145,18 +143,24 @@ def load_pretrained_model(
     )
 
 
-def check_vocabulary(tokenizer: Any, params: Params) -> None:
-    """Refuses a tokenizer that has tokens without a row in the table of embeddings.
+def read_tokenizer(
+    folder: pathlib.Path, architecture: _architectures.Architecture, params: Params, *, user: str
+) -> Any:
+    """The tokenizer of a folder, which must be of its model.
 
     Raises:
-      ValueError: it has more tokens than the table has rows.
+      ValueError: as `load_tokenizer`, or it has more tokens than the table of embeddings has rows.
+      ImportError: the tokenizers library is not installed.
     """
+    assert architecture.positions is not None
+    tokenizer = _tokens.load_tokenizer(folder, architecture.positions, user=user)
     size, rows = tokenizer.get_vocab_size(), params["embed"]["embedding"].shape[0]
     if size > rows:
         raise ValueError(
             f"tokenizer must have at most {rows} tokens, the rows of the table of embeddings, got {size}: it is of "
             "another model"
         )
+    return tokenizer
 
 
 def open_model(

@@ -16,10 +16,10 @@ import numpy as np
 
 from metajax.core import _tree, _validate
 from metajax.core._types import Params
-from metajax.data import _tokens
 from metajax.pretrained import _architectures, _load, _tensors
 
 _CONFIG, _TOKENIZER = "config.json", "tokenizer.json"
+FILES = (_CONFIG, _TOKENIZER, _tensors.WEIGHTS)
 
 
 def save_pretrained_model(
@@ -90,13 +90,11 @@ def save_pretrained_model(
         raise ValueError(f"options must be what JSON can hold, got {options!r} ({error})") from error
     architecture = _architectures.own(json.loads(stored))
     _check(tensors, architecture, f"{factory} of {config['options']}")
-    with whole_folder(path, (_CONFIG, _TOKENIZER, _tensors.WEIGHTS), _is_own) as folder:
+    with whole_folder(path, FILES, _is_own) as folder:
         (folder / _CONFIG).write_text(stored + "\n", encoding="utf-8")
         if tokenizer is not None:
             (folder / _TOKENIZER).write_text(tokenizer.to_str(), encoding="utf-8")
-            assert architecture.positions is not None
-            read = _tokens.load_tokenizer(folder, architecture.positions, user="save_pretrained_model")
-            _load.check_vocabulary(read, params)
+            _load.read_tokenizer(folder, architecture, params, user="save_pretrained_model")
         _tensors.write(folder / _tensors.WEIGHTS, tensors)
 
 

@@ -13,7 +13,7 @@ TOKENS = np.arange(10, dtype=np.int32).reshape(2, 5)
 
 
 def _save(folder, *, outputs="tokens", options=SIZES, **more):
-    model = metajax.models.decoder(**SIZES, **{"tied": options.get("tied", False)}, outputs=outputs)
+    model = metajax.models.decoder(**SIZES, tied=options.get("tied", False), outputs=outputs)
     params = model.init(jax.random.key(7), TOKENS)  # key 0 is that of leaves which loading makes anew
     metajax.save_pretrained_model(
         folder, params, factory="decoder", options=options, tokenizer=worlds.word_tokenizer(50), **more
