@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -15,6 +16,7 @@ from metajax.models import _wrap
 from metajax.models._attention import attend, heads_of
 from metajax.models._blocks import Remat, check_remat, scanned, stacked, with_prompt
 from metajax.models._linear import Linear
+from metajax.models._rotary import Rotary, rotary
 
 Outputs = int | Literal["tokens", "features"]
 
@@ -23,15 +25,17 @@ class _Block(nnx.Module):
     """RMSNorm and causal attention with rotary positions, RMSNorm and SwiGLU, each added to its input."""
 
     def __init__(
-        self, width: int, heads: int, kv_heads: int, size: int, hidden: int, theta: float, epsilon: float, bias: bool,
-        *, rngs: nnx.Rngs,
+        self, width: int, heads: int, kv_heads: int, size: int, hidden: int, turn: Rotary, epsilon: float, bias: bool,
+        qk_norm: bool, *, rngs: nnx.Rngs,
     ):  # fmt: skip
         linear = lambda inputs, outputs, bias=False: Linear(inputs, outputs, use_bias=bias, rngs=rngs)  # noqa: E731
         self.attention_norm, self.mlp_norm = (nnx.RMSNorm(width, epsilon=epsilon, rngs=rngs) for _ in range(2))
         self.query, self.out = linear(width, heads * size, bias), linear(heads * size, width)
         self.key, self.value = linear(width, kv_heads * size, bias), linear(width, kv_heads * size, bias)
         self.gate, self.up, self.down = linear(width, hidden), linear(width, hidden), linear(hidden, width)
-        self.size, self.theta = size, theta
+        if qk_norm:
+            self.query_norm, self.key_norm = (nnx.RMSNorm(size, epsilon=epsilon, rngs=rngs) for _ in range(2))
+        self.size, self.turn, self.qk_norm = size, turn, qk_norm
 
     def __call__(
         self, values: jax.Array, positions: jax.Array, mask: jax.Array | None, before: dict[str, jax.Array] | None
@@ -40,8 +44,10 @@ class _Block(nnx.Module):
         normed = self.attention_norm(values)
         query, key, value = (heads_of(part(normed), self.size) for part in (self.query, self.key, self.value))
         own = slice(key.shape[1] - query.shape[1], None)  # what is in front of them, a learned prefix, has no position
-        new = {"key": rotary(key[:, own], self.theta, positions), "value": value[:, own]}
-        query = rotary(query, self.theta, positions)
+        new = {"key": key[:, own], "value": value[:, own]}
+        if self.qk_norm:
+            query, new["key"] = self.query_norm(query), self.key_norm(new["key"])
+        query, new["key"] = self.turn(query, positions), self.turn(new["key"], positions)
         seen = new if before is None else {name: after(before[name], new[name]) for name in new}
         if own.start:
             front = {"key": key[:, : own.start], "value": value[:, : own.start]}
@@ -49,25 +55,6 @@ class _Block(nnx.Module):
         values = values + self.out(attend(query, seen["key"], seen["value"], mask, causal=True))
         normed = self.mlp_norm(values)
         return values + self.down(jax.nn.silu(self.gate(normed)) * self.up(normed)), new
-
-
-def rotary(values: jax.Array, theta: float, positions: jax.Array) -> jax.Array:
-    """Rotary positions (Su et al. 2021, arXiv:2104.09864) of `[n, length, heads, size]`, its halves as two coordinates.
-
-    Args:
-      values: queries or keys.
-      theta: base of the frequencies.
-      positions: `[length]` or `[n, length]`.
-
-    >>> rotary(jnp.ones([1, 3, 2, 4]), 1e4, jnp.arange(3)).shape
-    (1, 3, 2, 4)
-    """
-    half = values.shape[-1] // 2
-    rates = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions.astype(jnp.float32)[..., None, None] * rates
-    first, second = values[..., :half], values[..., half:]
-    cos, sin = jnp.cos(angles).astype(values.dtype), jnp.sin(angles).astype(values.dtype)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
 def after(old: jax.Array, new: jax.Array) -> jax.Array:
@@ -156,14 +143,16 @@ def decoder(
     head_size: int | None = None,
     hidden: int | None = None,
     theta: float = 1e4,
+    rope_scaling: Mapping[str, Any] | None = None,
     norm_epsilon: float = 1e-6,
     qkv_bias: bool = False,
+    qk_norm: bool = False,
     tied: bool = False,
     outputs: Outputs = "tokens",
     remat: Remat = True,
     dtype: Any = jnp.float32,
 ) -> Model:
-    """A decoder with RMSNorm, rotary positions, grouped-query attention and SwiGLU, as in Llama and Qwen2.
+    """A decoder with RMSNorm, rotary positions, grouped-query attention and SwiGLU, as in Llama, Mistral and Qwen.
 
     The blocks are one scan: the program has the size of one block. With `remat` the backward pass computes each block
     once more, so that the activations of one block are kept and not those of all.
@@ -189,8 +178,12 @@ def decoder(
       head_size: of a head of attention, even; None is `width / heads`.
       hidden: of SwiGLU; None is 8/3 of the width, rounded up to a multiple of 32.
       theta: base of the rotary frequencies.
+      rope_scaling: how they were stretched for longer texts, in the terms of Hugging Face: `{"rope_type": "linear",
+        "factor": 4.0}`, or "llama3" with `low_freq_factor`, `high_freq_factor` and `original_max_position_embeddings`
+        too, as in Llama 3.1; None is not at all.
       norm_epsilon: what RMSNorm adds to the mean square.
       qkv_bias: whether queries, keys and values have a bias, as in Qwen2.
+      qk_norm: whether each head's queries and keys are normalised by RMSNorm before they are turned, as in Qwen3.
       tied: whether the table of embeddings gives the logits of tokens too, in place of a head.
       outputs: "tokens", the logits of the next token at each place; a number of classes, whose logits a head without
         bias gives of the last token of a text that is no padding; or "features", the normalised state of that token.
@@ -204,10 +197,11 @@ def decoder(
       A `Model` from tokens to logits `[n, length, vocab]`, logits `[n, outputs]` or features `[n, width]`.
 
     Raises:
-      ValueError: a size below 1, heads that do not divide, other `outputs`, or a `dtype` that is no floating-point
-        type.
+      ValueError: a size below 1, heads that do not divide, an unknown scaling, other `outputs`, or a `dtype` that is
+        no floating-point type.
 
-    Source: Touvron et al. 2023, arXiv:2302.13971; Qwen2, Yang et al. 2024, arXiv:2407.10671; Ainslie et al. 2023
+    Source: Touvron et al. 2023, arXiv:2302.13971; Qwen2, Yang et al. 2024, arXiv:2407.10671; Qwen3, Yang et al. 2025,
+    arXiv:2505.09388; Ainslie et al. 2023
     (grouped queries), arXiv:2305.13245; Press and Wolf 2017 (tied embeddings), arXiv:1608.05859.
 
     >>> import jax, jax.numpy as jnp, metajax
@@ -226,7 +220,7 @@ def decoder(
         _validate.positive_int(name, value)
     kv_heads = heads if kv_heads is None else kv_heads
     hidden = -(-8 * width // 96) * 32 if hidden is None else hidden
-    for name, flag in {"qkv_bias": qkv_bias, "tied": tied}.items():
+    for name, flag in {"qkv_bias": qkv_bias, "qk_norm": qk_norm, "tied": tied}.items():
         _validate.instance(name, flag, bool)
     if head_size is None and width % (2 * heads):
         raise ValueError(f"heads must divide width, {width}, into even parts, got {heads}")
@@ -236,14 +230,14 @@ def decoder(
     if heads % kv_heads:
         raise ValueError(f"kv_heads must divide heads, {heads}, got {kv_heads}")
     check_remat(remat)
-    _validate.positive_float("theta", theta)
     _validate.positive_float("norm_epsilon", norm_epsilon)
     classes = isinstance(outputs, int) and not isinstance(outputs, bool) and outputs > 0
     if not classes and outputs not in ("tokens", "features"):
         raise ValueError(f"outputs must be 'tokens', 'features' or a number of classes, got {outputs!r}")
     block = {
         "width": width, "heads": heads, "kv_heads": kv_heads, "size": size,
-        "hidden": hidden, "theta": theta, "epsilon": norm_epsilon, "bias": qkv_bias,
+        "hidden": hidden, "turn": rotary(theta, rope_scaling), "epsilon": norm_epsilon, "bias": qkv_bias,
+        "qk_norm": qk_norm,
     }  # fmt: skip
     model = _wrap.from_nnx(lambda rngs: _Decoder(vocab, depth, outputs, tied, remat, rngs, **block))
     return _wrap.of_dtype(model, dtype)

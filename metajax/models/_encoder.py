@@ -42,8 +42,8 @@ class _Encoder(nnx.Module):
     ):  # fmt: skip
         width = block["width"]
         self.embed, self.position = nnx.Embed(vocab, width, rngs=rngs), nnx.Embed(positions, width, rngs=rngs)
-        self.type = nnx.Embed(types, width, rngs=rngs)
-        for table in (self.embed, self.position, self.type):
+        self.type = nnx.Embed(types, width, rngs=rngs) if types else None
+        for table in filter(None, (self.embed, self.position, self.type)):
             table.dtype = None  # whichever type the table has in a call, and not the one it is made in
         self.embed_norm = layer_norm(width, block["epsilon"], rngs)
         self.blocks = stacked(functools.partial(_Block, **block), depth, rngs)
@@ -61,8 +61,9 @@ class _Encoder(nnx.Module):
                 f"positions holds, got {length}"
             )
         values = self.embed(tokens) + self.position(jnp.arange(first, first + length))
-        values = self.embed_norm(values + self.type(inputs.get("types", jnp.zeros_like(tokens))))
-        values, mask = with_prompt(values, mask, prompt)
+        if self.type is not None:
+            values = values + self.type(inputs.get("types", jnp.zeros_like(tokens)))
+        values, mask = with_prompt(self.embed_norm(values), mask, prompt)
 
         def call(block: _Block, values: jax.Array, mask: jax.Array | None, _: None) -> tuple[jax.Array, None]:
             return block(values, mask), None
@@ -105,7 +106,7 @@ def encoder(
     remat: Remat = True,
     dtype: Any = jnp.float32,
 ) -> Model:
-    """An encoder of text as BERT, MiniLM, multilingual E5 and XLM-R are.
+    """An encoder of text as BERT, DistilBERT, MiniLM, multilingual E5 and XLM-R are.
 
     The blocks are one scan: the program has the size of one block. With `remat` the backward pass computes each block
     once more, so that the activations of one block are kept and not those of all.
@@ -119,7 +120,7 @@ def encoder(
       hidden: units of the hidden layer of a block; None is 4 times the width.
       positions: rows of the table of positions.
       first_position: the row of a text's first token; 0 in BERT, 2 in XLM-R.
-      types: rows of the table of token types.
+      types: rows of the table of token types; 0 is no such table, as in DistilBERT.
       norm_epsilon: of the layer normalisations.
       head: what comes out for a text: "mean" of its tokens `[n, width]`, that of the first token, "cls", `[n, width]`,
         all "tokens" `[n, length, width]`, each through the linear layer where there is one; or "span", scores of first
@@ -139,7 +140,8 @@ def encoder(
       ValueError: a size below 1, heads that do not divide, an unknown head, `outputs` of a span head other than 2, or
         (in a call) a text with more tokens than there are positions.
 
-    Source: Devlin et al. 2019, arXiv:1810.04805; Conneau et al. 2020 (XLM-R), arXiv:1911.02116.
+    Source: Devlin et al. 2019, arXiv:1810.04805; Conneau et al. 2020 (XLM-R), arXiv:1911.02116; Sanh et al. 2019
+    (DistilBERT), arXiv:1910.01108.
 
     >>> import jax, jax.numpy as jnp, metajax
     >>> model = metajax.models.encoder(100, width=16, depth=2, heads=4)
@@ -147,9 +149,10 @@ def encoder(
     >>> model.apply(model.init(jax.random.key(0), inputs), inputs).shape
     (2, 16)
     """
-    sizes = {"vocab": vocab, "width": width, "depth": depth, "heads": heads, "positions": positions, "types": types}
+    sizes = {"vocab": vocab, "width": width, "depth": depth, "heads": heads, "positions": positions}
     for name, value in {**sizes, "outputs": outputs or 1, "hidden": hidden or 1}.items():
         _validate.positive_int(name, value)
+    _validate.int_at_least("types", types, 0)
     _validate.int_at_least("first_position", first_position, 0)
     _validate.positive_float("norm_epsilon", norm_epsilon)
     _validate.one_of("head", head, HEADS)

@@ -76,50 +76,70 @@ def bert(config: Config) -> Architecture:
     family = config["model_type"]
     _require(config, "hidden_act", ("gelu",))
     _require(config, "position_embedding_type", ("absolute", None))
-    first = 0 if family == "bert" else _number(config, "pad_token_id", 1, minimum=0) + 1
     sizes: dict[str, Any] = {
         "width": _number(config, "hidden_size"), "depth": _number(config, "num_hidden_layers"),
         "heads": _number(config, "num_attention_heads"), "hidden": _number(config, "intermediate_size"),
-        "positions": _number(config, "max_position_embeddings"), "types": _number(config, "type_vocab_size", 2),
+        "types": _number(config, "type_vocab_size", 2), "norm_epsilon": config.get("layer_norm_eps", 1e-12),
+        "first_position": 0 if family == "bert" else _number(config, "pad_token_id", 1, minimum=0) + 1,
     }  # fmt: skip
+    layer, attention = "encoder.layer.{}", "encoder.layer.{}.attention"
+    places = {part: f"{attention}.self.{part}" for part in ("query", "key", "value")}
+    places |= {"out": f"{attention}.output.dense", "up": f"{layer}.intermediate.dense"}
+    places |= {"down": f"{layer}.output.dense"}
+    names = {
+        "type/embedding": "embeddings.token_type_embeddings.weight",
+        **_norm("blocks/attention_norm", f"{attention}.output.LayerNorm"),
+        **_norm("blocks/mlp_norm", f"{layer}.output.LayerNorm"),
+    }
+    return _encoder(config, sizes, places, names, ("", "bert.", "roberta."))
+
+
+def distilbert(config: Config) -> Architecture:
+    """DistilBERT, which has no types of tokens."""
+    _require(config, "activation", ("gelu",))
+    sizes: dict[str, Any] = {
+        "width": _number(config, "dim"), "depth": _number(config, "n_layers"), "heads": _number(config, "n_heads"),
+        "hidden": _number(config, "hidden_dim"), "types": 0,
+    }  # fmt: skip
+    layer = "transformer.layer.{}"
+    places = {part: f"{layer}.attention.{part[0]}_lin" for part in ("query", "key", "value")}
+    places |= {"out": f"{layer}.attention.out_lin", "up": f"{layer}.ffn.lin1", "down": f"{layer}.ffn.lin2"}
+    names = {
+        **_norm("blocks/attention_norm", f"{layer}.sa_layer_norm"),
+        **_norm("blocks/mlp_norm", f"{layer}.output_layer_norm"),
+    }
+    return _encoder(config, sizes, places, names, ("", "distilbert."))
+
+
+def _encoder(
+    config: Config, sizes: dict[str, Any], places: dict[str, str], names: dict[str, str], prefixes: tuple[str, ...]
+) -> Architecture:
+    """What encoders share. `sizes` are options of `models.encoder`, `places` the linear layers of a block."""
+    vocab, rows = _number(config, "vocab_size"), _number(config, "max_position_embeddings")
 
     def model(head: Any, outputs: int | None, dtype: Any, remat: Any) -> Model:
-        return models.encoder(
-            _number(config, "vocab_size"), outputs, head=head, dtype=dtype, remat=remat, first_position=first,
-            norm_epsilon=config.get("layer_norm_eps", 1e-12), **sizes,
-        )  # fmt: skip
+        return models.encoder(vocab, outputs, head=head, positions=rows, dtype=dtype, remat=remat, **sizes)
 
-    layer, attention = "encoder.layer.{}", "encoder.layer.{}.attention"
     names = {
         "embed/embedding": "embeddings.word_embeddings.weight",
         "position/embedding": "embeddings.position_embeddings.weight",
-        "type/embedding": "embeddings.token_type_embeddings.weight",
         **_norm("embed_norm", "embeddings.LayerNorm"),
-        **{
-            path: name
-            for part, place in {
-                "query": f"{attention}.self.query", "key": f"{attention}.self.key", "value": f"{attention}.self.value",
-                "out": f"{attention}.output.dense", "up": f"{layer}.intermediate.dense",
-                "down": f"{layer}.output.dense",
-            }.items()
-            for path, name in _linear(f"blocks/{part}", place).items()
-        },
-        **_norm("blocks/attention_norm", f"{attention}.output.LayerNorm"),
-        **_norm("blocks/mlp_norm", f"{layer}.output.LayerNorm"),
-    }  # fmt: skip
-    positions = sizes["positions"] - first
-    return Architecture(model, ("mean", "cls", "tokens", "span"), names, ("", "bert.", "roberta."), "text", positions)
+        **names,
+    }
+    for part, place in places.items():
+        names |= _linear(f"blocks/{part}", place)
+    positions = rows - sizes.get("first_position", 0)
+    return Architecture(model, ("mean", "cls", "tokens", "span"), names, prefixes, "text", positions)
 
 
 def llama(config: Config) -> Architecture:
-    """Llama, and Qwen2, whose queries, keys and values have biases."""
-    qwen = config["model_type"] == "qwen2"
+    """Llama, Mistral; Qwen2, whose queries, keys and values have biases; Qwen3, whose queries and keys have norms."""
+    family = config["model_type"]
+    bias, qk_norm = family == "qwen2", family == "qwen3"
     _require(config, "hidden_act", ("silu",))
     for name in ("attention_bias", "mlp_bias", "use_sliding_window"):
         _require(config, name, (False,))
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise ValueError(f"rotary positions of config.json must be of type 'default', got {rope!r}")
     width, heads = _number(config, "hidden_size"), _number(config, "num_attention_heads")
     _require(config, "tie_word_embeddings", (False, True))
     tied = config.get("tie_word_embeddings", False)
@@ -127,13 +147,13 @@ def llama(config: Config) -> Architecture:
         "width": width, "depth": _number(config, "num_hidden_layers"), "heads": heads,
         "kv_heads": _number(config, "num_key_value_heads", heads), "hidden": _number(config, "intermediate_size"),
         "head_size": config.get("head_dim") or width // heads,
-        "theta": rope.get("rope_theta", config.get("rope_theta", 1e4)),
+        "theta": rope.get("rope_theta", config.get("rope_theta", 1e4)), "rope_scaling": rope,
     }  # fmt: skip
 
     def model(head: Any, outputs: int | None, dtype: Any, remat: Any) -> Model:
         return models.decoder(
             _number(config, "vocab_size"), dtype=dtype, remat=remat, norm_epsilon=config.get("rms_norm_eps", 1e-6),
-            qkv_bias=qwen, tied=tied and outputs is None, outputs=head if outputs is None else outputs,
+            qkv_bias=bias, qk_norm=qk_norm, tied=tied and outputs is None, outputs=head if outputs is None else outputs,
             **sizes,
         )  # fmt: skip
 
@@ -142,11 +162,15 @@ def llama(config: Config) -> Architecture:
     places |= {part: f"{layer}.mlp.{part}_proj" for part in ("gate", "up", "down")}
     names = {"embed/embedding": "embed_tokens.weight", **_norm("norm", "norm", bias=False)}
     for part, place in places.items():
-        names |= _linear(f"blocks/{part}", place, bias=qwen and part in ("query", "key", "value"))
+        names |= _linear(f"blocks/{part}", place, bias=bias and part in ("query", "key", "value"))
     names |= _norm("blocks/attention_norm", f"{layer}.input_layernorm", bias=False)
     names |= _norm("blocks/mlp_norm", f"{layer}.post_attention_layernorm", bias=False)
+    for part in ("query", "key") if qk_norm else ():
+        names |= _norm(f"blocks/{part}_norm", f"{layer}.self_attn.{part[0]}_norm", bias=False)
     names[HEAD] = "lm_head.weight"
     positions = _number(config, "max_position_embeddings")
+    if family == "mistral":  # a token sees a window of those before it: all, in a text that is no longer
+        positions = min(positions, _number(config, "sliding_window", positions))
     return Architecture(model, ("tokens", "features"), names, ("model.", ""), "text", positions)
 
 
@@ -258,5 +282,6 @@ def _require(config: Config, name: str, accepted: tuple[Any, ...]) -> None:
 
 
 ARCHITECTURES: dict[str, Callable[[Config], Architecture]] = {
-    "bert": bert, "llama": llama, "metajax": own, "qwen2": llama, "roberta": bert, "vit": vit, "xlm-roberta": bert,
+    "bert": bert, "distilbert": distilbert, "llama": llama, "metajax": own, "mistral": llama,
+    "qwen2": llama, "qwen3": llama, "roberta": bert, "vit": vit, "xlm-roberta": bert,
 }  # fmt: skip

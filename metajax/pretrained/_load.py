@@ -96,8 +96,9 @@ def load_pretrained_model(
 
     The folder holds config.json, model.safetensors (or model.safetensors.index.json and the files that it names) and,
     for texts, tokenizer.json. Pickled weights are never read. Architectures (`model_type`): bert (BERT, MiniLM, E5),
-    roberta, xlm-roberta, llama, qwen2, vit, and metajax, which `save_pretrained_model` writes. Images are normalised
-    with the means of preprocessor_config.json, where it is there.
+    distilbert, roberta, xlm-roberta, llama (with the rotary positions of Llama 3.1 too), mistral, qwen2, qwen3, vit,
+    and metajax, which `save_pretrained_model` writes. Images are normalised with the means of preprocessor_config.json,
+    where it is there.
 
     Args:
       path: the folder.

@@ -69,7 +69,7 @@ def test_the_program_does_not_grow_with_depth():
 
 
 def llama(params, tokens, mask, *, heads, size, theta, epsilon, tied):
-    """Llama and Qwen2 as Hugging Face computes them, in NumPy: `[length]` tokens of one text to logits."""
+    """Llama, Qwen2 and Qwen3 as Hugging Face computes them, in NumPy: `[length]` tokens of one text to logits."""
     length, half = len(tokens), size // 2
     positions = np.maximum(np.cumsum(mask) - 1, 0)
     angles = positions[:, None] * (1.0 / theta ** (np.arange(0, size, 2) / size))
@@ -85,6 +85,8 @@ def llama(params, tokens, mask, *, heads, size, theta, epsilon, tied):
         query, key, value = (
             linear(normed, block[part]).reshape(length, -1, size) for part in ("query", "key", "value")
         )
+        if "query_norm" in block:
+            query, key = (norm(part, block[name]["scale"]) for name, part in (("query_norm", query), ("key_norm", key)))
         query, key = turned(query), turned(key)
         key, value = (np.repeat(part, heads // part.shape[1], axis=1) for part in (key, value))
         scores = np.where(seen[:, None], np.einsum("qhd,khd->qhk", query, key) / np.sqrt(size), -1e30)
@@ -103,17 +105,20 @@ MASK = np.array([[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1], [1, 0, 1, 1, 0, 1]], bo
 TEXTS = jnp.array([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8], [9, 7, 9, 3, 2, 3]])
 
 
-@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_llama_and_qwen2_by_hand(x64, tied):
-    """Biases, tied embeddings and a head size of its own; padding behind, in front and between."""
+@pytest.mark.parametrize(
+    ("tied", "qk_norm"), [pytest.param(False, False, marks=pytest.mark.slow), (True, False), (True, True)]
+)
+def test_llama_and_qwen_by_hand(x64, tied, qk_norm):
+    """Biases, norms of heads, tied embeddings and a head size of its own; padding behind, in front and between."""
     options = {"heads": 4, "theta": 50.0}
     model = models.decoder(
         20, width=12, depth=2, kv_heads=2, head_size=6, hidden=10, norm_epsilon=0.1, qkv_bias=tied, tied=tied,
-        dtype=jnp.float64, **options,
+        qk_norm=qk_norm, dtype=jnp.float64, **options,
     )  # fmt: skip
     shapes, rng = jax.eval_shape(model.init, jax.random.key(0), TEXTS), np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: 0.5 * rng.normal(size=leaf.shape), shapes)
     assert ("head" in params) is not tied
+    assert ("key_norm" in params["blocks"]) is qk_norm
     assert {name for name, part in params["blocks"].items() if "bias" in part} == (
         {"query", "key", "value"} if tied else set()
     )
@@ -179,6 +184,9 @@ def test_a_text_in_pieces_is_the_text(params, masked):
         ({"heads": 4, "kv_heads": 3}, "kv_heads must divide heads, 4, got 3"),
         ({"kv_heads": 0}, "kv_heads must be an integer of at least 1, got 0"),
         ({"hidden": 0}, "hidden must be an integer of at least 1, got 0"),
+        ({"rope_scaling": "linear"}, "rope_scaling must be None or a dict with a rope_type, got 'linear'"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor of rope_scaling must be a finite number above 0, got None"),
+        ({"qk_norm": 1}, "qk_norm must be of type bool, got 1"),
         ({"tied": "no"}, "tied must be of type bool, got 'no'"),
         ({"depth": 0}, "depth must be an integer of at least 1, got 0"),
         ({"theta": 0.0}, "theta must be"),

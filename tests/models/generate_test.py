@@ -10,7 +10,7 @@ from metajax import adapters, models
 from metajax.core import _tree
 from metajax.models import _generate
 
-BASE = models.decoder(20, width=16, depth=2, heads=4, kv_heads=2, qkv_bias=True, tied=True)
+BASE = models.decoder(20, width=16, depth=2, heads=4, kv_heads=2, qkv_bias=True, qk_norm=True, tied=True)
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6], [5]]
 LENGTH = 6
 

@@ -33,13 +33,40 @@ CONFIGS = {
         "hidden_act": "gelu", "layer_norm_eps": 1e-12, "qkv_bias": True,
         **{name: value for name, value in _TEXT.items() if name != "vocab_size"},
     },
+    # the four pairs of coordinates of a head turn 5.1, 1.9, 0.7 and 0.3 times in 32 positions: one frequency is kept,
+    # two are divided in part, and one is divided
+    "llama3": {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "rope_theta": 50.0, "tie_word_embeddings": False,
+        "head_dim": 8,
+        "rope_scaling": {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 0.5, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+        **_LLAMA,
+    },
+    "linear": {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "rope_theta": 50.0, "tie_word_embeddings": False,
+        "rope_scaling": {"type": "linear", "factor": 4.0}, **_LLAMA,
+    },
+    "mistral": {
+        "model_type": "mistral", "architectures": ["MistralForCausalLM"], "rope_theta": 500.0, "head_dim": None,
+        "sliding_window": 16, "tie_word_embeddings": False, **_LLAMA,
+    },
+    "qwen3": {
+        "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "rope_theta": 1000.0, "head_dim": 6,
+        "tie_word_embeddings": True, **_LLAMA,
+    },
+    "distilbert": {
+        "model_type": "distilbert", "architectures": ["DistilBertModel"], "pad_token_id": 0, "vocab_size": 50,
+        "dim": 16, "n_layers": 2, "n_heads": 4, "hidden_dim": 24, "max_position_embeddings": 12, "activation": "gelu",
+    },
 }  # fmt: skip
 
 
 def tensors(family: str) -> dict[str, np.ndarray]:
     """Random tensors by name; a seed for each family."""
     config = CONFIGS[family]
-    width, hidden = config["hidden_size"], config["intermediate_size"]
+    width, hidden = 16, 24
     shapes: dict[str, tuple[int, ...]] = {}
 
     def linear(name: str, outputs: int, inputs: int, bias: bool = True) -> None:
@@ -62,6 +89,17 @@ def tensors(family: str) -> dict[str, np.ndarray]:
             linear(f"{layer}.intermediate.dense", hidden, width)
             linear(f"{layer}.output.dense", width, hidden)
             norm(f"{layer}.output.LayerNorm")
+    elif family == "distilbert":
+        for table, rows in (("word", 50), ("position", 12)):
+            shapes[f"embeddings.{table}_embeddings.weight"] = (rows, width)
+        norm("embeddings.LayerNorm")
+        for layer in ("transformer.layer.0", "transformer.layer.1"):
+            for part in ("q_lin", "k_lin", "v_lin", "out_lin"):
+                linear(f"{layer}.attention.{part}", width, width)
+            norm(f"{layer}.sa_layer_norm")
+            linear(f"{layer}.ffn.lin1", hidden, width)
+            linear(f"{layer}.ffn.lin2", width, hidden)
+            norm(f"{layer}.output_layer_norm")
     elif family == "vit":
         shapes["embeddings.cls_token"] = (1, 1, width)
         shapes["embeddings.position_embeddings"] = (1, 10, width)
@@ -77,13 +115,15 @@ def tensors(family: str) -> dict[str, np.ndarray]:
             norm(f"{layer}.layernorm_after")
         norm("layernorm")
     else:
-        bias = family == "qwen2"
+        bias, heads = family == "qwen2", 4 * (config.get("head_dim") or 4)
         shapes["model.embed_tokens.weight"] = (50, width)
         for layer in ("model.layers.0", "model.layers.1"):
-            linear(f"{layer}.self_attn.q_proj", width, width, bias)
-            linear(f"{layer}.self_attn.k_proj", width // 2, width, bias)
-            linear(f"{layer}.self_attn.v_proj", width // 2, width, bias)
-            linear(f"{layer}.self_attn.o_proj", width, width, False)
+            linear(f"{layer}.self_attn.q_proj", heads, width, bias)
+            linear(f"{layer}.self_attn.k_proj", heads // 2, width, bias)
+            linear(f"{layer}.self_attn.v_proj", heads // 2, width, bias)
+            linear(f"{layer}.self_attn.o_proj", width, heads, False)
+            if family == "qwen3":
+                shapes |= dict.fromkeys((f"{layer}.self_attn.q_norm.weight", f"{layer}.self_attn.k_norm.weight"), (6,))
             linear(f"{layer}.mlp.gate_proj", hidden, width, False)
             linear(f"{layer}.mlp.up_proj", hidden, width, False)
             linear(f"{layer}.mlp.down_proj", width, hidden, False)

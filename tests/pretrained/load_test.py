@@ -177,7 +177,7 @@ REFUSALS = {
     "a pickle": (_pickle_only, "pytorch_model.bin, which is not read.*Convert it to safetensors"),
     "unknown architecture": (
         lambda folder: _edit(folder, model_type="gpt2", architectures=["GPT2Model"]),
-        "must be one of bert, llama, .*got 'gpt2' .GPT2Model",
+        "must be one of bert, distilbert, .*got 'gpt2' .GPT2Model",
     ),
     "another activation": (lambda folder: _edit(folder, hidden_act="relu"), "hidden_act .* must be 'gelu', got 'relu'"),
     "no size": (
@@ -202,13 +202,25 @@ def test_refusals(case, bert):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "must be of type 'default'"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 8.0}},
+            "rope_type of rope_scaling must be one of 'default', 'linear', 'llama3', got 'yarn'",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            "low_freq_factor of rope_scaling must be a finite number above 0, got None",
+        ),
         ({"attention_bias": True}, "attention_bias of config.json must be False, got True"),
     ],
 )
 def test_llama_refusals(changes, said, tmp_path):
     with pytest.raises(ValueError, match=said):
         load(_edit(cases.write(tmp_path, "llama"), **changes))
+
+
+def test_texts_of_mistral_are_no_longer_than_its_window(tmp_path):
+    assert load(cases.write(tmp_path, "mistral")).max_length == 16
+    assert load(_edit(tmp_path, sliding_window=None)).max_length == 32
 
 
 def test_unknown_head(bert):

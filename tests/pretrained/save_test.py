@@ -131,6 +131,11 @@ def test_an_earlier_save_is_replaced_or_stays(arguments, tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
 
+LLAMA = {
+    "model_type": "llama", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -138,8 +143,11 @@ def test_an_earlier_save_is_replaced_or_stays(arguments, tmp_path, monkeypatch):
         ({"max_length": -3}, "max_length of config.json must be an integer of at least 1, got -3"),
         ({"model_type": ["metajax"]}, "model_type of .* must be one of .* got "),
         ({"options": {**SIZES, "width": "x"}}, "width must be an integer of at least 1, got 'x'"),
-        ({"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 0}, "num_attention"),
-        ({"model_type": "llama", "rope_scaling": "x"}, "describes no llama"),
+        (
+            {**LLAMA, "num_attention_heads": 0},
+            "num_attention_heads .* at least 1, got 0",
+        ),
+        ({**LLAMA, "rope_scaling": "x"}, "describes no llama"),
     ],
 )
 def test_a_damaged_config_is_refused(change, message, arguments, tmp_path):

@@ -1,0 +1,94 @@
+"""Rotary positions, also those that were stretched for longer texts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metajax.core import _validate
+
+_NUMBERS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotary:
+    """Turns the halves of queries and keys, as two coordinates, by angles that grow with the position.
+
+    Attributes:
+      theta: base of the frequencies.
+      factor: by which frequencies are divided.
+      band: `(low, high, length)`: a frequency that makes at least `high` turns within `length` positions, the longest
+        texts before the stretch, is kept, one of at most `low` is divided, and in between it is divided in part. None
+        divides all.
+
+    Source: Su et al. 2021, arXiv:2104.09864; Chen et al. 2023 (linear), arXiv:2306.15595; the parts of Llama 3.1,
+    Grattafiori et al. 2024, arXiv:2407.21783.
+
+    >>> Rotary()(jnp.ones([1, 3, 2, 4]), jnp.arange(3)).shape
+    (1, 3, 2, 4)
+    """
+
+    theta: float = 1e4
+    factor: float = 1.0
+    band: tuple[float, float, float] | None = None
+
+    def frequencies(self, half: int) -> np.ndarray:
+        """The angle from one position to the next, of each of `half` pairs of coordinates.
+
+        >>> Rotary(1e4).frequencies(2).tolist(), Rotary(1e4, factor=2.0).frequencies(2).tolist()
+        ([1.0, 0.01...], [0.5, 0.005...])
+        """
+        rates = self.theta ** (-np.arange(half) / half)
+        kept = np.zeros(half)
+        if self.band is not None:
+            low, high, length = self.band
+            kept = np.clip((length * rates / (2 * math.pi) - low) / (high - low), 0, 1)
+        return (rates * (kept + (1 - kept) / self.factor)).astype(np.float32)
+
+    def __call__(self, values: jax.Array, positions: jax.Array) -> jax.Array:
+        """Args: values: `[n, length, heads, size]`. positions: `[length]` or `[n, length]`."""
+        half = values.shape[-1] // 2
+        angles = positions.astype(jnp.float32)[..., None, None] * self.frequencies(half)
+        first, second = values[..., :half], values[..., half:]
+        cos, sin = jnp.cos(angles).astype(values.dtype), jnp.sin(angles).astype(values.dtype)
+        return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def rotary(theta: float, scaling: Mapping[str, Any] | None) -> Rotary:
+    """The rotary positions that a `rope_scaling` in the terms of Hugging Face describes.
+
+    Args:
+      theta: base of the frequencies.
+      scaling: `{"rope_type": "linear", "factor": 4.0}`, or "llama3" with `low_freq_factor`, `high_freq_factor` and
+        `original_max_position_embeddings` too; None or "default" is none. Other entries are ignored.
+
+    Raises:
+      ValueError: another type, or a number that is missing or out of range.
+
+    >>> rotary(5e5, {"rope_type": "linear", "factor": 4.0}).factor
+    4.0
+    """
+    _validate.positive_float("theta", theta)
+    if scaling is None:
+        return Rotary(theta)
+    if not isinstance(scaling, Mapping):
+        raise ValueError(f"rope_scaling must be None or a dict with a rope_type, got {scaling!r}")
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    _validate.one_of("rope_type of rope_scaling", kind, tuple(_NUMBERS))
+    numbers = {part: _validate.positive_float(f"{part} of rope_scaling", scaling.get(part)) for part in _NUMBERS[kind]}
+    if kind != "llama3":
+        return Rotary(theta, numbers.get("factor", 1.0))
+    factor, low, high, length = numbers.values()
+    if low >= high:
+        raise ValueError(f"low_freq_factor of rope_scaling must be below high_freq_factor, {high}, got {low}")
+    return Rotary(theta, factor, (low, high, length))
