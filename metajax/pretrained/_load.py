@@ -23,6 +23,8 @@ from metajax.pretrained._tensors import Tensors
 
 _PREPROCESSOR = "preprocessor_config.json"
 _MEANS = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+# Modes of pooling of sentence-transformers, and the heads that they are.
+_POOLING = {"cls_token": "cls", "mean_tokens": "mean", "lasttoken": "features"}
 _BUFFERS = ("position_ids", "rotary_emb.inv_freq")  # stored by some, computed by all
 
 
@@ -102,7 +104,8 @@ def load_pretrained_model(
 
     Args:
       path: the folder.
-      head: what comes out; the architecture's own by default. Encoders: "mean" (of a text's tokens), "cls", "tokens" or
+      head: what comes out; the architecture's own by default, or what 1_Pooling/config.json says in a folder of
+        sentence-transformers. Encoders: "mean" (of a text's tokens), "cls", "tokens" or
         "span", as `models.encoder` describes them. Decoders: logits of "tokens", or "features" of a text. Vision
         Transformers: "cls" or "mean". What `save_pretrained_model` wrote has by default that of its options.
       outputs: of a new linear layer on top, such as the ways of a task; None is features as they are.
@@ -136,8 +139,8 @@ def load_pretrained_model(
     if architecture.kind == "text" and (folder / "tokenizer.json").is_file():
         tokenizer = read_tokenizer(folder, architecture, params, user="load_pretrained_model")
     options = {
-        "head": head, "outputs": outputs, "dtype": jnp.dtype(dtype).name, "remat": remat,
-        "preprocessor": read_preprocessor(folder),
+        "head": head or default_head(folder, architecture, outputs), "outputs": outputs, "remat": remat,
+        "dtype": jnp.dtype(dtype).name, "preprocessor": read_preprocessor(folder),
     }  # fmt: skip
     return PretrainedModel(
         model, params, config, architecture.kind, tokenizer, architecture.positions, architecture.image, report, options
@@ -196,12 +199,36 @@ def open_model(
         architecture = names[config["model_type"]](config)
     except (AttributeError, TypeError, ZeroDivisionError) as error:  # of what JSON can hold instead of a size or a dict
         raise ValueError(f"{str(folder / 'config.json')!r} describes no {config['model_type']} ({error})") from error
-    head = _validate.one_of("head", architecture.heads[0] if head is None else head, architecture.heads)
+    if head == "tokens" and outputs is not None and "features" in architecture.heads:
+        raise ValueError(f"outputs must be None for the logits of tokens of a decoder, got {outputs}")
+    head = default_head(folder, architecture, outputs) if head is None else head
+    _validate.one_of("head", head, architecture.heads)
     model = architecture.model(head, outputs, dtype, remat)
     preprocessor = read_preprocessor(folder) if architecture.kind == "image" else None
     if preprocessor is not None:
         model = _normalised(model, preprocessor)
     return config, architecture, model
+
+
+def default_head(folder: pathlib.Path, architecture: _architectures.Architecture, outputs: int | None = None) -> str:
+    """The architecture's own head, or that of the pooling in a folder of sentence-transformers.
+
+    `outputs` of a decoder are of the features of a text.
+
+    Raises:
+      ValueError: the pooling is none of the architecture's heads.
+    """
+    path = folder / "1_Pooling" / "config.json"
+    if not path.is_file():
+        return "features" if outputs is not None and "features" in architecture.heads else architecture.heads[0]
+    modes = [name.removeprefix("pooling_mode_") for name, chosen in _read_json(path).items() if chosen is True]
+    head = _POOLING.get(modes[0]) if len(modes) == 1 else None
+    if head not in architecture.heads:
+        raise ValueError(
+            f"head must be given, one of {', '.join(architecture.heads)}: {str(path)!r} asks for "
+            f"{', '.join(modes) or 'none'}"
+        )
+    return head
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:

@@ -80,6 +80,8 @@ def test_decoder_heads(tmp_path):
     classes = load(folder, outputs=3)
     assert classes.model.apply(classes.params, given).shape == (2, 3)
     assert classes.report.missing == ("head/kernel",)
+    with pytest.raises(ValueError, match="outputs must be None for the logits of tokens of a decoder, got 3"):
+        load(folder, head="tokens", outputs=3)
 
 
 def test_shards_and_prefix_and_narrow_types(bert, tmp_path):
@@ -221,6 +223,39 @@ def test_llama_refusals(changes, said, tmp_path):
 def test_texts_of_mistral_are_no_longer_than_its_window(tmp_path):
     assert load(cases.write(tmp_path, "mistral")).max_length == 16
     assert load(_edit(tmp_path, sliding_window=None)).max_length == 32
+
+
+def _pooling(folder, **modes):
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 16, **modes}))
+
+
+def test_the_pooling_of_sentence_transformers_is_the_default_head(bert, tmp_path):
+    _pooling(bert, pooling_mode_cls_token=True, pooling_mode_mean_tokens=False)
+    loaded = load(bert)
+    assert loaded.options["head"] == "cls"
+    found = loaded.model.apply(loaded.params, cases.inputs("bert"))
+    np.testing.assert_allclose(found, np.array(RECORDED["bert"])[:, 0], atol=1e-5)
+    assert load(bert, head="mean").options["head"] == "mean"
+    decoder = cases.write(tmp_path / "qwen3", "qwen3")
+    _pooling(decoder, pooling_mode_lasttoken=True)
+    assert load(decoder).options["head"] == "features"
+
+
+@pytest.mark.parametrize(
+    ("modes", "said"),
+    [
+        ({"pooling_mode_max_tokens": True}, "head must be given, one of mean, cls, tokens, span.*asks for max_tokens"),
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, "asks for cls_token, mean_tokens"),
+        ({"pooling_mode_lasttoken": True}, "asks for lasttoken"),
+        ({}, "asks for none"),
+    ],
+)
+def test_a_pooling_that_is_no_head_is_refused(modes, said, bert):
+    _pooling(bert, **modes)
+    with pytest.raises(ValueError, match=said):
+        load(bert)
+    assert load(bert, head="cls").options["head"] == "cls"
 
 
 def test_unknown_head(bert):
