@@ -31,7 +31,9 @@ Normalisation = Literal["batch", "support", "layer", "group", "none"]
 _NORMALISATIONS = ("batch", "support", "layer", "group", "none")
 # fields of optax that hold one number for each parameter, and of which power of the gradient
 _POWERS = {"mu": 1, "trace": 1, "acc_grads": 1, "nu": 2, "nu_max": 2, "sum_of_squares": 2}
-_BLOCK = {"attention_norm", "mlp_norm", "query", "key", "value", "out", "gate", "up", "down"}
+_BLOCK = {
+    "attention_norm", "mlp_norm", "query", "query_norm", "key", "key_norm", "value", "out", "gate", "up", "down",
+}  # fmt: skip
 
 
 class Growth(NamedTuple):

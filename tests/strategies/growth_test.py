@@ -190,8 +190,8 @@ FAST = ("mlp", "conv4 strided", "conv4 none", "conv4 group", "decoder")
 DEEP = {
     "mlp": (mlp(3, hidden=(5, 4)), mlp(3, hidden=(5, 5, 4, 4)), VECTORS, (0, 1)),
     "decoder": (
-        decoder(11, depth=2, kv_heads=2, **BLOCKS),
-        decoder(11, depth=5, kv_heads=2, **BLOCKS),
+        decoder(11, depth=2, kv_heads=2, qk_norm=True, **BLOCKS),
+        decoder(11, depth=5, kv_heads=2, qk_norm=True, **BLOCKS),
         TOKENS,
         (0, 1, 1),
     ),
