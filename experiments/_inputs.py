@@ -30,6 +30,13 @@ def check_inputs(name: str, inputs: Any, learner: Any, params: Any) -> None:
             )
 
 
+def check_steps(steps: int | None, config: dict[str, Any]) -> None:
+    """Raises a ValueError where inner steps are given for a learner that takes none."""
+    name = config["learner"]["name"]
+    if steps is not None and name in ("prototypical", "in_context"):
+        raise ValueError(f"steps must not be given for {name}, which takes no inner steps, got {steps}")
+
+
 def with_columns(config: dict[str, Any], text: str | None, label: str | None) -> dict[str, Any]:
     """The config with the columns of texts that flags name.
 

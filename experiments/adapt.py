@@ -64,6 +64,7 @@ def main() -> int:
     experiment = metajax.training.build(config)
     if experiment.metric != "accuracy":
         raise ValueError(f"workdir must be a run on images or labelled text, got one on {config['data']['name']}")
+    _inputs.check_steps(_STEPS.value, config)
     what = "texts" if config["data"]["name"] == "text" else "images"
     notes: list[str] = []
     if what == "texts":
@@ -71,6 +72,8 @@ def main() -> int:
     else:
         support, query = _read_images(metajax.training.image_options(config))
     classes, count = support.classes, len(support.labels)
+    if len(classes) < 2:
+        raise ValueError(f"support must hold two classes at least, got {len(classes)}: {', '.join(classes)}")
     learner, params = metajax.load_run(_WORKDIR.value, checkpoint=_CHECKPOINT.value)
     for name, part in (("support", support), ("query", query)):
         _inputs.check_inputs(name, part.inputs, learner, params)

@@ -87,8 +87,7 @@ def main() -> int:
     spec = dataclasses.replace(experiment.spec, **{name: size for name, size in given.items() if size is not None})
     if _DATA.value and config["data"]["name"] == "text":
         spec = dataclasses.replace(spec, hierarchical=False)  # other texts have no domains
-    if _STEPS.value is not None and config["learner"]["name"] == "prototypical":
-        raise ValueError(f"steps must not be given for prototypical, which takes no inner steps, got {_STEPS.value}")
+    _inputs.check_steps(_STEPS.value, config)
     source = metajax.training.open_source(config, _SPLIT.value, path=_DATA.value)
     inputs = metajax.data.episode(source, spec, seed=0, index=0).query.inputs
     learner, params = metajax.load_run(workdir, checkpoint=_CHECKPOINT.value, config=config, inputs=inputs)

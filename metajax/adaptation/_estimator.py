@@ -94,39 +94,37 @@ class FewShotClassifier:
         if y is None:
             raise ValueError("requires y to be passed, but the target y is None")
         if self.model is not None:
-            labels = _labels(y, len(X))
-            self.classes_, places = np.unique(labels, return_inverse=True)
+            classes, places = np.unique(_labels(y, len(X)), return_inverse=True)
             task = (X, places.tolist())
-            self._fast = fast_adapt_model(self.model, task, steps=self.steps, rate=self.rate, rank=self.rank)
+            fast = fast_adapt_model(self.model, task, steps=self.steps, rate=self.rate, rank=self.rank)
+            self.classes_, self._fast = classes, fast  # together: a fit that fails changes nothing
             return self
         features = _features(X)
-        labels = _labels(y, len(features))
-        self.classes_, places = np.unique(labels, return_inverse=True)
-        if len(self.classes_) < 2:
-            raise ValueError(f"y must have two classes at least, got 1 class: {self.classes_.tolist()}")
-        self.n_features_in_ = features.shape[1]
-        names = [str(name) for name in getattr(X, "columns", ())]
-        if names and all(isinstance(name, str) for name in X.columns):
-            self.feature_names_in_ = np.array(names, dtype=object)
-        self._mean = features.mean(axis=0)
-        spread = features.std(axis=0)
-        # by the root of the width too: distances are then of order one, whatever the width
-        self._spread = np.where(spread > 0, spread, 1) * features.shape[1] ** 0.5
-        self._head = self._fitted(self._scaled(features), places)
+        classes, places = np.unique(_labels(y, len(features)), return_inverse=True)
+        if len(classes) < 2:
+            raise ValueError(f"y must have two classes at least, got 1 class: {classes.tolist()}")
+        scale = _scale(features)
+        head = self._fitted(_scaled(features, scale), places, len(classes))
+        self.classes_, self.n_features_in_, self._scale, self._head = classes, features.shape[1], scale, head
+        names = _names(X)
+        if names is not None:
+            self.feature_names_in_ = names
+        elif hasattr(self, "feature_names_in_"):
+            del self.feature_names_in_
         return self
 
-    def _fitted(self, features: np.ndarray, places: np.ndarray) -> dict[str, np.ndarray]:
+    def _fitted(self, features: np.ndarray, places: np.ndarray, ways: int) -> dict[str, np.ndarray]:
         steps, rate = _validate.int_at_least("steps", self.steps, 0), _validate.positive_float("rate", self.rate)
         learner = _learner(steps, rate)
         extra = padded_size(len(features)) - len(features)
         support = Examples(
             jnp.asarray(np.pad(features, [(0, extra), (0, 0)])), jnp.asarray(np.pad(places, (0, extra)), jnp.int32),
-            np.arange(len(features) + extra) < len(features), np.ones(len(self.classes_), bool),
+            np.arange(len(features) + extra) < len(features), np.ones(ways, bool),
         )  # fmt: skip
-        return jax.tree.map(np.asarray, _head(support, learner=learner))
-
-    def _scaled(self, features: np.ndarray) -> np.ndarray:
-        return ((features - self._mean) / self._spread).astype(np.float32)
+        head = jax.tree.map(np.asarray, _head(support, learner=learner))
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(head)):
+            raise ValueError(f"rate must be low enough for a finite result, got {rate}: the head is not finite")
+        return head
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Probabilities `[n, ways]` of the classes in the order of `classes_`.
@@ -142,6 +140,7 @@ class FewShotClassifier:
             raise _not_fitted(f"This {type(self).__name__} instance is not fitted yet: call fit first")
         if self.model is not None:
             return self._fast.predict_proba(X)
+        self._check_names(X)
         features = _features(X)
         if features.shape[1] != self.n_features_in_:
             raise ValueError(
@@ -149,7 +148,7 @@ class FewShotClassifier:
                 "features as input"
             )
         # row by row sums, so that a prediction does not depend on what is predicted beside it
-        products = np.einsum("nd,wd->nw", self._scaled(features).astype(np.float64), self._head["kernel"])
+        products = np.einsum("nd,wd->nw", _scaled(features, self._scale).astype(np.float64), self._head["kernel"])
         return softmax(products + self._head["bias"])
 
     def predict(self, X: Any) -> np.ndarray:
@@ -159,7 +158,23 @@ class FewShotClassifier:
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """Accuracy, weighted by `sample_weight` `[n]` where it is given."""
-        return float(np.average(self.predict(X) == np.asarray(y), weights=sample_weight))
+        predicted = self.predict(X)
+        return float(np.average(predicted == _labels(y, len(predicted)), weights=sample_weight))
+
+    def _check_names(self, X: Any) -> None:
+        """Columns of features must be those of `fit`, in its order; the words are those of scikit-learn."""
+        names, known, kind = _names(X), getattr(self, "feature_names_in_", None), type(self).__name__
+        if names is None or known is None:
+            if names is not None:
+                warnings.warn(f"X has feature names, but {kind} was fitted without feature names", stacklevel=3)
+            elif known is not None:
+                told = f"X does not have valid feature names, but {kind} was fitted with feature names"
+                warnings.warn(told, stacklevel=3)
+        elif names.tolist() != known.tolist():
+            raise ValueError(
+                "The feature names should match those that were passed during fit, in the same order: "
+                f"{', '.join(known)}, got {', '.join(names)}"
+            )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.get_params().items())})"
@@ -188,6 +203,28 @@ def _learner(steps: int, rate: float) -> Learner:
 @functools.partial(jax.jit, static_argnames=("learner",))
 def _head(support: Examples, *, learner: Learner) -> Any:
     return learner.adapt({}, support).head
+
+
+def _names(X: Any) -> np.ndarray | None:
+    """The names of the columns of a dataframe, None where they are no texts."""
+    names = list(getattr(X, "columns", ()))
+    return np.array(names, dtype=object) if names and all(isinstance(name, str) for name in names) else None
+
+
+def _scale(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation of columns, 1 of one that is constant; in units of the largest, whose square may overflow."""
+    unit = np.abs(features).max(axis=0)
+    unit = np.where(unit > 0, unit, 1)
+    mean, spread = (part * unit for part in ((features / unit).mean(axis=0), (features / unit).std(axis=0)))
+    # not where the deviation is 0: that of equal numbers is often not, by rounding
+    spread = np.where(features.max(axis=0) > features.min(axis=0), spread, 1)
+    # by the root of the width too: distances are then of order one, whatever the width
+    return mean, spread * features.shape[1] ** 0.5
+
+
+def _scaled(features: np.ndarray, scale: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    mean, spread = scale
+    return ((features - mean) / spread).astype(np.float32)
 
 
 def _features(X: Any) -> np.ndarray:
@@ -228,6 +265,8 @@ def _labels(y: Any, count: int) -> np.ndarray:
             raise ValueError("y must be finite, got NaN or infinity")
         if (labels != labels.round()).any():
             raise ValueError("Unknown label type: continuous numbers; y must be classes")
+        if (np.abs(labels) >= 2**53).any():
+            raise ValueError(f"y must be texts or integers of 64 bits, got {labels[np.abs(labels).argmax()]}")
     return labels
 
 

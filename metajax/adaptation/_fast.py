@@ -37,7 +37,8 @@ class FastModel:
     """A model adapted to one task by `fast_adapt_model`.
 
     Attributes:
-      base: the pretrained model.
+      base: the pretrained model. Where all of it adapts, as without attention, a loaded `FastModel` has the adapted
+        parameters there.
       learner: which adapted it, and predicts.
       rank: of the adapters.
       adapted: what the learner predicts with: parameters, the mask of classes, and the head.

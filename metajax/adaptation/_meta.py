@@ -65,7 +65,7 @@ def adapt_model(
     shots: int = 5,
     queries: int = 5,
     learner: Literal["prototypical", "proto_maml"] | None = None,
-    rank: int = 8,
+    rank: int | None = None,
     outer_rate: float | None = None,
     seed: int = 0,
 ) -> MetaTrainedModel:
@@ -87,7 +87,7 @@ def adapt_model(
       queries: query examples of a class.
       learner: "prototypical" (cosine; the default), or "proto_maml", three first-order inner steps from prototypes. It
         is chosen in the first call.
-      rank: of the adapters, chosen in the first call.
+      rank: of the adapters, 8 by default; chosen in the first call.
       outer_rate: of Adam, 1e-3 by default; chosen in the first call.
       seed: of the new adapters and of the episodes.
 
@@ -97,7 +97,7 @@ def adapt_model(
     Raises:
       ValueError: what is given is no task, of another kind than the model, of one class, with an empty text (by its
         index), or with images of another size; a class has fewer examples than `shots + queries`; ways are fewer than
-        2 or more than the classes; another learner or rate than in the first call; an argument is out of range.
+        2 or more than the classes; another learner, rank or rate than in the first call; an argument is out of range.
 
     Sources: Snell et al. 2017, arXiv:1703.05175; Hu et al. 2022 (LoRA), arXiv:2106.09685; Triantafillou et al. 2020
     (Proto-MAML), arXiv:1903.03096.
@@ -114,11 +114,12 @@ def adapt_model(
     """
     _validate.positive_int("steps", steps)
     if not isinstance(model, MetaTrainedModel):
-        model = _first(model, learner or "prototypical", rank, 1e-3 if outer_rate is None else outer_rate, seed)
+        model = _first(model, learner, rank, outer_rate, seed)
     name, rate = model.options
-    for argument, value, chosen in (("learner", learner, name), ("outer_rate", outer_rate, rate)):
-        if value not in (None, chosen):
-            raise ValueError(f"{argument} must be that of the first call, {chosen!r}, got {value!r}")
+    chosen = {"learner": (learner, name), "rank": (rank, model.rank), "outer_rate": (outer_rate, rate)}
+    for argument, (value, first) in chosen.items():
+        if value not in (None, first):
+            raise ValueError(f"{argument} must be that of the first call, {first!r}, got {value!r}")
     sources = [_tasks.read_source(model.base, one) for one in (task if isinstance(task, list) else [task])]
     if not sources:
         raise ValueError("task must be a task or a list of them, got an empty list")
@@ -128,8 +129,7 @@ def adapt_model(
     source = sources[0] if len(sources) == 1 else data.mixture(sources)
     update = _update(model.learner, model.options)
     state, told = model.state, []
-    first = int(state.step)
-    for step in range(first, first + steps):
+    for step in range(int(state.step), int(state.step) + steps):
         episodes = data.episode_batch(source, spec, seed=seed, start=step * _EPISODES, count=_EPISODES)
         state, metrics = update(state, model.frozen, episodes)
         told.append(metrics)
@@ -139,16 +139,19 @@ def adapt_model(
     return dataclasses.replace(model, state=state, history=history)
 
 
-def _first(base: PretrainedModel, name: str, rank: int, rate: float, seed: int) -> MetaTrainedModel:
-    _validate.one_of("learner", name, _base.LEARNERS)
-    rate = _validate.positive_float("outer_rate", rate)
+def _first(
+    base: PretrainedModel, learner: str | None, rank: int | None, outer_rate: float | None, seed: int
+) -> MetaTrainedModel:
+    name = _validate.one_of("learner", "prototypical" if learner is None else learner, _base.LEARNERS)
+    rate = _validate.positive_float("outer_rate", 1e-3 if outer_rate is None else outer_rate)
+    rank = 8 if rank is None else rank
     made = _base.adaptable(base, rank)
     params = _base.start(base, made, _validate.int_at_least("seed", seed, 0))
     trained, frozen = _tree.split(params, made.where)
-    learner = _base.learner_of(made, name, _INNER_STEPS, _INNER_RATE)
+    made_learner = _base.learner_of(made, name, _INNER_STEPS, _INNER_RATE)
     opt_state = optax.adam(rate).init(trained)
     state = MetaState(trained, opt_state, (), jnp.zeros([], jnp.int32), jax.random.key(seed))
-    return MetaTrainedModel(base, learner, rank, (name, rate), state, frozen, {})
+    return MetaTrainedModel(base, made_learner, rank, (name, rate), state, frozen, {})
 
 
 @functools.lru_cache(maxsize=32)

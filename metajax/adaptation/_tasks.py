@@ -15,7 +15,7 @@ from metajax.core._types import PyTree
 from metajax.data._episodes import check_type
 from metajax.data._image_folder import read_image_folder
 from metajax.data._sources import ClassSource, Source
-from metajax.data._text_files import read_rows, text_files
+from metajax.data._text_files import a_text, read_rows, text_files
 from metajax.pretrained import PretrainedModel
 
 MAX_TOKENS = 128  # of a text; longer ones lose their ends
@@ -68,9 +68,7 @@ def _texts(base: PretrainedModel, inputs: Any, name: str) -> PyTree:
     if isinstance(inputs, str) or not isinstance(inputs, Sequence | np.ndarray) or not len(inputs):
         raise ValueError(f"{name} must be a list of one text or more, got {inputs!r}")
     for place, text in enumerate(inputs):
-        if not isinstance(text, str) or not text.strip():
-            what = "an empty text" if isinstance(text, str) else f"a {type(text).__name__}"
-            raise ValueError(f"{name} must be texts that are not empty, got {what} at index {place}")
+        a_text(f"index {place} of {name}", text, "text")
     lengths = lengths_of(base)
     encodings = _truncating(base.tokenizer, lengths[-1]).encode_batch_fast(list(inputs))
     ids = [encoding.ids for encoding in encodings]
@@ -91,6 +89,7 @@ def _truncating(tokenizer: Any, length: int) -> Any:
     """A copy: that of the model is the user's, and cuts nothing."""
     copy = type(tokenizer).from_str(tokenizer.to_str())
     copy.enable_truncation(length)
+    copy.no_padding()  # it would count as words
     return copy
 
 
@@ -160,8 +159,10 @@ def classes_of(labels: Any, count: int) -> tuple[tuple[Any, ...], np.ndarray]:
         raise ValueError(f"labels must be all texts or all integers, got {', '.join(k.__name__ for k in kinds)}")
     if len(labels) != count:
         raise ValueError(f"labels must be one for each of the {count} inputs, got {len(labels)}")
-    values, places = np.unique(np.asarray(labels), return_inverse=True)
-    return tuple(values.tolist()), places
+    labels = [label.item() if isinstance(label, np.generic) else label for label in labels]
+    classes = tuple(sorted(set(labels)))  # not by NumPy, which rounds large integers and strips texts
+    places = {label: place for place, label in enumerate(classes)}
+    return classes, np.array([places[label] for label in labels], int)
 
 
 def _from_source(base: PretrainedModel, source: ClassSource) -> Labelled:
@@ -174,8 +175,19 @@ def _from_source(base: PretrainedModel, source: ClassSource) -> Labelled:
     if base.kind == "image":
         inputs = _images(base, inputs, f"inputs of {source!r}")
     else:
-        inputs = to_length(inputs, min(int(inputs["mask"].sum(1).max()), inputs["mask"].shape[1]), base)
+        _check_tokens(inputs, base, source)
+        inputs = to_length(inputs, int(inputs["mask"].sum(axis=1).max()), base)
     return Labelled(inputs, source.labels[kept], source.class_names, repr(source))
+
+
+def _check_tokens(inputs: dict[str, np.ndarray], base: PretrainedModel, source: ClassSource) -> None:
+    tokens, mask = inputs["tokens"], inputs["mask"]
+    if (mask[:, 1:] & ~mask[:, :-1]).any():
+        raise ValueError(f"mask of {source!r} must be padding behind each text, got padding in front of a token")
+    rows = base.params["embed"]["embedding"].shape[0]
+    unknown = tokens[mask & ((tokens < 0) | (tokens >= rows))]
+    if unknown.size:
+        raise ValueError(f"tokens of {source!r} must be from 0 to {rows - 1}, got {unknown[0]}: of another tokenizer")
 
 
 def to_length(inputs: PyTree, longest: int, base: PretrainedModel) -> PyTree:

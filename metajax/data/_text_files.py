@@ -112,16 +112,16 @@ def parts_of(path: pathlib.Path) -> tuple[str, ...]:
 
 
 def has_column(path: pathlib.Path, column: str) -> bool:
-    """Whether a file has a column of this name: the header of a table, or the first line of .jsonl, tells.
+    """Whether a file has a column of this name: the header of a table, or any line of .jsonl, tells.
 
     In a .json file of lists every text has a label, whatever that is called.
 
     Raises:
-      ValueError: as `read_content`, or the first line is damaged.
+      ValueError: as `read_content`, or a line is damaged.
     """
     content, kind, file = read_content(path), _kind(path), repr(str(path))
     if kind == ".jsonl":
-        return column in next(json_lines(content, file), ("", {}))[1]
+        return any(column in row for _, row in json_lines(content, file))
     if kind == ".json":
         return True
     _, header = next(_records(content, file) if kind == ".csv" else _fields(content), (1, []))
@@ -235,6 +235,9 @@ def _records(content: str, file: str) -> Iterator[tuple[int, list[str]]]:
                 yield number, fields
             number = reader.line_num + 1
     except csv.Error as error:
+        if "field limit" in str(error):
+            most = f"{csv.field_size_limit():,}"
+            raise ValueError(f"line {number} of {file} must hold at most {most} characters in a field") from error
         raise ValueError(f"line {number} of {file} is no CSV as in RFC 4180 ({error})") from error
 
 

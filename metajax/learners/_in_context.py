@@ -56,8 +56,9 @@ def in_context(
       log-probability as others have; one that the episode's class mask denies gets a large negative logit.
 
     Raises:
-      ValueError: a part of another type, labels that are no tokens or two that are the same, other arguments that are
-        no tokens, or (where it adapts) a model without a cache or a task with more classes than labels.
+      ValueError: a part of another type, labels that are no tokens or two that are the same, without `content_free` a
+        label that begins with another and so is never likelier, other arguments that are no tokens, or (where it
+        adapts) a model without a cache or a task with more classes than labels.
 
     Source: Brown et al. 2020, arXiv:2005.14165; Min et al. 2022, arXiv:2110.15943; Zhao et al. 2021, arXiv:2102.09690.
 
@@ -73,6 +74,8 @@ def in_context(
     names = _labels(labels)
     before_label, after_label = _tokens("separator", separator), _tokens("end", end)
     blank = None if content_free is None else _tokens("content_free", content_free)
+    if blank is None:
+        _check_beginnings(names)
     if blank is not None and not len(blank) + len(before_label):
         raise ValueError("content_free must hold a token where separator holds none, got no tokens")
     classes, width = names.shape
@@ -145,6 +148,18 @@ def _labels(labels: Any) -> np.ndarray:
     if len(np.unique(names, axis=0)) != len(names):
         raise ValueError(f"labels must differ from class to class, got {labels!r}")
     return names
+
+
+def _check_beginnings(names: np.ndarray) -> None:
+    """A label that begins with another is never likelier, unless a text that says nothing is the measure of both."""
+    rows = [tuple(row[row >= 0].tolist()) for row in names]
+    for short in rows:
+        for row in rows:
+            if row != short and row[: len(short)] == short:
+                raise ValueError(
+                    f"labels must not begin with another one without content_free, got {list(row)}, which begins with "
+                    f"{list(short)}"
+                )
 
 
 def _tokens(name: str, tokens: Sequence[int]) -> np.ndarray:

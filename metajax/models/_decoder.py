@@ -78,8 +78,9 @@ def last_kept(mask: jax.Array) -> jax.Array:
 
 class _Decoder(nnx.Module):
     def __init__(
-        self, vocab: int, depth: int, outputs: Outputs, tied: bool, remat: Remat, rngs: nnx.Rngs, **block: Any
-    ):
+        self, vocab: int, depth: int, outputs: Outputs, tied: bool, positions: int | None, remat: Remat,
+        rngs: nnx.Rngs, **block: Any,
+    ):  # fmt: skip
         width = block["width"]
         self.embed = nnx.Embed(vocab, width, rngs=rngs)
         self.embed.dtype = None  # whichever type the table has in a call, and not the one it is made in
@@ -89,11 +90,14 @@ class _Decoder(nnx.Module):
             self.head = Linear(width, vocab, use_bias=False, rngs=rngs)
         elif isinstance(outputs, int):
             self.head = Linear(width, outputs, use_bias=False, rngs=rngs)
-        self.outputs, self.remat = outputs, remat
+        self.outputs, self.positions, self.remat = outputs, positions, remat
 
     def __call__(self, inputs: Any) -> Any:
         inputs = inputs if isinstance(inputs, dict) else {"tokens": inputs}
         tokens, mask, cache, read = (inputs.get(name) for name in ("tokens", "mask", "cache", "read"))
+        length = tokens.shape[1] + (cache["mask"].shape[1] if cache else 0)
+        if self.positions is not None and length > self.positions:
+            raise ValueError(f"tokens must be at most {self.positions} in a text, a cache included, got {length}")
         # what stands in padding is not even looked up: it may be no token of this vocabulary
         values = self.embed(tokens if mask is None else jnp.where(mask, tokens, 0))
         prompt = None if cache else inputs.get("prompt")  # it is in the cache
@@ -144,6 +148,7 @@ def decoder(
     hidden: int | None = None,
     theta: float = 1e4,
     rope_scaling: Mapping[str, Any] | None = None,
+    positions: int | None = None,
     norm_epsilon: float = 1e-6,
     qkv_bias: bool = False,
     qk_norm: bool = False,
@@ -181,6 +186,7 @@ def decoder(
       rope_scaling: how they were stretched for longer texts, in the terms of Hugging Face: `{"rope_type": "linear",
         "factor": 4.0}`, or "llama3" with `low_freq_factor`, `high_freq_factor` and `original_max_position_embeddings`
         too, as in Llama 3.1; None is not at all.
+      positions: the most tokens of a text, what is cached and padding included; None sets no limit.
       norm_epsilon: what RMSNorm adds to the mean square.
       qkv_bias: whether queries, keys and values have a bias, as in Qwen2.
       qk_norm: whether each head's queries and keys are normalised by RMSNorm before they are turned, as in Qwen3.
@@ -197,8 +203,8 @@ def decoder(
       A `Model` from tokens to logits `[n, length, vocab]`, logits `[n, outputs]` or features `[n, width]`.
 
     Raises:
-      ValueError: a size below 1, heads that do not divide, an unknown scaling, other `outputs`, or a `dtype` that is
-        no floating-point type.
+      ValueError: a size below 1, heads that do not divide, an unknown scaling, other `outputs`, a `dtype` that is no
+        floating-point type, or (in a call) a text of more tokens than `positions`.
 
     Source: Touvron et al. 2023, arXiv:2302.13971; Qwen2, Yang et al. 2024, arXiv:2407.10671; Qwen3, Yang et al. 2025,
     arXiv:2505.09388; Ainslie et al. 2023
@@ -215,7 +221,8 @@ def decoder(
     (2, 3)
     """
     sizes = {"vocab": vocab, "width": width, "depth": depth, "heads": heads}
-    sizes |= {name: size for name, size in {"kv_heads": kv_heads, "hidden": hidden}.items() if size is not None}
+    given = {"kv_heads": kv_heads, "hidden": hidden, "positions": positions}
+    sizes |= {name: size for name, size in given.items() if size is not None}
     for name, value in sizes.items():
         _validate.positive_int(name, value)
     kv_heads = heads if kv_heads is None else kv_heads
@@ -239,5 +246,5 @@ def decoder(
         "hidden": hidden, "turn": rotary(theta, rope_scaling), "epsilon": norm_epsilon, "bias": qkv_bias,
         "qk_norm": qk_norm,
     }  # fmt: skip
-    model = _wrap.from_nnx(lambda rngs: _Decoder(vocab, depth, outputs, tied, remat, rngs, **block))
+    model = _wrap.from_nnx(lambda rngs: _Decoder(vocab, depth, outputs, tied, positions, remat, rngs, **block))
     return _wrap.of_dtype(model, dtype)

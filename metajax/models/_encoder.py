@@ -60,7 +60,9 @@ class _Encoder(nnx.Module):
                 f"tokens must be at most {self.position.num_embeddings - first} in a text, which the table of "
                 f"positions holds, got {length}"
             )
-        values = self.embed(tokens) + self.position(jnp.arange(first, first + length))
+        # what stands in padding is not even looked up: it may be no token of this vocabulary
+        kept = tokens if mask is None else jnp.where(mask, tokens, 0)
+        values = self.embed(kept) + self.position(jnp.arange(first, first + length))
         if self.type is not None:
             values = values + self.type(inputs.get("types", jnp.zeros_like(tokens)))
         values, mask = with_prompt(self.embed_norm(values), mask, prompt)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from metajax.core import _validate
 from metajax.core._types import Model, Params
@@ -46,7 +47,8 @@ def generate(
       the mask is False and the token 0.
 
     Raises:
-      ValueError: a part of another type or shape, an argument out of range, a temperature without a key, or a model
+      ValueError: a part of another type or shape, a prompt without a token, a token that the model does not have (these
+        two not under jit), an argument out of range, a temperature without a key, or a model
         without a cache.
 
     >>> import jax, jax.numpy as jnp, metajax
@@ -67,13 +69,36 @@ def generate(
         raise ValueError(f"inputs must hold tokens, and may hold a mask, got {', '.join(inputs) or 'nothing'}")
     inputs = {name: jnp.asarray(part) for name, part in inputs.items()}
     tokens, mask = inputs["tokens"], inputs.get("mask")
+    if stop is not None and stop >= _vocabulary(model):
+        raise ValueError(f"stop must be one of the {_vocabulary(model)} tokens of the model, got {stop}")
     if tokens.ndim != 2 or not tokens.shape[1] or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"tokens of inputs must be integers [n, prompt], got {tokens.dtype} {list(tokens.shape)}")
     if mask is not None:
         if mask.shape != tokens.shape:
             raise ValueError(f"mask of inputs must have the shape of its tokens, {tokens.shape}, got {mask.shape}")
         inputs["mask"] = mask.astype(bool)
+    inputs["tokens"] = tokens.astype(jnp.int32)  # a narrower type may not hold what follows
+    if not isinstance(tokens, jax.core.Tracer) and not isinstance(mask, jax.core.Tracer):
+        _check(np.asarray(tokens), None if mask is None else np.asarray(mask, bool), _vocabulary(model))
     return _generate(model, length, stop, temperature, params, inputs, key if temperature else None)
+
+
+@functools.lru_cache(maxsize=32)
+def _vocabulary(model: Model) -> int:
+    """How many tokens a model has logits for; nothing is computed."""
+    inputs = {"tokens": jax.ShapeDtypeStruct([1, 1], jnp.int32)}
+    params = jax.eval_shape(model.init, jax.random.key(0), inputs["tokens"])
+    return jax.eval_shape(lambda params, inputs: continued(model, params, inputs, {})[0], params, inputs).shape[-1]
+
+
+def _check(tokens: np.ndarray, mask: np.ndarray | None, vocabulary: int) -> None:
+    mask = np.ones(tokens.shape, bool) if mask is None else mask
+    empty = np.flatnonzero(~mask.any(axis=1))
+    if empty.size:
+        raise ValueError(f"mask of inputs must keep a token of each prompt, got none in row {empty[0]}")
+    unknown = tokens[mask & ((tokens < 0) | (tokens >= vocabulary))]
+    if unknown.size:
+        raise ValueError(f"tokens of inputs must be from 0 to {vocabulary - 1}, got {unknown[0]}")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -85,9 +110,7 @@ def _generate(
     rows, place = jnp.arange(len(tokens)), last_kept(mask)
     # The last token of each prompt is left to the first step, so that all steps are alike. The logits of this pass are
     # never asked for, and not computed.
-    logits, cache = continued(model, params, {**inputs, "mask": mask.at[rows, place].set(False)}, {})
-    if stop is not None and stop >= logits.shape[-1]:
-        raise ValueError(f"stop must be one of the {logits.shape[-1]} tokens of the model, got {stop}")
+    _, cache = continued(model, params, {**inputs, "mask": mask.at[rows, place].set(False)}, {})
     first = cache["mask"].shape[1]  # the prompt of an adapter included
     cache = {
         name: jnp.pad(leaf, [(0, length * (axis == _PLACES[name])) for axis in range(leaf.ndim)])

@@ -149,6 +149,10 @@ def llama(config: Config) -> Architecture:
         "head_size": config.get("head_dim") or width // heads,
         "theta": rope.get("rope_theta", config.get("rope_theta", 1e4)), "rope_scaling": rope,
     }  # fmt: skip
+    positions = _number(config, "max_position_embeddings")
+    if family == "mistral" and config.get("sliding_window") is not None:
+        # a token sees a window of those before it: all, in a text that is no longer, and longer ones are refused
+        positions = sizes["positions"] = min(positions, _number(config, "sliding_window"))
 
     def model(head: Any, outputs: int | None, dtype: Any, remat: Any) -> Model:
         return models.decoder(
@@ -168,9 +172,6 @@ def llama(config: Config) -> Architecture:
     for part in ("query", "key") if qk_norm else ():
         names |= _norm(f"blocks/{part}_norm", f"{layer}.self_attn.{part[0]}_norm", bias=False)
     names[HEAD] = "lm_head.weight"
-    positions = _number(config, "max_position_embeddings")
-    if family == "mistral":  # a token sees a window of those before it: all, in a text that is no longer
-        positions = min(positions, _number(config, "sliding_window", positions))
     return Architecture(model, ("tokens", "features"), names, ("model.", ""), "text", positions)
 
 

@@ -23,7 +23,8 @@ from metajax.pretrained._tensors import Tensors
 
 _PREPROCESSOR = "preprocessor_config.json"
 _MEANS = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
-# Modes of pooling of sentence-transformers, and the heads that they are.
+# Of sentence-transformers: modes of pooling and the heads that they are, and modules that change no head.
+_MODULES = ("Transformer", "Pooling", "Normalize")
 _POOLING = {"cls_token": "cls", "mean_tokens": "mean", "lasttoken": "features"}
 _BUFFERS = ("position_ids", "rotary_emb.inv_freq")  # stored by some, computed by all
 
@@ -216,8 +217,16 @@ def default_head(folder: pathlib.Path, architecture: _architectures.Architecture
     `outputs` of a decoder are of the features of a text.
 
     Raises:
-      ValueError: the pooling is none of the architecture's heads.
+      ValueError: the pooling is none of the architecture's heads, or another module stands on top.
     """
+    path = folder / "modules.json"
+    for module in _read_json(path, list) if path.is_file() else ():
+        kind = str(module.get("type") if isinstance(module, dict) else module).rsplit(".", 1)[-1]
+        if kind not in _MODULES:
+            raise ValueError(
+                f"head must be given, one of {', '.join(architecture.heads)}: {str(path)!r} asks for {kind} on top, "
+                "which is not computed"
+            )
     path = folder / "1_Pooling" / "config.json"
     if not path.is_file():
         return "features" if outputs is not None and "features" in architecture.heads else architecture.heads[0]
@@ -265,13 +274,14 @@ def _normalised(model: Model, config: dict[str, Any]) -> Model:
     return Model(model.init, apply, model.needs)
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def _read_json(path: pathlib.Path, kind: type = dict) -> Any:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is no JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{str(path)!r} must hold a JSON object, got a {type(config).__name__}")
+    if not isinstance(config, kind):
+        what = "object" if kind is dict else "list"
+        raise ValueError(f"{str(path)!r} must hold a JSON {what}, got a {type(config).__name__}")
     return config
 
 

@@ -58,3 +58,60 @@ def test_what_is_refused():
         FewShotClassifier().fit(inputs, ["ant"] * 6)
     with pytest.raises(ValueError, match="model must be of type PretrainedModel"):
         FewShotClassifier(model=metajax.models.conv4()).fit(inputs, labels)
+    with pytest.raises(ValueError, match=r"y must be texts or integers of 64 bits, got 9.2"):
+        FewShotClassifier().fit(inputs, [2**63, -1] * 3)
+    with pytest.raises(ValueError, match="rate must be low enough for a finite result, got 1e"):
+        FewShotClassifier(rate=1e38).fit(inputs, labels)
+
+
+@pytest.mark.parametrize("scale", [1, 1e200, 1e-200])
+def test_a_constant_feature_and_any_unit(scale):
+    """The deviation of ten times 0.3 is not 0 in floating point."""
+    rng = np.random.default_rng(0)
+    labels, truth = np.repeat([0, 1], 5), np.repeat([0, 1], 50)
+    inputs = np.stack([labels + 0.1 * rng.normal(size=10), np.full(10, 0.3)], axis=1)
+    queries = np.stack([truth + 0.1 * rng.normal(size=100), 0.3 + 0.01 * rng.normal(size=100)], axis=1)
+    columns = np.array([scale, 1])
+    assert FewShotClassifier().fit(inputs * columns, labels).score(queries * columns, truth) > 0.95
+
+
+def test_scores_are_of_one_label_each():
+    inputs, labels = blobs(4, 0)
+    found = FewShotClassifier().fit(inputs, labels)
+    with pytest.warns(UserWarning, match="column-vector"):
+        assert found.score(inputs, labels[:, None]) == found.score(inputs, labels)
+    with pytest.raises(ValueError, match="y must have one label for each of the 12 examples, got 1"):
+        found.score(inputs, ["ant"])
+
+
+def test_a_fit_that_fails_changes_nothing():
+    inputs, labels = blobs(4, 0)
+    found = FewShotClassifier().fit(inputs, labels)
+    before = found.predict(inputs)
+    with pytest.raises(ValueError, match="two classes"):
+        found.fit(inputs, ["dog"] * 12)
+    np.testing.assert_array_equal(found.predict(inputs), before)
+
+
+class Frame:
+    """What a dataframe is to scikit-learn: an array with names of columns."""
+
+    def __init__(self, columns, values):
+        self.columns, self.values = columns, values
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self.values, dtype)
+
+
+def test_names_of_columns():
+    inputs, labels = blobs(4, 0)
+    found = FewShotClassifier().fit(Frame(["u", "v", "w"], inputs), labels)
+    assert found.feature_names_in_.tolist() == ["u", "v", "w"]
+    with pytest.raises(ValueError, match=r"The feature names should match .* same order: u, v, w, got v, u, w"):
+        found.predict(Frame(["v", "u", "w"], inputs))
+    with pytest.warns(UserWarning, match="X does not have valid feature names"):
+        found.predict(inputs)
+    found.fit(inputs, labels)
+    assert not hasattr(found, "feature_names_in_")
+    with pytest.warns(UserWarning, match="X has feature names, but FewShotClassifier was fitted without"):
+        found.predict(Frame(["u", "v", "w"], inputs))

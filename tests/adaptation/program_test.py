@@ -1,5 +1,7 @@
 """The program of the README: load, adapt to tasks one after the other, adapt fast to a new one, predict."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import worlds
 import metajax
 from metajax.evaluation import mean_and_interval
 
+TASK = (["w1 w2", "w3", "w4 w5", "w6"], ["a", "a", "b", "b"])
 OPTIONS = {"width": 8, "depth": 3, "normalisation": "layer"}
 
 
@@ -122,11 +125,60 @@ def encoder(tmp_path):
 
 def test_long_texts_are_cut_with_a_warning(encoder):
     words = [f"w{1 + number}" for number in range(20)]
-    fast = metajax.fast_adapt_model(encoder, (["w1 w2", "w3", "w4 w5", "w6"], ["a", "a", "b", "b"]), steps=1)
+    fast = metajax.fast_adapt_model(encoder, TASK, steps=1)
     texts = [" ".join(words), "w7", " ".join(words[:16])]
     with pytest.warns(UserWarning, match="1 of 3 inputs have more than 16 tokens, and are cut"):
         probabilities = fast.predict_proba(texts)
     np.testing.assert_allclose(probabilities[0], probabilities[2], rtol=1e-5)
+
+
+def test_padding_of_the_users_tokenizer_is_no_word(encoder):
+    queries = ["w1 w7 w8", "w6"]
+    expected = metajax.fast_adapt_model(encoder, TASK, steps=1).predict_proba(queries)
+    tokenizer = type(encoder.tokenizer).from_str(encoder.tokenizer.to_str())
+    tokenizer.enable_padding(length=12)
+    padding = dataclasses.replace(encoder, tokenizer=tokenizer)
+    found = metajax.fast_adapt_model(padding, TASK, steps=1).predict_proba(queries)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_labels_are_what_they_were(encoder):
+    for labels in ([2**63, 2**63 + 1, -1, -1], ["a", "a\0", "b", "b"]):
+        fast = metajax.fast_adapt_model(encoder, (TASK[0], labels), steps=0)
+        assert fast.classes_ == tuple(sorted(set(labels)))
+
+
+def test_half_a_character_is_refused(encoder):
+    with pytest.raises(ValueError, match="index 1 of inputs has a text that is not Unicode"):
+        metajax.fast_adapt_model(encoder, TASK, steps=0).predict(["w1", "\ud800 w2"])
+
+
+def _tokens(tokens, mask):
+    inputs = {"tokens": np.array(tokens, np.int32), "mask": np.array(mask, bool)}
+    return metajax.data.ClassSource("mine", "train", inputs, np.repeat([0, 1], 2), ("a", "b"))
+
+
+def test_tokens_in_a_source(encoder):
+    """What stands in padding counts for nothing, and is no token of the model here."""
+    mask = [[1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 1, 0]]
+    tokens = np.array([[3, 4, 99], [5, 99, 99], [6, 7, 8], [9, 6, 99]])
+    found, clear = (
+        metajax.fast_adapt_model(encoder, _tokens(given, mask), steps=1).predict_proba(["w1"])
+        for given in (tokens, np.where(mask, tokens, 0))
+    )
+    np.testing.assert_array_equal(found, clear)
+    with pytest.raises(ValueError, match=r"mask of .*mine.* must be padding behind each text"):
+        metajax.fast_adapt_model(encoder, _tokens(tokens, np.array(mask)[:, ::-1]))
+    with pytest.raises(ValueError, match=r"tokens of .*mine.* must be from 0 to 49, got 99"):
+        metajax.adapt_model(encoder, _tokens(tokens, np.ones([4, 3], bool)), shots=1, queries=1)
+
+
+def test_what_the_first_call_chose_stays(encoder):
+    task = _text_task(range(3), 4, np.random.default_rng(0))
+    model = metajax.adapt_model(encoder, task, steps=1, shots=1, queries=1, rank=4)
+    assert metajax.adapt_model(model, task, steps=1, shots=1, queries=1).rank == 4
+    with pytest.raises(ValueError, match="rank must be that of the first call, 4, got 16"):
+        metajax.adapt_model(model, task, rank=16)
 
 
 def test_texts_in_a_loop(encoder):

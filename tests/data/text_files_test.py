@@ -60,7 +60,7 @@ def test_only_newlines_end_a_line(tmp_path):
         ("x.csv", 'text,label\n"a\nb",x\n"c",y,z\n', r"line 4 of '.*x.csv' has 3 fields, where the header has 2"),
         ("x.csv", 'text,label\na,x\n"b"b,x\n', r"line 3 of '.*x.csv' is no CSV as in RFC 4180 \('.' expected after"),
         ("x.csv", 'text,label\na,x\n"b,x\n', r"line 3 of '.*x.csv' is no CSV .*\(unexpected end of data\)"),
-        ("x.csv", f"text,label\n{'a' * 200_000},x\n", r"line 2 of '.*x.csv' is no CSV .*field larger than field limit"),
+        ("x.csv", f"text,label\n{'a' * 200_000},x\n", r"line 2 of '.*x.csv' must hold at most 131,072 characters"),
         ("x.jsonl", '{"text": "a", "label": "x"}\n[1]\n', r"line 2 of '.*x.jsonl' must be a JSON object, got a list"),
         ("x.jsonl", '{"text": "a", "label": "x"\n', r"line 1 of '.*x.jsonl' is no JSON \(Expecting"),
         ("x.jsonl", "[" * 100_000, r"line 1 of '.*x.jsonl' is no JSON"),

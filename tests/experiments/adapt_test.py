@@ -81,6 +81,7 @@ def test_bad_input_is_refused(refusals, metric_run, head_run, wave_run, task, dr
     many = draw(tmp_path / "many", [f"class{number}" for number in range(5)], images=1)
     empty = tmp_path / "empty"
     empty.mkdir()
+    alone = draw(tmp_path / "alone", ("oak",), images=2)
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "note.png").write_text("no image")
@@ -92,10 +93,12 @@ def test_bad_input_is_refused(refusals, metric_run, head_run, wave_run, task, dr
         (metric_run, support, tmp_path / "nowhere", "query must be a folder or a zip file"),
         (metric_run, support, broken, "note.png"),
         (wave_run, support, query, "workdir must be a run on images"),
+        (metric_run, alone, alone, "support must hold two classes at least, got 1: oak"),
+        (metric_run, support, query, "steps must not be given for prototypical, which takes no inner steps, got -1"),
         (head_run, support, query, "num_steps must be an integer of at least 0, got -1"),
     ]
     flags = [(f"--workdir={run}", f"--support={one}", f"--query={two}") for run, one, two, _ in cases]
-    flags[-1] += ("--steps=-1",)
+    flags[-2:] = [(*given, "--steps=-1") for given in flags[-2:]]
     for (*_, said), text in zip(cases, refusals("adapt", flags), strict=True):
         assert said in text
         assert "\n" not in text

@@ -209,6 +209,10 @@ def test_adapters_alone_are_trained(params):
         ({"labels": [3, -1]}, "labels must each begin with a token, and be padded behind it"),
         ({"labels": [[3, -1, 4], [5, 6, 7]]}, "labels must each begin with a token, and be padded behind it"),
         ({"labels": [3, 4, 3]}, "labels must differ from class to class"),
+        (
+            {"labels": [[3, -1], [3, 4]]},
+            r"labels must not begin with another one without content_free, got \[3, 4\], which begins with \[3\]",
+        ),
         ({"separator": [-1]}, r"separator must be a list of token ids, got \[-1\]"),
         ({"separator": 5}, "separator must be a list of token ids, got 5"),
         (

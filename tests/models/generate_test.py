@@ -202,6 +202,39 @@ def test_inputs_that_are_no_prompts_are_refused(inputs, message):
         models.generate(BASE, {}, inputs, length=2)
 
 
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ([[1, 20]], "tokens of inputs must be from 0 to 19, got 20"),
+        ([[1, -1]], "tokens of inputs must be from 0 to 19, got -1"),
+        ({"tokens": [[1], [2]], "mask": [[True], [False]]}, "must keep a token of each prompt, got none in row 1"),
+    ],
+)
+def test_prompts_that_the_model_cannot_read_are_refused(inputs, message):
+    inputs = inputs if isinstance(inputs, dict) else {"tokens": inputs}
+    with pytest.raises(ValueError, match=message):
+        models.generate(BASE, {}, jax.tree.map(np.array, inputs, is_leaf=lambda leaf: isinstance(leaf, list)), length=2)
+
+
+def test_what_follows_fits_whatever_type_the_prompt_has():
+    model = models.decoder(300, width=16, depth=1, heads=2)
+    params = scattered(model)
+    prompts = [np.array([[5, 6, 7]], dtype) for dtype in (np.int32, np.uint8)]
+    wide, narrow = (models.generate(model, params, prompt, length=8)["tokens"] for prompt in prompts)
+    assert wide.max() > 255
+    np.testing.assert_array_equal(wide, narrow)
+
+
+def test_a_text_has_at_most_as_many_tokens_as_positions():
+    model = models.decoder(20, width=16, depth=1, heads=2, positions=5)
+    params = scattered(model)
+    assert models.generate(model, params, np.array([[5, 6, 7]]), length=1)["tokens"].shape == (1, 1)
+    with pytest.raises(ValueError, match="tokens must be at most 5 in a text, a cache included, got"):
+        models.generate(model, params, np.array([[5, 6, 7]]), length=4)
+    with pytest.raises(ValueError, match="tokens must be at most 5 in a text, a cache included, got 6"):
+        model.apply(params, jnp.zeros([1, 6], jnp.int32))
+
+
 def test_a_mask_may_be_of_integers():
     tokens = jnp.array([[5, 6, 7]])
     found = [

@@ -221,7 +221,10 @@ def test_llama_refusals(changes, said, tmp_path):
 
 
 def test_texts_of_mistral_are_no_longer_than_its_window(tmp_path):
-    assert load(cases.write(tmp_path, "mistral")).max_length == 16
+    loaded = load(cases.write(tmp_path, "mistral"))
+    assert loaded.max_length == 16
+    with pytest.raises(ValueError, match="tokens must be at most 16 in a text"):
+        loaded.model.apply(loaded.params, np.zeros([1, 17], np.int32))
     assert load(_edit(tmp_path, sliding_window=None)).max_length == 32
 
 
@@ -256,6 +259,16 @@ def test_a_pooling_that_is_no_head_is_refused(modes, said, bert):
     with pytest.raises(ValueError, match=said):
         load(bert)
     assert load(bert, head="cls").options["head"] == "cls"
+
+
+def test_a_module_on_top_is_refused(bert):
+    modules = [{"type": f"sentence_transformers.models.{kind}"} for kind in ("Transformer", "Pooling", "Dense")]
+    (bert / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(ValueError, match=r"head must be given, .*asks for Dense on top, which is not computed"):
+        load(bert)
+    assert load(bert, head="mean").options["head"] == "mean"
+    (bert / "modules.json").write_text(json.dumps(modules[:2]))
+    assert load(bert).options["head"] == "mean"
 
 
 def test_unknown_head(bert):
