@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from experiments import _placement
@@ -219,6 +220,19 @@ def evaluate(config: Any, learner: Any, params: Any, source: Any, spec: Any, **o
 
     judge = evaluation.evaluate_answers if isinstance(source, data.AnswerSource) else evaluation.evaluate
     return judge(learner, params, source, spec, normalisation=training.normalisation(config), **options)
+
+
+@contextlib.contextmanager
+def bar(episodes: int, what: str) -> Iterator[Callable[[int], None]]:
+    """A progress bar on standard error for what takes more than a second; gives what evaluators call as `progress`."""
+    from tqdm import tqdm
+
+    with tqdm(total=episodes, desc=what, unit="episode", mininterval=1.0, delay=1.0) as shown:
+
+        def progress(done: int) -> None:
+            shown.update(done - shown.n)
+
+        yield progress
 
 
 def _batches(job: Job, tasks: int, start: int, *, alone: bool = False) -> Any:

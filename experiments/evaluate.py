@@ -103,7 +103,8 @@ def main() -> int:
     outside = metajax.training.open_out_of_scope(config, path=_DATA.value) if source.split == "test" else None
     truncated = getattr(source, "truncated", 0)
     deployed, known, (source, outside) = metajax.training.on_features(config, learner, params, source, outside)
-    found = _job.evaluate(config, deployed, known, source, spec, **options)
+    with _job.bar(options["episodes"], "evaluation") as progress:
+        found = _job.evaluate(config, deployed, known, source, spec, progress=progress, **options)
     more, notes = _more(config, found, deployed, known, source, outside, spec, options)
     if truncated:
         more["truncated"] = truncated
@@ -167,11 +168,15 @@ def _more(
 ) -> tuple[dict[str, Any], list[str]]:
     """What is evaluated beside the accuracy: `(fields of the result, lines)`."""
     import metajax
+    from experiments import _job
 
     fields: dict[str, Any] = {}
     notes: list[str] = []
     if _SHUFFLE.value:
-        control = metajax.evaluation.evaluate(learner, params, source, spec, shuffle_support=True, **options)
+        with _job.bar(options["episodes"], "control") as progress:
+            control = metajax.evaluation.evaluate(
+                learner, params, source, spec, shuffle_support=True, progress=progress, **options
+            )
         fields |= {
             f"shuffled_support_{found.metric}_mean": control.mean,
             f"shuffled_support_{found.metric}_ci95": control.ci95,
@@ -180,7 +185,10 @@ def _more(
     if outside is not None:
         # the nearest prototype says how far a text is from all of them, which probabilities leave out
         score: Any = "logit" if config["learner"]["name"] == "prototypical" else "probability"
-        told = metajax.evaluation.evaluate_out_of_scope(learner, params, source, outside, spec, score=score, **options)
+        with _job.bar(options["episodes"], "out of scope") as progress:
+            told = metajax.evaluation.evaluate_out_of_scope(
+                learner, params, source, outside, spec, score=score, progress=progress, **options
+            )
         fields |= {"oos_auroc_mean": told.mean, "oos_auroc_ci95": told.ci95, "oos_score": told.score}
         notes.append(f"{'out of scope':<13}  {len(outside.labels)} texts: {told}")
     return fields, notes

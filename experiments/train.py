@@ -225,7 +225,8 @@ def _report(job: _job.Job, folder: _runs.Run, params: Any, seconds: float) -> No
     from metajax import data, evaluation, training
 
     config, experiment = job.config, job.experiment
-    found = _evaluate(job, params, job.test, config.evaluation.episodes)
+    with _job.bar(config.evaluation.episodes, "evaluation") as progress:
+        found = _evaluate(job, params, job.test, config.evaluation.episodes, progress)
     shown = data.episode(job.test, experiment.spec, seed=config.evaluation.seed, index=0)
     picture = folder.folder / "report.png"
     evaluation.report(
@@ -238,13 +239,13 @@ def _report(job: _job.Job, folder: _runs.Run, params: Any, seconds: float) -> No
     print(found)
 
 
-def _evaluate(job: _job.Job, params: Any, source: Any, episodes: int) -> Any:
+def _evaluate(job: _job.Job, params: Any, source: Any, episodes: int, progress: Any = None) -> Any:
     from metajax import training
 
     learner, params, (source,) = training.on_features(job.config, job.experiment.learner, params, source)
     return _job.evaluate(
         job.config, learner, params, source, job.experiment.spec, episodes=episodes, seed=job.config.evaluation.seed,
-        num_steps=job.experiment.eval_steps,
+        num_steps=job.experiment.eval_steps, progress=progress,
     )  # fmt: skip
 
 

@@ -111,6 +111,7 @@ def evaluate(
     normalisation: str | None = None,
     shuffle_support: bool = False,
     key: jax.Array | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Evaluates meta-parameters on a fixed list of episodes.
 
@@ -139,6 +140,7 @@ def evaluate(
       shuffle_support: whether the labels of each support set are shuffled among its examples, episode k by `seed` and k
         alone. Accuracy then stands at chance, unless predictions come from elsewhere than the support set.
       key: PRNG key for learners that draw (episode k folds in k); None is deterministic.
+      progress: called after each batch with the number of episodes that are done.
 
     Returns:
       An `Evaluation`.
@@ -187,7 +189,11 @@ def evaluate(
         pending.append(run(params, chunk, key, start))
         if len(pending) > 1:  # one chunk is computed while the next is drawn, and no more wait
             pending[-2] = np.asarray(pending[-2])
+            if progress is not None:
+                progress(start)
     values = np.concatenate([np.asarray(scores) for scores in pending])[:episodes].astype(np.float64)
+    if progress is not None:
+        progress(episodes)
     mean, ci95 = _metrics.mean_and_interval(values)
     return Evaluation(
         metric, mean, ci95, values, episodes, seed, normalisation, transductive, spec, name, shuffle_support

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -60,6 +61,7 @@ def evaluate_out_of_scope(
     num_steps: int | None = None,
     batch: int = 20,
     key: jax.Array | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> OutOfScope:
     """How well an adapted learner tells queries of its classes from inputs of none of them.
 
@@ -80,6 +82,7 @@ def evaluate_out_of_scope(
       num_steps: inner steps, where the learner takes a number; None is the learner's own.
       batch: episodes in one compiled call.
       key: PRNG key for learners that draw (episode k folds in k); None is deterministic.
+      progress: called after each batch with the number of episodes that are done.
 
     Returns:
       An `OutOfScope`. An episode with an output that is NaN has the AUROC NaN.
@@ -123,6 +126,8 @@ def evaluate_out_of_scope(
             inside, beyond = line[:slots][mask], line[slots:]
             positive = np.arange(len(inside) + len(beyond)) < len(inside)
             values.append(_metrics.auroc(np.concatenate([inside, beyond]), positive))
+        if progress is not None:
+            progress(min(start + batch, episodes))
     kept = np.array(values[:episodes])
     mean, ci95 = _metrics.mean_and_interval(kept)
     return OutOfScope(score, mean, ci95, kept, episodes, seed)

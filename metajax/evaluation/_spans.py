@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -140,6 +141,7 @@ def evaluate_answers(
     rules: str = "squad",
     normalisation: str | None = None,
     key: jax.Array | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> AnswerEvaluation:
     """Evaluates meta-parameters on extractive question answering: exact match and F1 of the answers' texts.
 
@@ -161,6 +163,7 @@ def evaluate_answers(
       rules: "squad": SQuAD v1.1's in all languages; "mlqa": each language's own (see `answer_scores`).
       normalisation: the policy, to be stated.
       key: PRNG key for learners that draw (episode k folds in k); None is deterministic.
+      progress: called after each batch with the number of episodes that are done.
 
     Returns:
       An `AnswerEvaluation`; `before` takes no inner step.
@@ -218,6 +221,8 @@ def evaluate_answers(
                 for leaf, nothing in zip(spans, _NO_SPAN, strict=True)
             ]
             values[name].append(_scores(source, rows, kept, found, rules))
+        if progress is not None:
+            progress(min(start + batch, episodes))
     name = f"{source.name} ({source.split})"
     scores = {which: _summary(np.concatenate(parts)[:episodes]) for which, parts in values.items()}
     return AnswerEvaluation(

@@ -157,7 +157,9 @@ def maml(model):
 def test_the_oracle_is_right_after_adaptation_only(source):
     model = oracle(source)
     learner = maml(model)
-    found = evaluate_answers(learner, jnp.zeros([]), source, SPEC, episodes=30, batch=7)
+    done = []
+    found = evaluate_answers(learner, jnp.zeros([]), source, SPEC, episodes=30, batch=7, progress=done.append)
+    assert done == [7, 14, 21, 28, 30]
     assert found.after.exact_match == found.after.f1 == 1.0, "the window with the answer wins over the others"
     assert (found.after.exact_match_ci95, found.after.f1_ci95) == (0, 0)
     assert found.before.exact_match < 0.6

@@ -60,6 +60,12 @@ def test_the_list_of_episodes_does_not_depend_on_the_batch(source, batch):
     np.testing.assert_allclose(found.values, evaluate(learner, (), source, SPEC, episodes=25, seed=1).values, atol=1e-6)
 
 
+def test_progress_counts_the_episodes_that_are_done(source):
+    done = []
+    evaluate(learners.prototypical(IDENTITY), (), source, SPEC, episodes=25, batch=10, progress=done.append)
+    assert done == [10, 20, 25]
+
+
 def test_seeds_and_splits_give_other_episodes(source):
     learner = learners.prototypical(IDENTITY)
     train = data.ClassSource("clouds", "train", source.inputs, source.labels, source.class_names)

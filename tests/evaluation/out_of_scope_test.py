@@ -52,7 +52,9 @@ def test_auroc_refuses(scores, positive, text):
 @pytest.mark.parametrize("score", ["logit", "probability"])
 def test_values_are_those_of_the_episodes(source, score):
     beyond = outside(np.random.default_rng(2).normal(size=(12, 6)))  # as many as queries: all of them in each episode
-    found = evaluate_out_of_scope(LEARNER, (), source, beyond, SPEC, score=score, episodes=7, seed=3, batch=5)
+    done, options = [], {"score": score, "episodes": 7, "seed": 3, "batch": 5}
+    found = evaluate_out_of_scope(LEARNER, (), source, beyond, SPEC, **options, progress=done.append)
+    assert done == [5, 7]
     expected = []
     for index in range(7):
         support, query = data.episode(source, SPEC, seed=3, index=index)
