@@ -77,7 +77,8 @@ def with_fields(config: dict[str, Any], settings: list[str]) -> dict[str, Any]:
     for setting in settings:
         path, equals, text = setting.partition("=")
         section, _, field = path.partition(".")
-        if not equals or field not in config.get(section, ()):
+        fields = config.get(section)
+        if not equals or not isinstance(fields, dict) or field not in fields:
             raise ValueError(f"override must be FIELD=VALUE of a field of the run's config, got {setting!r}")
         known = config[section][field]
         try:
@@ -85,7 +86,8 @@ def with_fields(config: dict[str, Any], settings: list[str]) -> dict[str, Any]:
         except (SyntaxError, ValueError):
             value = text
         value = float(value) if isinstance(known, float) and type(value) is int else value
-        if type(value) is not type(known) and not isinstance(known, list | dict):
+        value = list(value) if isinstance(known, list) and isinstance(value, tuple) else value
+        if type(value) is not type(known):
             raise ValueError(f"override must be of type {type(known).__name__} for {path}, got {setting!r}")
         config = {**config, section: {**config[section], field: value}}
     return config

@@ -68,6 +68,8 @@ class Run:
 
     @classmethod
     def _open(cls, folder: pathlib.Path, resolved: dict[str, Any], *, resume: bool) -> Run:
+        from metajax.training._data import check_base
+
         path = folder / "config.json"
         if not path.exists():
             if folder.exists() and (not folder.is_dir() or {*folder.iterdir()} - {folder / ".lock"}):
@@ -83,6 +85,7 @@ class Run:
         changed = _differences(_filled(json.loads(path.read_text(encoding="utf-8"))), _filled(resolved))
         if changed:
             raise ValueError(f"config differs from that of the run in {str(folder)!r}: {'; '.join(changed)}")
+        check_base(folder, resolved)
         lock = _lock(folder)
         return cls(folder, (folder / "results.json").exists(), lock)
 
@@ -154,6 +157,18 @@ def out_folder(value: str) -> pathlib.Path:
     return out
 
 
+def out_file(value: str | pathlib.Path) -> pathlib.Path:
+    """The file that `--output` names, in a folder that is there.
+
+    Raises:
+      ValueError: it is something else.
+    """
+    output = pathlib.Path(value)
+    if output.is_dir() or not output.parent.is_dir():
+        raise ValueError(f"output must be a file in a folder that exists, got {str(output)!r}")
+    return output
+
+
 def require_seeds(seeds: int, name: str, value: int, at_least: int = 1) -> None:
     """Raises ValueError where seeds are too few for an interval, or the flag `name` is below `at_least`."""
     if seeds < 2 or value < at_least:
@@ -169,8 +184,8 @@ def told(values: Any, digits: int) -> str:
 
 
 def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
-    """Writes a file that is there whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Writes a file that is there whole or not at all, also where several processes write it."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
@@ -249,7 +264,11 @@ def _versions() -> dict[str, str]:
 def _environment(config: dict[str, Any]) -> dict[str, Any]:
     import jax
 
+    from metajax.training._data import base_sha256
+
+    base = base_sha256(config)
     return {
+        **({"base_sha256": base} if base else {}),
         "seed": config["seed"],
         "git_commit": _git_commit(),
         "python": platform.python_version(),

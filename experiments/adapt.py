@@ -74,7 +74,7 @@ def main() -> int:
     classes, count = support.classes, len(support.labels)
     if len(classes) < 2:
         raise ValueError(f"support must hold two classes at least, got {len(classes)}: {', '.join(classes)}")
-    learner, params = metajax.load_run(_WORKDIR.value, checkpoint=_CHECKPOINT.value)
+    learner, params = metajax.load_run(_WORKDIR.value, checkpoint=_CHECKPOINT.value, inputs=support.inputs)
     for name, part in (("support", support), ("query", query)):
         _inputs.check_inputs(name, part.inputs, learner, params)
     if what == "images" and support.inputs.shape[1:] != query.inputs.shape[1:]:

@@ -74,7 +74,10 @@ def main() -> int:
     config = _inputs.with_columns(trained_with, _TEXT.value, _LABEL.value)
     config = _inputs.with_fields(config, _OVERRIDE.value)
     if _NAMES.value:
+        if _DATA.value:
+            raise ValueError(f"names must not be given with data, all of whose labels are classes, got {_NAMES.value}")
         config = _inputs.with_names(config, _SPLIT.value, _NAMES.value)
+    output = _runs.out_file(_OUTPUT.value or workdir / "evaluation.json")
     experiment = metajax.training.build(config)
     if _SUITE_DATA.value and not _SUITE.value:
         raise ValueError(f"suite_data must come with suite, got {_SUITE_DATA.value}")
@@ -115,15 +118,16 @@ def main() -> int:
     result = {
         "learner": config["learner"]["name"],
         **_runs.describe(found),
-        "data": _DATA.value or config["data"]["path"] or config["data"]["name"],
+        "data": _DATA.value or found.source,
         "split": _SPLIT.value,
+        **({"names": _NAMES.value} if _NAMES.value else {}),
+        **({} if _STEPS.value is None else {"steps": _STEPS.value}),
         **({"override": _OVERRIDE.value} if _OVERRIDE.value else {}),
         "checkpoint": _CHECKPOINT.value,
         **({"soup": _SOUP.value} if _SOUP.value else {}),
         **more,
         "params_sha256": _runs.params_sha256(params),
     }
-    _runs.write_json(pathlib.Path(_OUTPUT.value or workdir / "evaluation.json"), result)
     print(f"{'learner':<13}  {config['learner']['name']} from {workdir}")
     told = " (the pretrained weights, before meta-training)" if _CHECKPOINT.value == "start" else ""
     print(f"{'checkpoint':<13}  {_CHECKPOINT.value}{told}")
@@ -132,6 +136,7 @@ def main() -> int:
     for note in notes:
         print(note)
     print(found)
+    _runs.write_json(output, result)
     return 0
 
 

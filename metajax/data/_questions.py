@@ -150,6 +150,8 @@ def question_answering(
     articles = divide(next(iter(by_language.values())), split, splits, f"{name} (split by article)")
     tasks = {f"{language}/{article}": by_language[language][article] for language in chosen for article in articles}
     questions = tuple(question for found in tasks.values() for question in found)
+    if not questions:
+        raise ValueError(f"files must hold questions, and {name} has none in {split}")
     number = {task: place for place, task in enumerate(tasks)}
     rows = _rows(encoder, questions, max_length, overlap)
     labels = [number[f"{questions[row.id].language}/{questions[row.id].article}"] for row in rows]

@@ -101,14 +101,15 @@ def read_rows(paths: Sequence[pathlib.Path], columns: Mapping[str, str], parts: 
 
 
 def parts_of(path: pathlib.Path) -> tuple[str, ...]:
-    """The keys of a .json file of lists; () for a file of another kind, which has no parts.
+    """The keys of a .json file whose values are lists that hold something; () for a file of another kind.
 
     Raises:
       ValueError: as `read_content`, or it is no JSON object.
     """
     if _kind(path) != ".json":
         return ()
-    return tuple(_object(read_content(path), repr(str(path))))
+    found = _object(read_content(path), repr(str(path)))
+    return tuple(part for part, rows in found.items() if isinstance(rows, list) and rows)
 
 
 def has_column(path: pathlib.Path, column: str) -> bool:

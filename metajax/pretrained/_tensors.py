@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -74,6 +75,7 @@ def write(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
     import safetensors.numpy
 
     safetensors.numpy.save_file({name: np.ascontiguousarray(leaf) for name, leaf in tensors.items()}, path)
+    os.chmod(path, 0o644)  # the library lets nobody else read
 
 
 def _library() -> Any:

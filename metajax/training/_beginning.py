@@ -50,8 +50,8 @@ def begin_with(workdir: str | pathlib.Path, params: Params) -> Beginning:
 
     Learners whose meta-parameters have parts (`pretrain`, `finetune`, `contrastive`) keep the network under `backbone`,
     the others are the network; both fit each other. Every array of the network must be in the run and have the same
-    shape, but those of a `head`: they are taken where they fit, and stay as they are where they do not. So does all
-    that is beside the network.
+    shape, and every array of the run's must be here, but those of a `head`: they are taken where they fit, and stay as
+    they are where they do not. So does all that is beside the network.
 
     Args:
       workdir: a run folder, as `experiments.train` leaves it; its last checkpoint counts.
@@ -87,6 +87,8 @@ def begin_with(workdir: str | pathlib.Path, params: Params) -> Beginning:
         return leaf
 
     network = _tree.map_with_path(pick, _network(params))
+    here = set(_tree.paths(_network(params)))
+    wrong += [f"{path} is there, not here" for path in there if path not in here and not _HEAD.search(path)]
     if wrong or not taken:
         told = "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "") or "nothing fits"
         raise ValueError(f"init must be a run of the same network, got {str(workdir)!r}: {told}")

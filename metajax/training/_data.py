@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
+
+import jax
+import numpy as np
 
 from metajax import data, pretrained
 from metajax.core import _validate
@@ -66,6 +71,7 @@ def open_source(config: Config, split: str, *, path: str | None = None) -> data.
         if not isinstance(source, data.ClassSource):
             raise ValueError(f"data.at_least must be 0 for {name}, which has no classes, got {fields['at_least']}")
         source = source.at_least(fields["at_least"])
+    _check_tokens(config, source)
     return with_features(config, source)
 
 
@@ -117,6 +123,24 @@ def _fields(config: Config) -> dict[str, Any]:
     return fields
 
 
+def _check_tokens(config: Config, source: Any) -> None:
+    """Refuses texts that a pretrained model can't read, before anything is trained."""
+    if config["model"]["name"] != "pretrained" or config["data"]["name"] not in ("text", "squad"):
+        return
+    _, architecture, model = pretrained.open_model(pathlib.Path(config["model"]["path"]), head=pretrained_head(config))
+    if architecture.kind != "text":
+        raise ValueError(f"model.path must hold a model of texts, got {config['model']['path']!r}")
+    longest, positions = source.inputs["tokens"].shape[1], architecture.positions
+    if positions is not None and longest > positions:
+        raise ValueError(f"data.length must be at most {positions}, which the model has positions for, got {longest}")
+    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros([1, 1], np.int32))
+    rows, largest = shapes["embed"]["embedding"].shape[0], int(source.inputs["tokens"].max(initial=0))
+    if largest >= rows:
+        raise ValueError(
+            f"data.tokenizer must be that of the model, whose tokens are from 0 to {rows - 1}, got token {largest}"
+        )
+
+
 def with_features(config: Config, source: Any) -> Any:
     """The source, or features of its texts where the config freezes the model that computes them."""
     if not config["model"].get("frozen", False):
@@ -131,9 +155,40 @@ def with_features(config: Config, source: Any) -> Any:
     return pretrained.features(base.model, base.params, source)
 
 
+def base_sha256(config: Config) -> str | None:
+    """A hash of the weights that a frozen model has, which are in no checkpoint; None where they are not frozen.
+
+    >>> from experiments.configs import maml_sinusoids
+    >>> base_sha256(maml_sinusoids.get_config())
+    """
+    if not config["model"].get("frozen", False):
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(pathlib.Path(config["model"]["path"]).glob("*.safetensors")):
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
+
+
+def check_base(workdir: str | pathlib.Path, config: Config) -> None:
+    """Refuses a run over a frozen model whose weights are no more those that it was trained over.
+
+    Runs of old do not tell.
+    """
+    path = pathlib.Path(workdir) / "run.json"
+    told = json.loads(path.read_text(encoding="utf-8")).get("base_sha256") if path.is_file() else None
+    if told is not None and base_sha256(config) not in (None, told):
+        raise ValueError(
+            f"model.path must hold the weights that the run was trained over, got others in {config['model']['path']!r}"
+        )
+
+
 def pretrained_head(config: Config) -> str | None:
     """What comes out of a pretrained model; of a decoder that is not prompted, features and not logits of tokens."""
-    if config["model"]["head"] or config["learner"]["name"] == "in_context":
+    prompted = config["learner"]["name"] == "in_context"
+    if config["model"]["head"] == "tokens" and not prompted:
+        raise ValueError("model.head must not be 'tokens', which is no vector of a text, but for in_context")
+    if config["model"]["head"] or prompted:
         return config["model"]["head"] or None
     heads = pretrained.open_model(pathlib.Path(config["model"]["path"]))[1].heads
     return "features" if "features" in heads else None

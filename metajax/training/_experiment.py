@@ -22,6 +22,7 @@ from metajax.data._tokens import load_tokenizer
 from metajax.strategies._contrast import TRAINED, contrastive
 from metajax.strategies._curriculum import Stage
 from metajax.training import _checkpoint, _data
+from metajax.training._beginning import begin_with
 from metajax.training._stages import stages
 
 Config = Mapping[str, Any]
@@ -448,7 +449,8 @@ def load_run(
 
     Args:
       workdir: a run folder of `experiments.train`.
-      checkpoint: "last" or "best" (by validation), or "start": the pretrained weights that the run began with.
+      checkpoint: "last" or "best" (by validation), or "start": the pretrained weights that the run began with, or what
+        it took of the run that `init` names.
       config: instead of that of the run; what is changed must leave the parameters as they are, but for "start".
       inputs: an example of them `[n, ...]`, from which "start" makes the parameters over a frozen model.
 
@@ -456,7 +458,7 @@ def load_run(
       The learner and its meta-parameters (NumPy arrays), ready for `learner.adapt(params, support)`.
 
     Raises:
-      ValueError: the folder holds no run or no such checkpoint.
+      ValueError: the folder holds no run or no such checkpoint, or a frozen model has other weights than in training.
 
     >>> load_run("no such folder")
     Traceback (most recent call last):
@@ -466,14 +468,17 @@ def load_run(
     config = load_config(workdir) if config is None else config
     experiment = build(config)
     if checkpoint == "start":
+        if inputs is None and (_is_frozen(config) or config["learner"]["name"] == "finetune"):
+            raise ValueError("inputs must be given for the start of a frozen model or of finetune, got None")
         if _is_frozen(config):
-            if inputs is None:
-                raise ValueError("inputs must be given where checkpoint is 'start' and the model frozen, got None")
             params = experiment.learner.init(jax.random.key(config["seed"]), inputs)
         elif experiment.start is not None:
             params = experiment.start(inputs)
         else:
             raise ValueError("checkpoint must be 'last' or 'best' for a run on no pretrained weights, got 'start'")
+        if config.get("init"):
+            params = begin_with(config["init"], params).params
         return experiment.learner, jax.tree.map(np.asarray, params)
+    _data.check_base(workdir, config)
     params, _ = _checkpoint.restore_params(pathlib.Path(workdir) / "checkpoints", kind=checkpoint)
     return experiment.learner, params

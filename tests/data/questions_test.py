@@ -315,6 +315,14 @@ def test_texts_without_tokens(tmp_path, tokenizer):
         question_answering({"en": tmp_path / "x.json"}, tokenizer=tmp_path / "tokenizer.json", **ALL)
 
 
+def test_a_file_without_questions_is_refused(tmp_path):
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(ID, unk_token="[UNK]"))
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "x.json").write_text(json.dumps({"data": [{"title": "A", "paragraphs": []}]}))
+    with pytest.raises(ValueError, match=r"files must hold questions, and .*x.json has none in train"):
+        question_answering({"en": tmp_path / "x.json"}, tokenizer=tmp_path / "tokenizer.json", **ALL)
+
+
 def test_xquad(shared_data, tmp_path):
     """All answers of two languages are found again as spans of tokens; test articles are in no training language."""
     folder = shared_data / "xquad"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from metajax.data import EpisodeSpec, _text, batches, device_sampler, episode, episode_batch, episodes, text
+from metajax.data._text_files import parts_of
 
 tokenizers = pytest.importorskip("tokenizers", reason="needs the extra 'text'")
 
@@ -263,6 +264,11 @@ def test_parts_of_a_json_file(tmp_path, tokenizer):
     assert contents(text(path, tokenizer=tokenizer, **ALL)) == {"x": ["a", "b"]}
     assert contents(text(path, tokenizer=tokenizer, parts=["val"], **ALL)) == {"x": ["b"]}
     assert contents(text(path, tokenizer=tokenizer, parts=("oos_train", "train"), **ALL)) == {"oos": ["c"], "x": ["a"]}
+
+
+def test_parts_hold_texts(tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps({"train": [["a", "x"]], "oos_test": [], "oos_note": "none"}))
+    assert parts_of(tmp_path / "x.json") == ("train",)
 
 
 def refuse(text_of_error, files, tokenizer, kind=ValueError, **options):

@@ -2,9 +2,11 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import worlds
 from parity import transformers_cases as cases
 
@@ -125,8 +127,62 @@ def test_a_head_over_the_frozen_weights_that_a_run_began_with(run, launch):
     assert (found["learner"], found["checkpoint"]) == ("finetune", "start")
     assert found["accuracy_mean"] > 0.5
     config = _inputs.with_fields(training.load_config(run / "run"), [flag.split("=", 1)[1] for flag in flags])
-    with pytest.raises(ValueError, match="inputs must be given where checkpoint is 'start' and the model frozen"):
+    with pytest.raises(ValueError, match="inputs must be given for the start of a frozen model"):
         training.load_run(run / "run", checkpoint="start", config=config)
+
+
+def test_what_does_not_fit_together_is_refused_before_the_work(run, refuses, tmp_path):
+    other, known = _clinc(tmp_path / "other.json", [6, 7, 8, 9]), f"--workdir={run / 'run'}"
+    wide = worlds.word_tokenizer(90)
+    wide.save(str(tmp_path / "wide.json"))
+    long = _clinc(tmp_path / "wide_data.json", range(20, 24))  # of words that the model does not have
+    refuses(
+        "evaluate",
+        [
+            ((known, "--names=work", f"--data={other}"), "names must not be given with data"),
+            ((known, f"--output={tmp_path / 'nowhere' / 'x.json'}"), "output must be a file in a folder that exists"),
+            ((known, f"--output={tmp_path}"), "output must be a file in a folder that exists"),
+            (
+                (known, "--override=data.length=13", "--override=data.buckets=(13,)"),
+                "data.length must be at most 12, which the model has positions for",
+            ),
+            (
+                (known, f"--data={long}", f"--override=data.tokenizer={tmp_path / 'wide.json'}"),
+                "data.tokenizer must be that of the model, whose tokens are from 0 to 49, got token",
+            ),
+            ((known, "--override=model.head=tokens"), "model.head must not be 'tokens'"),
+        ],
+    )
+
+
+def test_a_frozen_run_is_of_its_weights(run, launch, tmp_path):
+    """They are in no checkpoint: what was trained over others is refused."""
+    model, folder = shutil.copytree(run / "model", tmp_path / "model"), tmp_path / "run"
+    command = [
+        "train", f"--workdir={folder}", "--config=experiments/configs/maml_lora_clinc.py",
+        f"--config.model.path={model}", "--config.model.frozen=True", "--config.adapter.name=",
+        "--config.augment.words=0", "--config.learner.adapts=",
+        "--config.outer.trainable=", f"--config.data.path={run / 'data.json'}",
+        f"--config.data.domain={run / 'domains.json'}", "--config.data.names.train=('auto_and_commute',)",
+        "--config.data.names.test=('work',)", "--config.data.length=4", "--config.data.buckets=(4,)",
+        "--config.episode.ways=2", "--config.episode.queries=3", "--config.train_episode.ways=2",
+        "--config.outer.steps=2", "--config.validation.every=2", "--config.validation.episodes=4",
+        "--config.evaluation.episodes=4", "--config.checkpoint.every=2",
+    ]  # fmt: skip
+    done = launch(*command)
+    assert done.returncode == 0, done.stderr
+    training.load_run(folder)
+    (tmp_path / "support.csv").write_text("text,label\nw25 w26,a\nw29 w30,b\n")
+    files = [f"--{name}={tmp_path / 'support.csv'}" for name in ("support", "query")]
+    done = launch("adapt", f"--workdir={folder}", *files, "--checkpoint=start")  # a new head over these weights
+    assert done.returncode == 0, done.stderr
+    weights = safetensors.numpy.load_file(model / "model.safetensors")
+    safetensors.numpy.save_file({name: leaf + 1 for name, leaf in weights.items()}, model / "model.safetensors")
+    with pytest.raises(ValueError, match="must hold the weights that the run was trained over, got others"):
+        training.load_run(folder)
+    done = launch(*command, "--resume")
+    assert done.returncode == 2
+    assert "model.path must hold the weights that the run was trained over" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -136,10 +192,12 @@ def test_a_head_over_the_frozen_weights_that_a_run_began_with(run, launch):
         ("inner.speed=2", "override must be FIELD=VALUE of a field of the run's config, got 'inner.speed=2'"),
         ("inner.rate=fast", "override must be of type float for inner.rate, got 'inner.rate=fast'"),
         ("inner.steps=1.5", "override must be of type int for inner.steps, got 'inner.steps=1.5'"),
+        ("learner.labels=yes,no", "override must be of type list for learner.labels, got 'learner.labels=yes,no'"),
+        ("seed=1", "override must be FIELD=VALUE of a field of the run's config, got 'seed=1'"),
     ],
 )
 def test_fields_that_cannot_be_overridden(setting, message):
-    config = {"inner": {"rate": 0.4, "steps": 1}, "learner": {"name": "maml"}}
+    config = {"inner": {"rate": 0.4, "steps": 1}, "learner": {"name": "maml", "labels": []}, "seed": 0}
     with pytest.raises(ValueError, match=re.escape(message)):
         _inputs.with_fields(config, [setting])
 
@@ -147,7 +205,7 @@ def test_fields_that_cannot_be_overridden(setting, message):
 def test_overridden_fields_keep_their_types():
     config = {"inner": {"rate": 0.4, "steps": 1}, "learner": {"name": "maml", "labels": []}}
     found = _inputs.with_fields(config, ["inner.rate=1", "learner.name=reptile", "learner.labels=('a','b')"])
-    assert found == {"inner": {"rate": 1.0, "steps": 1}, "learner": {"name": "reptile", "labels": ("a", "b")}}
+    assert found == {"inner": {"rate": 1.0, "steps": 1}, "learner": {"name": "reptile", "labels": ["a", "b"]}}
     assert config["inner"]["rate"] == 0.4
 
 

@@ -61,5 +61,7 @@ def test_another_network_or_none_is_refused(run, tmp_path):
         training.begin_with(folder, {"block": {"kernel": jnp.zeros([3, 3])}})
     with pytest.raises(ValueError, match=r"other/kernel is not there, \(1,\) here"):
         training.begin_with(folder, {**FRESH, "other": {"kernel": jnp.zeros(1)}})
+    with pytest.raises(ValueError, match="block/kernel is there, not here"):  # what was learned is not left out
+        training.begin_with(folder, {"head": {"bias": jnp.zeros(4)}})
     with pytest.raises(ValueError, match="nothing fits"):
-        training.begin_with(folder, {"head": {"bias": jnp.zeros(5)}})
+        training.begin_with(run({"head": {"bias": jnp.zeros(4)}}, step=8), {"head": {"bias": jnp.zeros(5)}})
