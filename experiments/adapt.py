@@ -22,6 +22,8 @@ from absl import flags
 
 from experiments import _launch
 
+_BATCH = 256  # queries that are predicted at once
+
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder of experiments.train.", required=True)
 _SUPPORT = flags.DEFINE_string(
     "support", None, "What to adapt to: folder or zip of CLASS/NAME.png, or file of texts.", required=True
@@ -83,10 +85,11 @@ def main() -> int:
 
     examples = metajax.Examples(support.inputs, support.labels, jnp.ones(count, bool), jnp.ones(len(classes), bool))
     steps = experiment.eval_steps if _STEPS.value is None else _STEPS.value
-    logits = metajax.evaluation.predict(learner, params, examples, query.inputs, num_steps=steps)
+    policy = metajax.training.normalisation(config)
+    batch = None if policy == "batch" else _BATCH  # all at once where they depend on each other
+    logits = metajax.evaluation.predict(learner, params, examples, query.inputs, num_steps=steps, batch=batch)
     probabilities = softmax(np.asarray(logits, np.float64)[:, : len(classes)])
 
-    policy = metajax.training.normalisation(config)
     note = f" (transductive: the query {what} are predicted together)" if policy == "batch" else ""
     print(f"{config['learner']['name']}, {len(classes)} classes, {count} support {what}")
     print(f"normalisation {policy}{note}")

@@ -220,6 +220,7 @@ def predict(
     *,
     mask: Any = None,
     num_steps: int | None = None,
+    batch: int | None = None,
     key: jax.Array | None = None,
 ) -> jax.Array:
     """Adapts to a support set and predicts, in one compiled call.
@@ -231,13 +232,15 @@ def predict(
       inputs: `[n, ...]`, the query inputs.
       mask: `[n]` bool, False for padding; None keeps all.
       num_steps: inner steps, where the learner takes a number; None is the learner's own.
+      batch: queries in one compiled call, behind one that adapts, so that memory does not grow with `n`; None takes
+        all at once, which transductive predictions need.
       key: PRNG key; None is deterministic.
 
     Returns:
       The outputs `[n, ...]`.
 
     Raises:
-      ValueError: the task has more classes than the model has outputs.
+      ValueError: the task has more classes than the model has outputs, or `batch` is below 1.
 
     >>> import jax.numpy as jnp, metajax
     >>> learner = metajax.learners.prototypical(metajax.Model(lambda key, x: (), lambda params, x: x), ways=2)
@@ -245,10 +248,23 @@ def predict(
     >>> predict(learner, (), support, jnp.array([[1.0, 0.0]])).argmax(-1).tolist()
     [0]
     """
-    if mask is None:
-        mask = np.ones(jax.tree.leaves(inputs)[0].shape[0], bool)
+    count = len(jax.tree.leaves(inputs)[0])
+    mask = np.ones(count, bool) if mask is None else mask
     params = jax.tree.map(settled, params)
-    return _predict(params, support, inputs, mask, key, learner=learner, num_steps=num_steps)
+    if batch is None or count <= _validate.positive_int("batch", batch):
+        return _predict(params, support, inputs, mask, key, learner=learner, num_steps=num_steps)
+    adapted = _adapt(params, support, key, learner=learner, num_steps=num_steps)
+    outputs = []
+    for start in range(0, count, batch):
+        here = slice(start, min(start + batch, count))
+        missing = batch - (here.stop - start)  # the last part is as large, and compiles nothing
+
+        def part(leaf: Any, here: slice = here, missing: int = missing) -> np.ndarray:
+            return np.pad(np.asarray(leaf)[here], [(0, missing)] + [(0, 0)] * (leaf.ndim - 1))
+
+        found = _continue(adapted, jax.tree.map(part, inputs), part(mask), key, start, learner=learner)
+        outputs.append(found[: batch - missing])
+    return jnp.concatenate(outputs)
 
 
 def predict_query(
@@ -287,6 +303,18 @@ def _predict(
     params: Params, support: Examples, inputs: Any, mask: Any, key: Any, *, learner: Learner, num_steps: int | None
 ) -> Any:
     return adapt_and_predict(learner, num_steps)(params, support, inputs, mask, key)
+
+
+@functools.partial(jax.jit, static_argnames=("learner", "num_steps"))
+def _adapt(params: Params, support: Examples, key: Any, *, learner: Learner, num_steps: int | None) -> Any:
+    return learner.adapt(params, support, num_steps=num_steps, key=_rng.split(key, 2)[0])
+
+
+@functools.partial(jax.jit, static_argnames=("learner",))
+def _continue(adapted: Any, inputs: Any, mask: Any, key: Any, start: Any, *, learner: Learner) -> Any:
+    predict_key = _rng.split(key, 2)[1]
+    predict_key = None if predict_key is None else jax.random.fold_in(predict_key, start)
+    return learner.predict(adapted, inputs, mask=mask, key=predict_key)
 
 
 def settled(leaf: Any) -> Any:

@@ -66,6 +66,21 @@ def test_progress_counts_the_episodes_that_are_done(source):
     assert done == [10, 20, 25]
 
 
+@pytest.mark.parametrize("key", [None, jax.random.key(0)])
+def test_queries_in_parts_are_predicted_the_same(source, key):
+    model = models.mlp(outputs=3, hidden=(5,))
+    learner = learners.maml(model, optax.sgd(0.1), 2)
+    one = data.episode(source, data.EpisodeSpec(3, 2, 7), seed=0, index=0)
+    params = learner.init(jax.random.key(1), one.support.inputs)
+    whole, parts = (
+        predict(learner, params, one.support, one.query.inputs, batch=batch, key=key) for batch in (None, 8)
+    )
+    assert whole.shape == (21, 3)
+    np.testing.assert_allclose(parts, whole, atol=1e-5)
+    with pytest.raises(ValueError, match="batch must be an integer of at least 1, got 0"):
+        predict(learner, params, one.support, one.query.inputs, batch=0)
+
+
 def test_seeds_and_splits_give_other_episodes(source):
     learner = learners.prototypical(IDENTITY)
     train = data.ClassSource("clouds", "train", source.inputs, source.labels, source.class_names)
