@@ -45,8 +45,8 @@ class Rotary:
     def frequencies(self, half: int) -> np.ndarray:
         """The angle from one position to the next, of each of `half` pairs of coordinates.
 
-        >>> Rotary(1e4).frequencies(2).tolist(), Rotary(1e4, factor=2.0).frequencies(2).tolist()
-        ([1.0, 0.01...], [0.5, 0.005...])
+        >>> Rotary(16.0).frequencies(2).tolist(), Rotary(16.0, factor=2.0).frequencies(2).tolist()
+        ([1.0, 0.25], [0.5, 0.125])
         """
         rates = self.theta ** (-np.arange(half) / half)
         kept = np.zeros(half)
