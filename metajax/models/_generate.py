@@ -48,8 +48,7 @@ def generate(
 
     Raises:
       ValueError: a part of another type or shape, a prompt without a token, a token that the model does not have (these
-        two not under jit), an argument out of range, a temperature without a key, or a model
-        without a cache.
+        two not under jit), an argument out of range, a temperature without a key, or a model without a cache.
 
     >>> import jax, jax.numpy as jnp, metajax
     >>> model = metajax.models.decoder(100, width=16, depth=2, heads=4)

@@ -106,9 +106,9 @@ def load_pretrained_model(
     Args:
       path: the folder.
       head: what comes out; the architecture's own by default, or what 1_Pooling/config.json says in a folder of
-        sentence-transformers. Encoders: "mean" (of a text's tokens), "cls", "tokens" or
-        "span", as `models.encoder` describes them. Decoders: logits of "tokens", or "features" of a text. Vision
-        Transformers: "cls" or "mean". What `save_pretrained_model` wrote has by default that of its options.
+        sentence-transformers. Encoders: "mean" (of a text's tokens), "cls", "tokens" or "span", as `models.encoder`
+        describes them. Decoders: logits of "tokens", or "features" of a text. Vision Transformers: "cls" or "mean".
+        What `save_pretrained_model` wrote has by default that of its options.
       outputs: of a new linear layer on top, such as the ways of a task; None is features as they are.
       dtype: of the parameters, a floating-point type; bfloat16 halves a frozen base (float16 too, but CPUs do not
         compute attention in it).
@@ -131,7 +131,9 @@ def load_pretrained_model(
     ValueError: path must be a folder with a config.json, got 'no/such/folder'
     """
     folder = pathlib.Path(path)
-    config, architecture, model = open_model(folder, head=head, outputs=outputs, dtype=dtype, remat=remat)
+    config, architecture = read_architecture(folder)
+    head = default_head(folder, architecture, outputs) if head is None else head
+    model = _made(folder, architecture, head, outputs, dtype, remat)
     tensors = Tensors(folder)
     params, report = _read(
         architecture, model, tensors, jax.random.key(0) if key is None else key, own_head=outputs is None
@@ -140,8 +142,8 @@ def load_pretrained_model(
     if architecture.kind == "text" and (folder / "tokenizer.json").is_file():
         tokenizer = read_tokenizer(folder, architecture, params, user="load_pretrained_model")
     options = {
-        "head": head or default_head(folder, architecture, outputs), "outputs": outputs, "remat": remat,
-        "dtype": jnp.dtype(dtype).name, "preprocessor": read_preprocessor(folder),
+        "head": head, "outputs": outputs, "dtype": jnp.dtype(dtype).name, "remat": remat,
+        "preprocessor": read_preprocessor(folder),
     }  # fmt: skip
     return PretrainedModel(
         model, params, config, architecture.kind, tokenizer, architecture.positions, architecture.image, report, options
@@ -187,28 +189,47 @@ def open_model(
       ...
     ValueError: path must be a folder with a config.json, got 'no/such/folder'
     """
+    config, architecture = read_architecture(folder)
+    head = default_head(folder, architecture, outputs) if head is None else head
+    return config, architecture, _made(folder, architecture, head, outputs, dtype, remat)
+
+
+def read_architecture(folder: pathlib.Path) -> tuple[dict[str, Any], _architectures.Architecture]:
+    """The config of a folder, and the architecture that it describes.
+
+    Raises:
+      ValueError: there is no config, or it describes no model, or its architecture is not supported.
+
+    >>> read_architecture(pathlib.Path("no/such/folder"))
+    Traceback (most recent call last):
+      ...
+    ValueError: path must be a folder with a config.json, got 'no/such/folder'
+    """
     config = read_config(folder)
     names = _architectures.ARCHITECTURES
-    if outputs is not None:
-        _validate.positive_int("outputs", outputs)
     if not isinstance(config.get("model_type"), str) or config["model_type"] not in names:
         raise ValueError(
             f"model_type of {str(folder / 'config.json')!r} must be one of {', '.join(sorted(names))}, got "
             f"{config.get('model_type')!r} ({', '.join(map(str, config.get('architectures') or ['no architectures']))})"
         )
     try:
-        architecture = names[config["model_type"]](config)
+        return config, names[config["model_type"]](config)
     except (AttributeError, TypeError, ZeroDivisionError) as error:  # of what JSON can hold instead of a size or a dict
         raise ValueError(f"{str(folder / 'config.json')!r} describes no {config['model_type']} ({error})") from error
+
+
+def _made(
+    folder: pathlib.Path, architecture: _architectures.Architecture, head: str, outputs: int | None, dtype: Any,
+    remat: Remat,
+) -> Model:  # fmt: skip
+    if outputs is not None:
+        _validate.positive_int("outputs", outputs)
+    _validate.one_of("head", head, architecture.heads)
     if head == "tokens" and outputs is not None and "features" in architecture.heads:
         raise ValueError(f"outputs must be None for the logits of tokens of a decoder, got {outputs}")
-    head = default_head(folder, architecture, outputs) if head is None else head
-    _validate.one_of("head", head, architecture.heads)
     model = architecture.model(head, outputs, dtype, remat)
     preprocessor = read_preprocessor(folder) if architecture.kind == "image" else None
-    if preprocessor is not None:
-        model = _normalised(model, preprocessor)
-    return config, architecture, model
+    return model if preprocessor is None else _normalised(model, preprocessor)
 
 
 def default_head(folder: pathlib.Path, architecture: _architectures.Architecture, outputs: int | None = None) -> str:

@@ -190,7 +190,7 @@ def pretrained_head(config: Config) -> str | None:
         raise ValueError("model.head must not be 'tokens', which is no vector of a text, but for in_context")
     if config["model"]["head"] or prompted:
         return config["model"]["head"] or None
-    heads = pretrained.open_model(pathlib.Path(config["model"]["path"]))[1].heads
+    heads = pretrained.read_architecture(pathlib.Path(config["model"]["path"]))[1].heads
     return "features" if "features" in heads else None
 
 
