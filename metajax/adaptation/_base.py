@@ -11,14 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metajax import adapters, learners
+from metajax import adapters, learners, models
 from metajax.adaptation._proto_maml import proto_maml
 from metajax.core import _tree, _validate
 from metajax.core._types import Learner, Model, Params
 from metajax.pretrained import PretrainedModel
 
 _ATTENTION = "(query|value)/kernel"
-LEARNERS = ("prototypical", "proto_maml")
+_ADAPTERS = "lora_(a|b)$"
+_HEAD = "^head/"  # of one output, which is made anew
+LEARNERS = ("prototypical", "proto_maml")  # of models of features; the first is the default
+CHOICE_LEARNERS = ("maml",)  # of models that score choices
 
 
 class Adaptable(NamedTuple):
@@ -27,40 +30,52 @@ class Adaptable(NamedTuple):
     Attributes:
       model: with adapters, where there are some.
       where: path regex of the leaves that adapt, None for all.
+      choices: whether its tasks are questions with choices, which it scores; else classes, of its features.
     """
 
     model: Model
     where: str | None
+    choices: bool
 
 
 def adaptable(base: PretrainedModel, rank: int) -> Adaptable:
-    """The same object for the same model and rank: its functions are the key of what is compiled.
+    """Equal for the same model and rank: its functions are the key of what is compiled.
 
     Raises:
-      ValueError: `base` is none, its outputs are no features `[n, d]`, or `rank` does not fit.
+      ValueError: `base` is none, its outputs are neither features `[n, d]` nor scores of choices, or `rank` does not
+        fit.
     """
     _validate.instance("model", base, PretrainedModel)
     _validate.positive_int("rank", rank)
-    if any(re.search(_ATTENTION, path) for path in _tree.paths(base.params)):
-        made = _with_adapters(base.model, rank)
-    else:
-        made = Adaptable(base.model, None)
+    attention = any(re.search(_ATTENTION, path) for path in _tree.paths(base.params))
+    model = _with_adapters(base.model, rank) if attention else base.model
+    shape = _output_shape(base, model)
+    if len(shape) == 2 and (shape[1] > 1 or base.kind == "image"):
+        return Adaptable(model, _ADAPTERS if attention else None, False)
+    if len(shape) == 2:
+        return Adaptable(model, f"{_ADAPTERS}|{_HEAD}" if attention else None, True)
+    if len(shape) == 3 and shape[2] == base.params["embed"]["embedding"].shape[0]:
+        return Adaptable(model, _ADAPTERS if attention else None, True)
+    raise ValueError(
+        "model must give features [n, d], such as load_pretrained_model(path, head='mean') of an encoder or "
+        "head='features' of a decoder; or, for questions with choices, logits of tokens (head='tokens' of a decoder) "
+        f"or one number (outputs=1); got outputs of shape {shape}"
+    )
+
+
+def _output_shape(base: PretrainedModel, model: Model) -> tuple[int, ...]:
+    """Of two examples."""
+    inputs = example_inputs(base)
+    params = jax.eval_shape(model.init, jax.random.key(0), inputs)
     outputs = jax.eval_shape(
-        lambda params, inputs: made.model.apply(params, inputs, **dict.fromkeys(made.model.needs)),
-        abstract(base, made), example_inputs(base),
-    )  # fmt: skip
-    shape = (outputs[0] if "stats" in made.model.needs else outputs).shape
-    if len(shape) != 2:
-        raise ValueError(
-            "model must give features [n, d], such as load_pretrained_model(path, head='mean') of an encoder or "
-            f"head='features' of a decoder, got outputs of shape {shape}"
-        )
-    return made
+        lambda params, inputs: model.apply(params, inputs, **dict.fromkeys(model.needs)), params, inputs
+    )
+    return (outputs[0] if "stats" in model.needs else outputs).shape
 
 
 @functools.lru_cache(maxsize=32)
-def _with_adapters(model: Model, rank: int) -> Adaptable:
-    return Adaptable(adapters.lora(model, rank=rank, where=_ATTENTION), "lora_(a|b)$")
+def _with_adapters(model: Model, rank: int) -> Model:
+    return adapters.lora(model, rank=rank, where=_ATTENTION)
 
 
 def example_inputs(base: PretrainedModel) -> Any:
@@ -85,7 +100,14 @@ def start(base: PretrainedModel, made: Adaptable, seed: int) -> Params:
 
 @functools.lru_cache(maxsize=64)
 def learner_of(made: Adaptable, name: str, steps: int, rate: float) -> Learner:
-    """The same learner for the same arguments."""
+    """The same learner for the same arguments. `steps` is 0 only where `adapt(num_steps=0)` is called."""
     if name == "prototypical":
         return learners.prototypical(made.model, distance="cosine")
-    return proto_maml(made.model, optax.adam(rate), steps, adapts=made.where)
+    if name == "proto_maml":
+        return proto_maml(made.model, optax.adam(rate), steps, adapts=made.where)
+    return learners.maml(models.score_choices(made.model), optax.adam(rate), max(steps, 1), adapts=made.where)
+
+
+def fast_learner(made: Adaptable, steps: int, rate: float) -> Learner:
+    """What adapts to a new task in a few steps."""
+    return learner_of(made, "maml" if made.choices else "proto_maml", steps, rate)

@@ -1,4 +1,4 @@
-"""A classifier of one task from a few examples of each class."""
+"""What a model becomes for one task: a classifier from a few examples of each class, or a judge of choices."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metajax.adaptation import _base, _tasks
+from metajax.adaptation import _base, _questions, _tasks
 from metajax.adaptation._meta import MetaTrainedModel
 from metajax.core import _tree, _validate
 from metajax.core._types import Examples, Learner, Params, PyTree
@@ -37,12 +37,12 @@ class FastModel:
     """A model adapted to one task by `fast_adapt_model`.
 
     Attributes:
-      base: the pretrained model. Where all of it adapts, as without attention, a loaded `FastModel` has the adapted
-        parameters there.
+      base: the pretrained model. What of it adapts, all of it without attention and a layer of one output, is the
+        adapted one there in a loaded `FastModel`.
       learner: which adapted it, and predicts.
       rank: of the adapters.
       adapted: what the learner predicts with: parameters, the mask of classes, and the head.
-      classes_: the labels of the task, sorted.
+      classes_: the labels of the task, sorted; () where it is questions, which bring their choices.
 
     >>> FastModel.__name__
     'FastModel'
@@ -55,33 +55,45 @@ class FastModel:
     classes_: tuple[Any, ...]
 
     def predict_proba(self, inputs: Any) -> np.ndarray:
-        """Probabilities `[n, ways]` of the classes in the order of `classes_`.
+        """Probabilities `[n, ways]` of the classes in the order of `classes_`, or of choices, 0 beyond a question's.
 
         Args:
-          inputs: a list of texts, or uint8 images `[n, height, width, channels]`.
+          inputs: a list of texts, uint8 images `[n, height, width, channels]`, or a list of questions, dicts as the
+            lines of `metajax.data.multiple_choice` (an answer is not looked at).
 
         Raises:
           ValueError: something else, an empty text (by its index), or images of another size.
         """
-        read = _tasks.read_inputs(self.base, inputs)
+        if self.classes_:
+            read, columns = _tasks.read_inputs(self.base, inputs), len(self.classes_)
+        else:
+            questions = _questions.questions_of(inputs)
+            read = _questions.read_inputs(self.base, questions)
+            columns = max(len(question.choices) for question in questions)
         logits = []
         for first in range(0, len(inputs), _SIZES[-1]):
             part = jax.tree.map(lambda leaf, first=first: leaf[first : first + _SIZES[-1]], read)
             padded, mask = _pad(part)
             found = _predict(self.adapted, padded, mask, learner=self.learner)
-            logits.append(np.asarray(found, np.float64)[mask, : len(self.classes_)])
+            logits.append(np.asarray(found, np.float64)[mask, :columns])
         return softmax(np.concatenate(logits))
 
     def predict(self, inputs: Any) -> list[Any]:
-        """The labels of `inputs`, which are those of `predict_proba`."""
-        return [self.classes_[place] for place in self.predict_proba(inputs).argmax(axis=1)]
+        """The labels of `inputs`, which are those of `predict_proba`; of questions the texts of choices."""
+        places = self.predict_proba(inputs).argmax(axis=1)
+        if self.classes_:
+            return [self.classes_[place] for place in places]
+        return [question["choices"][place] for question, place in zip(inputs, places, strict=True)]
 
     def score(self, inputs: Any, labels: Any) -> float:
-        """Accuracy on labelled inputs.
+        """Accuracy on labelled inputs; labels of questions are places or texts of the right choices.
 
         Raises:
-          ValueError: as `predict_proba`; labels are of another number, or one is none of `classes_`.
+          ValueError: as `predict_proba`; labels are of another number, or one is none of `classes_`, or of the choices.
         """
+        if not self.classes_:
+            answers = [question.answer for question in _questions.questions_of(inputs, labels)]
+            return float(np.mean(self.predict_proba(inputs).argmax(axis=1) == answers))
         known, labels = set(self.classes_), list(labels)
         unseen = [label for label in labels if label not in known]
         if unseen:
@@ -102,7 +114,8 @@ class FastModel:
           ImportError: the safetensors library is not installed.
         """
         told = {
-            "classes": list(self.classes_), "rank": self.rank, "ways": len(np.asarray(self.adapted.class_mask)),
+            "classes": list(self.classes_), "rank": self.rank,
+            "ways": 0 if self.adapted.class_mask is None else len(np.asarray(self.adapted.class_mask)),
             "options": {key: value for key, value in self.base.options.items() if key != "preprocessor"},
         }  # fmt: skip
         with whole_folder(path, _FILES, lambda folder: (folder / _FILE).is_file()) as folder:
@@ -131,11 +144,11 @@ class FastModel:
         )  # fmt: skip
         shapes = jax.eval_shape(model.init, jax.random.key(0), _base.example_inputs(base))
         made = _base.adaptable(dataclasses.replace(base, params=shapes), rank)
-        learner = _base.learner_of(made, "proto_maml", 0, _RATE)
-        example = _base.example_inputs(base)
-        support = Examples(example, np.zeros(2, int), np.ones(2, bool), np.arange(ways) < len(classes))
-        like = jax.eval_shape(learner.adapt, _base.abstract(base, made), support)
-        adapted = like._replace(**_read(folder, _stored(like)), class_mask=support.class_mask)
+        if made.choices == bool(classes):
+            raise ValueError(f"{str(folder / _FILE)!r} must hold {'no ' * made.choices}classes, got {classes!r}")
+        learner = _base.fast_learner(made, 0, _RATE)
+        like = jax.eval_shape(learner.adapt, _base.abstract(base, made), _example_support(base, classes, ways))
+        adapted = like._replace(**_read(folder, _stored(like)), class_mask=_class_mask(classes, ways))
         plain = _without(adapted.params, shapes)
         tokenizer = None
         if (folder / "tokenizer.json").is_file():
@@ -153,13 +166,14 @@ def fast_adapt_model(
     A pretrained model and a meta-trained one are adapted in the same way (Proto-MAML): a linear head on normalised
     features starts as the class means, then `steps` steps of Adam train it together with the low-rank adapters, or with
     the whole model where it has no attention. Examples are padded to a few static sizes, so that the next task of a
-    similar size compiles nothing.
+    similar size compiles nothing. A model that scores choices (see `adapt_model`) has no head to start from class
+    means: the steps train its adapters, and the layer of one output, on the questions of the task.
 
     Args:
       model: what `load_pretrained_model` or `adapt_model` gives.
       task: as `adapt_model` takes it, with all its examples as the support set. A source must be a
         `metajax.data.ClassSource`.
-      steps: of Adam; 0 predicts by the class means.
+      steps: of Adam; 0 predicts by the class means, or what the model says of choices.
       rate: of Adam.
       rank: of the adapters of a pretrained model; a meta-trained one has its own.
 
@@ -168,7 +182,7 @@ def fast_adapt_model(
 
     Raises:
       ValueError: what is given is no task, of another kind than the model, of one class, with an empty text (by its
-        index), or with images of another size; or an argument is out of range.
+        index), with images of another size, or with an answer that is no choice; or an argument is out of range.
 
     Source: Triantafillou et al. 2020, section 3.3, arXiv:1903.03096.
 
@@ -189,23 +203,38 @@ def fast_adapt_model(
     else:
         made = _base.adaptable(model, rank)
         base, params = model, _base.start(model, made, 0)
-    inputs, labels, classes, _ = _tasks.read_task(base, task)
-    learner = _base.learner_of(made, "proto_maml", steps, rate)
+    inputs, labels, classes, _ = (_questions if made.choices else _tasks).read_task(base, task)
+    learner = _base.fast_learner(made, steps, rate)
     padded, mask = _pad(inputs)
     targets = np.zeros(len(mask), np.int32)
     targets[: len(labels)] = labels
-    ways = -(-len(classes) // _WAYS) * _WAYS
-    support = Examples(padded, targets, mask, np.arange(ways) < len(classes))
-    moved, head, stats = _adapt(params, support, learner=learner, where=made.where)
-    if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(head)):
+    support = Examples(padded, targets, mask, _class_mask(classes, -(-len(classes) // _WAYS) * _WAYS))
+    moved, head, stats = _adapt(params, support, learner=learner, where=made.where, steps=steps)
+    if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves((moved, head))):
         raise ValueError(f"rate must be low enough for a finite result, got {rate}: the adapted model is not finite")
     kept = _tree.split(params, made.where)[1]  # the base itself: what comes out of the call is what moved
     return FastModel(base, learner, rank, Adapted(_tree.merge(moved, kept), support.class_mask, stats, head), classes)
 
 
-@functools.partial(jax.jit, static_argnames=("learner", "where"))
-def _adapt(params: Params, support: Examples, *, learner: Learner, where: str | None) -> tuple[Params, Any, Any]:
-    adapted = learner.adapt(params, support)
+def _class_mask(classes: tuple[Any, ...], ways: int) -> np.ndarray | None:
+    """Which of the ways a task has; questions have none."""
+    return np.arange(ways) < len(classes) if classes else None
+
+
+def _example_support(base: PretrainedModel, classes: tuple[Any, ...], ways: int) -> Examples:
+    """A support set of two examples, of zeros."""
+    inputs = _base.example_inputs(base)
+    if not classes:
+        inputs = jax.tree.map(lambda leaf: np.stack([leaf, leaf], axis=1), inputs)
+        inputs |= {"types": np.zeros_like(inputs["tokens"]), "choice": inputs["mask"]}
+    return Examples(inputs, np.zeros(2, int), np.ones(2, bool), _class_mask(classes, ways))
+
+
+@functools.partial(jax.jit, static_argnames=("learner", "where", "steps"))
+def _adapt(
+    params: Params, support: Examples, *, learner: Learner, where: str | None, steps: int
+) -> tuple[Params, Any, Any]:
+    adapted = learner.adapt(params, support, num_steps=steps)
     return _tree.split(adapted.params, where)[0], adapted.head, adapted.stats
 
 
@@ -244,12 +273,16 @@ def _told(folder: pathlib.Path) -> tuple[tuple[Any, ...], int, int, dict[str, An
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
         classes, options = tuple(told["classes"]), {key: told["options"][key] for key in ("head", "outputs", "remat")}
-        rank, ways = _validate.positive_int("rank", told["rank"]), _validate.positive_int("ways", told["ways"])
+        rank, ways = _validate.positive_int("rank", told["rank"]), _validate.int_at_least("ways", told["ways"], 0)
         options["dtype"] = jnp.dtype(told["options"]["dtype"])
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{str(path)!r} must hold classes, rank, ways and options ({error!r})") from error
-    if not 2 <= len(classes) <= ways or not all(isinstance(label, str | int) for label in classes):
-        raise ValueError(f"{str(path)!r} must hold 2 to {ways} classes, texts or integers, got {classes!r}")
+    if not (2 <= len(classes) <= ways or len(classes) == ways == 0) or not all(
+        isinstance(label, str | int) for label in classes
+    ):
+        raise ValueError(
+            f"{str(path)!r} must hold 2 to {ways} classes (none for questions), texts or integers, got {classes!r}"
+        )
     return classes, rank, ways, options
 
 

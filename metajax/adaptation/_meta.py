@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from metajax import data, hypergrad
-from metajax.adaptation import _base, _tasks
+from metajax.adaptation import _base, _questions, _tasks
 from metajax.core import _tree, _validate
 from metajax.core._types import Learner, MetaState, Params
 from metajax.pretrained import PretrainedModel
@@ -21,7 +21,7 @@ from metajax.training import outer_update
 
 _WAYS = 5  # at most, where nobody says
 _EPISODES = 4  # in an outer step
-_INNER_STEPS, _INNER_RATE = 3, 2e-3  # of "proto_maml"
+_INNER_STEPS, _INNER_RATE = 3, 2e-3  # of "proto_maml" and "maml"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ def adapt_model(
     ways: int | None = None,
     shots: int = 5,
     queries: int = 5,
-    learner: Literal["prototypical", "proto_maml"] | None = None,
+    learner: Literal["prototypical", "proto_maml", "maml"] | None = None,
     rank: int | None = None,
     outer_rate: float | None = None,
     seed: int = 0,
@@ -75,18 +75,24 @@ def adapt_model(
     A model without attention (Conv4, ResNet-12) is trained as a whole. A call with what the last one gave goes on with
     it. Tasks of the same ways, shots, queries and form of inputs share one compilation.
 
+    A model that scores texts learns to answer questions with choices (see `metajax.models.score_choices`): a decoder
+    with logits of tokens (`load_pretrained_model(path, head="tokens")`), or a model of one number, `outputs=1`, whose
+    new layer is trained too. Its tasks are kinds of questions, and an episode has questions of one kind.
+
     Args:
       model: what `load_pretrained_model` gives, or the result of a call before.
       task: a folder or zip of `CLASS/NAME.png`; a file of texts with the columns `text` and `label` (.jsonl, .csv,
         .tsv, or .json lists; see `metajax.data.text`); a pair `(inputs, labels)` of uint8 images `[n, height, width,
         channels]` or a list of texts, and texts or integers; a source of `metajax.data` with classes; or a list of
-        these, which take turns at random. Texts are cut at 128 tokens.
+        these, which take turns at random. Texts are cut at 128 tokens. Of questions: a .jsonl file as
+        `metajax.data.multiple_choice` reads it, a pair `(questions, answers)` of dicts `{"question": ..., "choices":
+        [...], "context": ...}` and the places or texts of the right choices, or a source of that function.
       steps: outer steps, of 4 episodes each.
-      ways: classes of an episode; by default 5, or all where a task has fewer.
-      shots: support examples of a class.
-      queries: query examples of a class.
+      ways: classes of an episode; by default 5, or all where a task has fewer. Questions have 1.
+      shots: support examples of a class, or questions.
+      queries: query examples of a class, or questions.
       learner: "prototypical" (cosine; the default), or "proto_maml", three first-order inner steps from prototypes. It
-        is chosen in the first call.
+        is chosen in the first call. For questions it is "maml", three first-order inner steps.
       rank: of the adapters, 8 by default; chosen in the first call.
       outer_rate: of Adam, 1e-3 by default; chosen in the first call.
       seed: of the new adapters and of the episodes.
@@ -96,11 +102,12 @@ def adapt_model(
 
     Raises:
       ValueError: what is given is no task, of another kind than the model, of one class, with an empty text (by its
-        index), or with images of another size; a class has fewer examples than `shots + queries`; ways are fewer than
-        2 or more than the classes; another learner, rank or rate than in the first call; an argument is out of range.
+        index), with images of another size, or with an answer that is no choice; a class has fewer examples than
+        `shots + queries`; ways are fewer than 2 or more than the classes; another learner, rank or rate than in the
+        first call; an argument is out of range.
 
     Sources: Snell et al. 2017, arXiv:1703.05175; Hu et al. 2022 (LoRA), arXiv:2106.09685; Triantafillou et al. 2020
-    (Proto-MAML), arXiv:1903.03096.
+    (Proto-MAML), arXiv:1903.03096; Finn et al. 2017 (MAML), arXiv:1703.03400.
 
     >>> import pathlib, tempfile, jax, jax.numpy as jnp, metajax
     >>> folder, options = pathlib.Path(tempfile.mkdtemp()) / "model", {"width": 8, "normalisation": "layer"}
@@ -120,11 +127,18 @@ def adapt_model(
     for argument, (value, first) in chosen.items():
         if value not in (None, first):
             raise ValueError(f"{argument} must be that of the first call, {first!r}, got {value!r}")
-    sources = [_tasks.read_source(model.base, one) for one in (task if isinstance(task, list) else [task])]
-    if not sources:
+    tasks = task if isinstance(task, list) else [task]
+    if not tasks:
         raise ValueError("task must be a task or a list of them, got an empty list")
-    classes = min(getattr(source, "num_classes", _WAYS) for source in sources)
-    ways = min(_WAYS, classes) if ways is None else _validate.int_at_least("ways", ways, 2)
+    if name in _base.CHOICE_LEARNERS:
+        sources: list[Any] = _questions.read_sources(model.base, tasks)
+        if ways not in (None, 1):
+            raise ValueError(f"ways must be 1 for questions, which bring their choices, got {ways!r}")
+        ways = 1
+    else:
+        sources = [_tasks.read_source(model.base, one) for one in tasks]
+        classes = min(getattr(source, "num_classes", _WAYS) for source in sources)
+        ways = min(_WAYS, classes) if ways is None else _validate.int_at_least("ways", ways, 2)
     spec = data.EpisodeSpec(ways, shots, queries)
     source = sources[0] if len(sources) == 1 else data.mixture(sources)
     update = _update(model.learner, model.options)
@@ -142,10 +156,11 @@ def adapt_model(
 def _first(
     base: PretrainedModel, learner: str | None, rank: int | None, outer_rate: float | None, seed: int
 ) -> MetaTrainedModel:
-    name = _validate.one_of("learner", "prototypical" if learner is None else learner, _base.LEARNERS)
     rate = _validate.positive_float("outer_rate", 1e-3 if outer_rate is None else outer_rate)
     rank = 8 if rank is None else rank
     made = _base.adaptable(base, rank)
+    known = _base.CHOICE_LEARNERS if made.choices else _base.LEARNERS
+    name = _validate.one_of("learner", known[0] if learner is None else learner, known)
     params = _base.start(base, made, _validate.int_at_least("seed", seed, 0))
     trained, frozen = _tree.split(params, made.where)
     made_learner = _base.learner_of(made, name, _INNER_STEPS, _INNER_RATE)

@@ -63,14 +63,13 @@ def read_inputs(base: PretrainedModel, inputs: Any, name: str = "inputs") -> PyT
 
 
 def _texts(base: PretrainedModel, inputs: Any, name: str) -> PyTree:
-    if base.tokenizer is None:
-        raise ValueError("model must have a tokenizer: its folder holds no tokenizer.json")
+    lengths = lengths_of(base)
+    tokenizer = tokenizer_of(base, lengths[-1])
     if isinstance(inputs, str) or not isinstance(inputs, Sequence | np.ndarray) or not len(inputs):
         raise ValueError(f"{name} must be a list of one text or more, got {inputs!r}")
     for place, text in enumerate(inputs):
         a_text(f"index {place} of {name}", text, "text")
-    lengths = lengths_of(base)
-    encodings = _truncating(base.tokenizer, lengths[-1]).encode_batch_fast(list(inputs))
+    encodings = tokenizer.encode_batch_fast(list(inputs))
     ids = [encoding.ids for encoding in encodings]
     if not all(ids):
         raise ValueError(f"{name} must be texts with tokens, got {inputs[ids.index([])]!r} at index {ids.index([])}")
@@ -84,12 +83,25 @@ def _texts(base: PretrainedModel, inputs: Any, name: str) -> PyTree:
     return {"tokens": tokens, "mask": np.arange(length) < sizes[:, None]}
 
 
+def tokenizer_of(base: PretrainedModel, length: int | None = None) -> Any:
+    """The tokenizer of a model, which pads nothing, and cuts texts of more than `length` tokens alone.
+
+    Raises:
+      ValueError: the model has none.
+    """
+    if base.tokenizer is None:
+        raise ValueError("model must have a tokenizer: its folder holds no tokenizer.json")
+    return _limited(base.tokenizer, length)
+
+
 @functools.lru_cache(maxsize=4)
-def _truncating(tokenizer: Any, length: int) -> Any:
-    """A copy: that of the model is the user's, and cuts nothing."""
+def _limited(tokenizer: Any, length: int | None) -> Any:
+    """A copy: that of the model is the user's."""
     copy = type(tokenizer).from_str(tokenizer.to_str())
-    copy.enable_truncation(length)
     copy.no_padding()  # it would count as words
+    copy.no_truncation()
+    if length is not None:
+        copy.enable_truncation(length)
     return copy
 
 
@@ -175,14 +187,19 @@ def _from_source(base: PretrainedModel, source: ClassSource) -> Labelled:
     if base.kind == "image":
         inputs = _images(base, inputs, f"inputs of {source!r}")
     else:
-        _check_tokens(inputs, base, source)
+        check_tokens(inputs, base, source)
         inputs = to_length(inputs, int(inputs["mask"].sum(axis=1).max()), base)
     return Labelled(inputs, source.labels[kept], source.class_names, repr(source))
 
 
-def _check_tokens(inputs: dict[str, np.ndarray], base: PretrainedModel, source: ClassSource) -> None:
+def check_tokens(inputs: dict[str, np.ndarray], base: PretrainedModel, source: ClassSource) -> None:
+    """Refuses tokens `[..., length]` of another tokenizer than the model's, and padding in front of one.
+
+    Raises:
+      ValueError: there are such.
+    """
     tokens, mask = inputs["tokens"], inputs["mask"]
-    if (mask[:, 1:] & ~mask[:, :-1]).any():
+    if (mask[..., 1:] & ~mask[..., :-1]).any():
         raise ValueError(f"mask of {source!r} must be padding behind each text, got padding in front of a token")
     rows = base.params["embed"]["embedding"].shape[0]
     unknown = tokens[mask & ((tokens < 0) | (tokens >= rows))]
@@ -191,12 +208,13 @@ def _check_tokens(inputs: dict[str, np.ndarray], base: PretrainedModel, source: 
 
 
 def to_length(inputs: PyTree, longest: int, base: PretrainedModel) -> PyTree:
-    """Tokens cut or filled up to the smallest static length that holds `longest`."""
+    """Tokens `[..., length]` cut or filled up to the smallest static length that holds `longest`."""
     lengths = lengths_of(base)
     length = next((length for length in lengths if length >= longest), lengths[-1])
 
     def fit(leaf: np.ndarray) -> np.ndarray:
-        return np.pad(leaf[:, :length], [(0, 0), (0, max(0, length - leaf.shape[1]))])
+        padding = [(0, 0)] * (leaf.ndim - 1) + [(0, max(0, length - leaf.shape[-1]))]
+        return np.pad(leaf[..., :length], padding)
 
     return jax.tree.map(fit, inputs)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +18,20 @@ from metajax.data._text_files import a_text, json_lines, read_content, text_file
 Path = str | os.PathLike[str]
 
 
-class _Row(NamedTuple):
+class ChoiceQuestion(NamedTuple):
+    """One question with its choices.
+
+    Attributes:
+      task: the kind of question.
+      prompt: the context and the question.
+      choices: texts.
+      answer: the place of the right one, -1 where nobody says.
+      where: its place, for errors.
+
+    >>> ChoiceQuestion("books", "Who wrote it?", ("Ada", "Bob"), 0, "line 1").choices[0]
+    'Ada'
+    """
+
     task: str
     prompt: str
     choices: tuple[str, ...]
@@ -34,7 +48,7 @@ def multiple_choice(
     max_length: int = 128,
     length_buckets: Sequence[int] | None = None,
     num_choices: int | None = None,
-    choice_prefix: str = " ",
+    choice_prefix: str | None = None,
     name: str | None = None,
 ) -> ClassSource:
     """Multiple-choice questions of any kind (facts, common sense, word inference, stories) from JSON lines.
@@ -64,8 +78,8 @@ def multiple_choice(
         all of it.
       num_choices: choices of an example, padding included; None is the most of any question in the files. Sources of
         one mixture, and splits with files of their own, need one number.
-      choice_prefix: stands in front of each choice. The space is what tokenizers of bytes (GPT-2's) need between
-        words; those that put one there themselves need "".
+      choice_prefix: stands in front of each choice. None is a space, which tokenizers of bytes (GPT-2's) need between
+        words, and nothing for those that put one there themselves (SentencePiece).
       name: what reports call it; by default the files.
 
     Returns:
@@ -89,20 +103,12 @@ def multiple_choice(
     buckets = _tokens.buckets_of(max_length, length_buckets)
     if num_choices is not None:
         _validate.int_at_least("num_choices", num_choices, 2)
-    _validate.instance("choice_prefix", choice_prefix, str)
+    if choice_prefix is not None:
+        _validate.instance("choice_prefix", choice_prefix, str)
     paths = text_files(files)
     name = name or "+".join(map(str, paths))
     encoder = _tokens.load_tokenizer(tokenizer, max_length, user="multiple_choice", pair=True)
-    rows: list[_Row] = []
-    for path in paths:
-        if not path.name.lower().removesuffix(".gz").endswith(".jsonl"):
-            raise ValueError(f"files must end in .jsonl or .jsonl.gz, got {str(path)!r}")
-        before = len(rows)
-        stem = path.name.lower().removesuffix(".gz").removesuffix(".jsonl")
-        task = path.name[: len(stem)]
-        rows += [_row(record, where, task) for where, record in json_lines(read_content(path), repr(str(path)))]
-        if len(rows) == before:
-            raise ValueError(f"{str(path)!r} has no rows")
+    rows = read_questions(paths)
     widest = max(rows, key=lambda row: len(row.choices))
     width = num_choices or len(widest.choices)
     if len(widest.choices) > width:
@@ -110,7 +116,7 @@ def multiple_choice(
     tasks = divide({row.task for row in rows}, split, splits, f"{name} (split by task)")
     number = {task: place for place, task in enumerate(tasks)}
     rows = [row for row in rows if row.task in number]
-    inputs, lengths, cut = _encode(encoder, rows, width, max_length, choice_prefix)
+    inputs, lengths, cut = encode_questions(encoder, rows, width, max_length, choice_prefix)
     return ClassSource(
         name,
         split,
@@ -125,7 +131,41 @@ def multiple_choice(
     )
 
 
-def _row(record: dict[str, Any], where: str, file_task: str) -> _Row:
+def read_questions(paths: Sequence[pathlib.Path]) -> list[ChoiceQuestion]:
+    """The questions of files of JSON lines.
+
+    Raises:
+      ValueError: a file has another extension or no rows, or a line is no question.
+    """
+    rows: list[ChoiceQuestion] = []
+    for path in paths:
+        if not path.name.lower().removesuffix(".gz").endswith(".jsonl"):
+            raise ValueError(f"files must end in .jsonl or .jsonl.gz, got {str(path)!r}")
+        before = len(rows)
+        stem = path.name.lower().removesuffix(".gz").removesuffix(".jsonl")
+        task = path.name[: len(stem)]
+        for where, record in json_lines(read_content(path), repr(str(path))):
+            rows.append(read_question(record, where, task))
+        if len(rows) == before:
+            raise ValueError(f"{str(path)!r} has no rows")
+    return rows
+
+
+def read_question(record: Mapping[str, Any], where: str, file_task: str, *, answered: bool = True) -> ChoiceQuestion:
+    """The question of a line.
+
+    Args:
+      record: its fields.
+      where: its place, for errors.
+      file_task: the task of a line that names none.
+      answered: whether it must have an answer; else what it has is not read.
+
+    Raises:
+      ValueError: a text is empty or none, there are fewer than 2 choices, or the answer is none of them.
+
+    >>> read_question({"question": "Who?", "choices": ["Ada", "Bob"], "answer": "Bob"}, "line 1", "books").answer
+    1
+    """
     prompt = a_text(where, record.get("question"), "question")
     if record.get("context") is not None:
         prompt = a_text(where, record["context"], "context") + " " + prompt
@@ -134,6 +174,8 @@ def _row(record: dict[str, Any], where: str, file_task: str) -> _Row:
     if not isinstance(choices, list) or len(choices) < 2:
         raise ValueError(f"{where} must have a list of 2 choices at least, got {choices!r}")
     choices = tuple(a_text(where, choice, "choice") for choice in choices)
+    if not answered:
+        return ChoiceQuestion(task, prompt, choices, -1, where)
     if isinstance(answer, str):
         if choices.count(answer) != 1:
             times = "not" if answer not in choices else "more than once"
@@ -141,13 +183,28 @@ def _row(record: dict[str, Any], where: str, file_task: str) -> _Row:
         answer = choices.index(answer)
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
         raise ValueError(f"{where} must have one of its {len(choices)} choices as answer, from 0 on, got {answer!r}")
-    return _Row(task, prompt, choices, answer, where)
+    return ChoiceQuestion(task, prompt, choices, answer, where)
 
 
-def _encode(
-    encoder: Any, rows: Sequence[_Row], width: int, max_length: int, prefix: str
+def encode_questions(
+    encoder: Any, rows: Sequence[ChoiceQuestion], width: int, max_length: int, prefix: str | None
 ) -> tuple[dict[str, np.ndarray], np.ndarray, int]:
-    """The inputs, the longest choice of each row with its prompt, and how many rows lost the beginning of a prompt."""
+    """Questions as `multiple_choice` gives them.
+
+    Args:
+      encoder: a tokenizer without padding and truncation.
+      rows: the questions.
+      width: choices of each, padding included.
+      max_length: tokens of a prompt and a choice.
+      prefix: of choices, as `choice_prefix` of `multiple_choice`.
+
+    Returns:
+      The inputs, the longest choice of each row with its prompt, and how many rows lost the beginning of a prompt.
+
+    Raises:
+      ValueError: a question or a choice gives no tokens, or no token of a question has room.
+    """
+    prefix = _prefix(encoder) if prefix is None else prefix
     shape = (len(rows), width, max_length)
     inputs = {name: np.zeros(shape, np.int32) for name in ("tokens", "types")}
     inputs |= {name: np.zeros(shape, bool) for name in ("mask", "choice")}
@@ -177,3 +234,9 @@ def _encode(
         inputs["mask"][here] = True
         lengths[line] = max(lengths[line], len(kept))
     return inputs, lengths, len(cut)
+
+
+def _prefix(encoder: Any) -> str:
+    """A space, unless it would be a token of its own in front of a word that has one already."""
+    spaced, plain = (len(encoder.encode(text, add_special_tokens=False).ids) for text in (" a", "a"))
+    return " " if spaced <= plain else ""

@@ -89,9 +89,16 @@ def test_a_prefix_of_choices_joins_words(tmp_path):
     encoder.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     encoder.save(str(tmp_path / "tokenizer.json"))
     path = jsonl(tmp_path / "x.jsonl", line("a", ("b", "a")))
-    for prefix, token in ((" ", 3), ("", 2)):
+    for prefix, token in ((" ", 3), ("", 2), (None, 3)):
         source = multiple_choice(path, tokenizer=tmp_path, max_length=4, choice_prefix=prefix, **ALL)
         assert source.inputs["tokens"][0, 0].tolist() == [1, token, 0, 0]
+    encoder = tokenizers.Tokenizer(tokenizers.models.BPE({"▁": 0, "a": 1, "▁a": 2, "b": 3, "▁b": 4},
+                                                         [("▁", "a"), ("▁", "b")]))  # fmt: skip
+    normalizers = tokenizers.normalizers  # which put a space in front, as those of Llama 2
+    encoder.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    encoder.save(str(tmp_path / "tokenizer.json"))
+    source = multiple_choice(path, tokenizer=tmp_path, max_length=4, **ALL)
+    assert source.inputs["tokens"][0, 0].tolist() == [2, 4, 0, 0]
 
 
 def test_tasks_are_files_or_fields_and_are_divided(tmp_path, tokenizer):
@@ -178,7 +185,7 @@ def test_bad_lines(tmp_path, tokenizer, row, error):
     [
         ({"split": "all"}, "split must be one of"),
         ({"num_choices": 1}, "num_choices must be an integer of at least 2, got 1"),
-        ({"choice_prefix": None}, "choice_prefix must be of type str, got None"),
+        ({"choice_prefix": 1}, "choice_prefix must be of type str, got 1"),
         ({"max_length": 0}, "max_length must be an integer of at least 1, got 0"),
         ({"splits": {"train": ["y"]}}, r"\(split by task\) lacks 1 of the 1 classes .* the first is 'y'"),
     ],
