@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-NOT_IMAGES = ("cycles", "sinusoids", "squad", "text")
+NOT_IMAGES = ("cycles", "multiple_choice", "sinusoids", "squad", "text")
 NAMED = ("glyphs", "omniglot", "cifar_fs", "fc100", "mini_imagenet", "tiered_imagenet", "cub")
 
 

@@ -1,4 +1,4 @@
-"""Labelled texts to adapt to, and texts to predict, read as those of a run."""
+"""Texts and questions to adapt to, and others to predict, read as those of a run."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ class Texts(NamedTuple):
       inputs: leaves `[n, ...]`: tokens and mask, or features where the run froze its model.
       shown: the texts, shortened.
       labels: `[n]`, positions in `classes`, or None where the file has no labels.
-      classes: names of the classes.
-      truncated: how many texts lost their ends.
+      classes: names of the classes; () of questions.
+      truncated: how many texts lost their ends, or questions their beginnings.
+      choices: of each question, in which its label is a position; None of texts.
     """
 
     inputs: Any
@@ -25,6 +26,7 @@ class Texts(NamedTuple):
     labels: np.ndarray | None
     classes: tuple[str, ...]
     truncated: int
+    choices: list[tuple[str, ...]] | None = None
 
 
 def read(path: str, config: dict[str, Any], *, classes: tuple[str, ...] | None = None) -> Texts:
@@ -66,6 +68,36 @@ def read(path: str, config: dict[str, Any], *, classes: tuple[str, ...] | None =
     )  # fmt: skip
     shown = tuple(_shorten(row.text) for row in rows)
     return Texts(with_features(config, source).inputs, shown, labels, known, encoded.truncated)
+
+
+def read_questions(path: str, config: dict[str, Any], *, answered: bool) -> Texts:
+    """Reads a file of questions with choices.
+
+    Args:
+      path: .jsonl, maybe with .gz.
+      config: of the run.
+      answered: whether all must have answers; else there are labels only where all have them.
+
+    Raises:
+      ValueError: as `metajax.data.multiple_choice`.
+    """
+    from metajax import training
+    from metajax.data import _multiple_choice, _text_files, _tokens
+
+    options = training.text_options(config)
+    length = options["max_length"]
+    files = _text_files.text_files(path)
+    rows = _multiple_choice.read_questions(files, answered=True if answered else None)
+    answers = np.array([row.answer for row in rows], np.int32)
+    encoder = _tokens.load_tokenizer(options["tokenizer"], length, user="adapt", pair=True)
+    width = max(len(row.choices) for row in rows)
+    inputs, lengths, cut = _multiple_choice.encode_questions(encoder, rows, width, length, None)
+    buckets = _tokens.buckets_of(length, options["length_buckets"])
+    longest = next(bucket for bucket in buckets if bucket >= lengths.max())
+    return Texts(
+        {name: leaf[..., :longest] for name, leaf in inputs.items()}, tuple(_shorten(row.text) for row in rows),
+        None if (answers < 0).any() else answers, (), cut, [row.choices for row in rows],
+    )  # fmt: skip
 
 
 def _shorten(text: str) -> str:

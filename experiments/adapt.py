@@ -1,7 +1,7 @@
 """Adapts a trained learner to labelled images or texts, and predicts other ones.
 
     python -m experiments.adapt --workdir=RUN --support=DIR --query=DIR
-    python -m experiments.adapt --workdir=RUN --support=FILE --query=FILE     # a run on text
+    python -m experiments.adapt --workdir=RUN --support=FILE --query=FILE     # a run on text, or on questions
 
 The support folder holds CLASS/NAME.png, one image of a class or more. The query folder holds images, or CLASS/NAME.png
 with the classes of the support folder, and then the accuracy is printed too. Both may be zip files.
@@ -9,18 +9,24 @@ with the classes of the support folder, and then the accuracy is printed too. Bo
 For a run on text both are files of texts, .jsonl, .csv or .tsv (also .json as CLINC150, and each with .gz). Labels of
 the query file may be left out; where it has a column of them, the accuracy is printed too. What is longer than the
 run's data.length is truncated and counted, or refused where its data.long says so.
+
+For a run on questions with choices both are .jsonl files of them. Where each question of the query file has an answer,
+the accuracy is printed too.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from absl import flags
 
 from experiments import _launch
+
+if TYPE_CHECKING:
+    from experiments import _texts
 
 _BATCH = 256  # queries that are predicted at once
 
@@ -38,7 +44,7 @@ _LABEL = flags.DEFINE_string("label_column", None, "Column of labels; as in the 
 
 
 class _Support(NamedTuple):
-    """Labelled inputs, leaves `[n, ...]`; labels `[n]` are positions in `classes`."""
+    """Labelled inputs, leaves `[n, ...]`; labels `[n]` are positions in `classes`, or of choices where these are ()."""
 
     inputs: Any
     labels: np.ndarray
@@ -46,10 +52,18 @@ class _Support(NamedTuple):
 
 
 class _Query(NamedTuple):
-    """Inputs to predict, leaves `[n, ...]`; what the table calls them; the positions of their classes or None."""
+    """Inputs to predict, leaves `[n, ...]`.
+
+    Attributes:
+      inputs: likewise.
+      names: what the table calls them.
+      choices: of each, what it may be: the classes of the support set, or the choices of a question.
+      labels: positions in them, or None.
+    """
 
     inputs: Any
     names: tuple[str, ...]
+    choices: list[tuple[str, ...]]
     labels: np.ndarray | None
 
 
@@ -65,16 +79,19 @@ def main() -> int:
     config = _inputs.with_columns(metajax.training.load_config(_WORKDIR.value), _TEXT.value, _LABEL.value)
     experiment = metajax.training.build(config)
     if experiment.metric != "accuracy":
-        raise ValueError(f"workdir must be a run on images or labelled text, got one on {config['data']['name']}")
+        raise ValueError(
+            f"workdir must be a run on images, labelled text or questions with choices, got one on "
+            f"{config['data']['name']}"
+        )
     _inputs.check_steps(_STEPS.value, config)
-    what = "texts" if config["data"]["name"] == "text" else "images"
+    what = {"text": "texts", "multiple_choice": "questions"}.get(config["data"]["name"], "images")
     notes: list[str] = []
-    if what == "texts":
-        support, query, notes = _read_texts(config)
-    else:
+    if what == "images":
         support, query = _read_images(metajax.training.image_options(config))
+    else:
+        support, query, notes = _read_texts(config) if what == "texts" else _read_questions(config)
     classes, count = support.classes, len(support.labels)
-    if len(classes) < 2:
+    if len(classes) < 2 and what != "questions":
         raise ValueError(f"support must hold two classes at least, got {len(classes)}: {', '.join(classes)}")
     learner, params = metajax.load_run(_WORKDIR.value, checkpoint=_CHECKPOINT.value, inputs=support.inputs)
     for name, part in (("support", support), ("query", query)):
@@ -83,19 +100,21 @@ def main() -> int:
         shapes = (support.inputs.shape[1:], query.inputs.shape[1:])
         raise ValueError(f"query must hold images like support, {shapes[0]}, got {shapes[1]}")
 
-    examples = metajax.Examples(support.inputs, support.labels, jnp.ones(count, bool), jnp.ones(len(classes), bool))
+    class_mask = jnp.ones(len(classes), bool) if classes else None
+    examples = metajax.Examples(support.inputs, support.labels, jnp.ones(count, bool), class_mask)
     steps = experiment.eval_steps if _STEPS.value is None else _STEPS.value
     policy = metajax.training.normalisation(config)
     batch = None if policy == "batch" else _BATCH  # all at once where they depend on each other
     logits = metajax.evaluation.predict(learner, params, examples, query.inputs, num_steps=steps, batch=batch)
-    probabilities = softmax(np.asarray(logits, np.float64)[:, : len(classes)])
+    probabilities = softmax(np.asarray(logits, np.float64)[:, : max(map(len, query.choices))])
 
     note = f" (transductive: the query {what} are predicted together)" if policy == "batch" else ""
-    print(f"{config['learner']['name']}, {len(classes)} classes, {count} support {what}")
+    told = f"{len(classes)} classes, " if classes else ""
+    print(f"{config['learner']['name']}, {told}{count} support {what}")
     print(f"normalisation {policy}{note}")
     for line in notes:
         print(line)
-    print(_table("text" if what == "texts" else "file", query, classes, probabilities))
+    print(_table("file" if what == "images" else what.removesuffix("s"), query, probabilities))
     if query.labels is not None:
         right = (probabilities.argmax(axis=1) == query.labels) & np.isfinite(probabilities).all(axis=1)
         print(f"accuracy {100 * right.mean():.2f} % ({len(right)} {what})")
@@ -120,15 +139,32 @@ def _read_texts(config: dict[str, Any]) -> tuple[_Support, _Query, list[str]]:
         support = _texts.read(_SUPPORT.value, config)
     with _named("query"):
         query = _texts.read(_QUERY.value, config, classes=support.classes)
+    return _as_read(support, query, "texts", config)
+
+
+def _read_questions(config: dict[str, Any]) -> tuple[_Support, _Query, list[str]]:
+    """Likewise, of questions with choices."""
+    from experiments import _texts
+
+    with _named("support"):
+        support = _texts.read_questions(_SUPPORT.value, config, answered=True)
+    with _named("query"):
+        query = _texts.read_questions(_QUERY.value, config, answered=False)
+    return _as_read(support, query, "questions", config)
+
+
+def _as_read(
+    support: _texts.Texts, query: _texts.Texts, what: str, config: dict[str, Any]
+) -> tuple[_Support, _Query, list[str]]:
     assert support.labels is not None  # required of a support file
-    length = config["data"]["length"]
     notes = [
-        f"truncated {part.truncated} of {len(part.shown)} {name} texts to {length} tokens"
+        f"truncated {part.truncated} of {len(part.shown)} {name} {what} to {config['data']['length']} tokens"
         for name, part in (("support", support), ("query", query))
         if part.truncated
     ]
-    read = _Support(support.inputs, support.labels, support.classes), _Query(query.inputs, query.shown, query.labels)
-    return *read, notes
+    choices = [query.classes] * len(query.shown) if query.choices is None else query.choices
+    found = _Query(query.inputs, query.shown, choices, query.labels)
+    return _Support(support.inputs, support.labels, support.classes), found, notes
 
 
 def _read_images(options: dict[str, Any]) -> tuple[_Support, _Query]:
@@ -154,7 +190,7 @@ def _read_query(path: str, classes: tuple[str, ...], options: dict[str, Any]) ->
                     f"must hold classes of support ({', '.join(classes)}), got {', '.join(map(repr, unknown))}"
                 )
             places = np.array([classes.index(name) for name in read.class_names])
-            return _Query(read.images, read.file_names, places[read.labels])
+            return _Query(read.images, read.file_names, [classes] * len(read.labels), places[read.labels])
         if not files.names:
             raise ValueError(f"must be a folder of images, got {path!r}, which holds no files")
         images = [
@@ -162,16 +198,17 @@ def _read_query(path: str, classes: tuple[str, ...], options: dict[str, Any]) ->
             for name in files.names
         ]
         stacked = _images.stack(images, list(files.names), repr(path))
-        return _Query(_images.invert_images(stacked, options["invert"]), files.names, None)
+        inverted = _images.invert_images(stacked, options["invert"])
+        return _Query(inverted, files.names, [classes] * len(inverted), None)
 
 
-def _table(title: str, query: _Query, classes: tuple[str, ...], probabilities: np.ndarray) -> str:
+def _table(title: str, query: _Query, probabilities: np.ndarray) -> str:
     rows: list[tuple[str, ...]] = [(title, "predicted", "probability")]
-    for name, row in zip(query.names, probabilities, strict=True):
+    for name, choices, row in zip(query.names, query.choices, probabilities, strict=True):
         known = np.isfinite(row).all()
-        rows.append((name, classes[row.argmax()] if known else "?", f"{row.max():.4f}" if known else "nan"))
+        rows.append((name, choices[row.argmax()] if known else "?", f"{row.max():.4f}" if known else "nan"))
     if query.labels is not None:
-        truth = ("true", *(classes[label] for label in query.labels))
+        truth = ("true", *(choices[label] for choices, label in zip(query.choices, query.labels, strict=True)))
         rows = [(*row, name) for row, name in zip(rows, truth, strict=True)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)

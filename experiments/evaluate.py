@@ -101,8 +101,9 @@ def main() -> int:
         "seed": config["evaluation"]["seed"] if _SEED.value is None else _SEED.value,
         "num_steps": experiment.eval_steps if _STEPS.value is None else _STEPS.value,
     }
-    if _SHUFFLE.value and config["data"]["name"] == "squad":
-        raise ValueError("shuffle_support must not be given for squad, which has no classes, got True")
+    if _SHUFFLE.value and config["data"]["name"] in ("squad", "multiple_choice"):
+        name = config["data"]["name"]
+        raise ValueError(f"shuffle_support must not be given for {name}, which has no classes, got True")
     outside = metajax.training.open_out_of_scope(config, path=_DATA.value) if source.split == "test" else None
     truncated = getattr(source, "truncated", 0)
     deployed, known, (source, outside) = metajax.training.on_features(config, learner, params, source, outside)

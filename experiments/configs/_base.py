@@ -11,11 +11,11 @@ def base() -> ConfigDict:
             # run folder whose network this run begins with; heads that do not fit are made anew. "" none
             "init": "",
             "data": {
-                # glyphs, omniglot, image_folder, tfds, sinusoids, cycles, text, squad; cifar_fs, fc100, mini_imagenet,
-                # tiered_imagenet, cub, meta_dataset
+                # glyphs, omniglot, image_folder, tfds, sinusoids, cycles, text, squad, multiple_choice; cifar_fs,
+                # fc100, mini_imagenet, tiered_imagenet, cub, meta_dataset
                 "name": "glyphs",
-                # folder of the images; file of the texts, with {} for the language (squad); of tfds, where sets are
-                # prepared ("": as TFDS does)
+                # folder of the images; file of the texts, with {} for the language (squad), or a folder of files
+                # (multiple_choice); of tfds, where sets are prepared ("": as TFDS does)
                 "path": "",
                 "val_path": "",  # text: other files for validation and test; "": as path
                 "test_path": "",
@@ -27,13 +27,13 @@ def base() -> ConfigDict:
                     "train": (),
                     "val": (),
                     "test": (),
-                },  # text, squad: those of each split; none: 64, 16 and 20 %
-                "at_least": 0,  # classes of fewer examples are left out (squad: articles of fewer questions)
+                },  # text, squad, multiple_choice: those of each split; none: 64, 16 and 20 %
+                "at_least": 0,  # classes of fewer examples are left out (articles or kinds of fewer questions)
                 "languages": {"train": (), "val": (), "test": ()},  # squad: those of each split
                 "overlap": 128,  # squad: tokens that neighbouring windows of a long context share
                 "prefix": "",  # text: stands before every text, such as E5's "query: "
                 "long": "truncate",  # text: what becomes of texts of more tokens than length, truncate or refuse
-                "tokenizer": "",  # text: tokenizer.json, or its folder; "": model.path
+                "tokenizer": "",  # of texts: tokenizer.json, or its folder; "": model.path
                 "set": "",  # tfds: name of the set, such as cifar100
                 "splits": "",  # image_folder, tfds: published class lists, such as fc100; "" divides by 64, 16 and 20 %
                 "cache_mib": 0,  # memory for decoded images; 0 holds them all
@@ -44,17 +44,18 @@ def base() -> ConfigDict:
                 "rotations": True,  # omniglot: rotated training classes are new classes
                 "mirrored": False,  # omniglot: mirror images of training classes are new classes
                 "vocab": 256,  # cycles: number of tokens
-                "length": 64,  # text, squad, cycles: tokens of a text, at most
-                "buckets": (),  # text, squad: lengths that batches come in; (): a quarter of it, a half and all of it
+                "length": 64,  # text, squad, multiple_choice, cycles: tokens of a text, at most
+                "buckets": (),  # of texts: lengths that batches come in; (): a quarter of it, a half and all of it
                 "sampler": "pipeline",  # who draws training episodes: tf.data on the host, or the device
             },
             # random affine map of each training image: degrees, fractions; all 0 changes nothing. words: share of the
             # tokens of a training text that are hidden
             "augment": {"rotation": 0.0, "scale": 0.0, "shear": 0.0, "shift": 0.0, "words": 0.0},
             "model": {
-                "name": "conv4",  # conv4, resnet12, vit, mlp, decoder (for cycles), pretrained (for text and squad)
+                "name": "conv4",  # conv4, resnet12, vit, mlp, decoder (for cycles), pretrained (for texts)
                 "path": "",  # pretrained: a folder with config.json and model.safetensors
-                # pretrained: mean, cls, span (for squad), ...; "" that of its architecture, features of a decoder
+                # pretrained: mean, cls, span (for squad), ...; "" that of its architecture; of a decoder features, or
+                # logits of tokens (for multiple_choice and in_context)
                 "head": "",
                 "width": 64,  # resnet12: of the first block; the others have 2.5, 5 and 10 times as much
                 "depth": 4,  # blocks

@@ -23,20 +23,27 @@ class ChoiceQuestion(NamedTuple):
 
     Attributes:
       task: the kind of question.
-      prompt: the context and the question.
+      context: what stands in front of it, "" for nothing.
+      text: the question.
       choices: texts.
       answer: the place of the right one, -1 where nobody says.
       where: its place, for errors.
 
-    >>> ChoiceQuestion("books", "Who wrote it?", ("Ada", "Bob"), 0, "line 1").choices[0]
-    'Ada'
+    >>> ChoiceQuestion("books", "Ada wrote.", "Who wrote it?", ("Ada", "Bob"), 0, "line 1").prompt
+    'Ada wrote. Who wrote it?'
     """
 
     task: str
-    prompt: str
+    context: str
+    text: str
     choices: tuple[str, ...]
     answer: int
     where: str
+
+    @property
+    def prompt(self) -> str:
+        """The context and the question."""
+        return f"{self.context} {self.text}" if self.context else self.text
 
 
 def multiple_choice(
@@ -131,8 +138,12 @@ def multiple_choice(
     )
 
 
-def read_questions(paths: Sequence[pathlib.Path]) -> list[ChoiceQuestion]:
+def read_questions(paths: Sequence[pathlib.Path], *, answered: bool | None = True) -> list[ChoiceQuestion]:
     """The questions of files of JSON lines.
+
+    Args:
+      paths: of the files.
+      answered: as for `read_question`.
 
     Raises:
       ValueError: a file has another extension or no rows, or a line is no question.
@@ -145,20 +156,22 @@ def read_questions(paths: Sequence[pathlib.Path]) -> list[ChoiceQuestion]:
         stem = path.name.lower().removesuffix(".gz").removesuffix(".jsonl")
         task = path.name[: len(stem)]
         for where, record in json_lines(read_content(path), repr(str(path))):
-            rows.append(read_question(record, where, task))
+            rows.append(read_question(record, where, task, answered=answered))
         if len(rows) == before:
             raise ValueError(f"{str(path)!r} has no rows")
     return rows
 
 
-def read_question(record: Mapping[str, Any], where: str, file_task: str, *, answered: bool = True) -> ChoiceQuestion:
+def read_question(
+    record: Mapping[str, Any], where: str, file_task: str, *, answered: bool | None = True
+) -> ChoiceQuestion:
     """The question of a line.
 
     Args:
       record: its fields.
       where: its place, for errors.
       file_task: the task of a line that names none.
-      answered: whether it must have an answer; else what it has is not read.
+      answered: True: it must have an answer; None: it may have one; False: what it has is not read.
 
     Raises:
       ValueError: a text is empty or none, there are fewer than 2 choices, or the answer is none of them.
@@ -166,16 +179,15 @@ def read_question(record: Mapping[str, Any], where: str, file_task: str, *, answ
     >>> read_question({"question": "Who?", "choices": ["Ada", "Bob"], "answer": "Bob"}, "line 1", "books").answer
     1
     """
-    prompt = a_text(where, record.get("question"), "question")
-    if record.get("context") is not None:
-        prompt = a_text(where, record["context"], "context") + " " + prompt
+    text = a_text(where, record.get("question"), "question")
+    context = "" if record.get("context") is None else a_text(where, record["context"], "context")
     task = file_task if record.get("task") is None else a_text(where, record["task"], "task")
     choices, answer = record.get("choices"), record.get("answer")
     if not isinstance(choices, list) or len(choices) < 2:
         raise ValueError(f"{where} must have a list of 2 choices at least, got {choices!r}")
     choices = tuple(a_text(where, choice, "choice") for choice in choices)
-    if not answered:
-        return ChoiceQuestion(task, prompt, choices, -1, where)
+    if answered is False or (answered is None and answer is None):
+        return ChoiceQuestion(task, context, text, choices, -1, where)
     if isinstance(answer, str):
         if choices.count(answer) != 1:
             times = "not" if answer not in choices else "more than once"
@@ -183,7 +195,7 @@ def read_question(record: Mapping[str, Any], where: str, file_task: str, *, answ
         answer = choices.index(answer)
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
         raise ValueError(f"{where} must have one of its {len(choices)} choices as answer, from 0 on, got {answer!r}")
-    return ChoiceQuestion(task, prompt, choices, answer, where)
+    return ChoiceQuestion(task, context, text, choices, answer, where)
 
 
 def encode_questions(

@@ -26,7 +26,9 @@ _LATER = {
     "at_least": 0,
 }  # fmt: skip
 _MADE, _CHARACTERS = ("glyphs", "sinusoids", "cycles"), ("glyphs", "omniglot")
+_LINES = (".jsonl", ".jsonl.gz")  # in a folder of questions with choices
 _CHARACTER = 28  # pixels, where data.size is 0
+TEXTS = ("text", "squad", "multiple_choice")
 _PUBLISHED = ("cifar_fs", "fc100", "mini_imagenet", "tiered_imagenet", "cub", "meta_dataset")
 
 
@@ -60,11 +62,11 @@ def open_source(config: Config, split: str, *, path: str | None = None) -> data.
     for field, having in (("set", ("tfds",)), ("splits", ("tfds", "image_folder"))):
         if fields[field] and name not in having:
             raise ValueError(f"data.{field} is for {' and '.join(having)}, not for {name}, got {fields[field]!r}")
-    if name == "squad" and given:
+    if name in ("squad", "multiple_choice") and given:
         fields |= {"names": {"test": 1}, "languages": {}}
     if name == "text" and given:
         fields |= {"names": {"test": 1}, "domain": "", "divides": "class", "test_path": given}
-    if name in ("text", "squad") and given and split != "test":
+    if name in TEXTS and given and split != "test":
         raise ValueError(f"split must be 'test' for other texts, which are not divided, got {split!r}")
     source = _SOURCES[name](path, split, fields)
     if _validate.int_at_least("data.at_least", fields["at_least"], 0):
@@ -125,12 +127,12 @@ def _fields(config: Config) -> dict[str, Any]:
 
 def _check_tokens(config: Config, source: Any) -> None:
     """Refuses texts that a pretrained model can't read, before anything is trained."""
-    if config["model"]["name"] != "pretrained" or config["data"]["name"] not in ("text", "squad"):
+    if config["model"]["name"] != "pretrained" or config["data"]["name"] not in TEXTS:
         return
     _, architecture, model = pretrained.open_model(pathlib.Path(config["model"]["path"]), head=pretrained_head(config))
     if architecture.kind != "text":
         raise ValueError(f"model.path must hold a model of texts, got {config['model']['path']!r}")
-    longest, positions = source.inputs["tokens"].shape[1], architecture.positions
+    longest, positions = source.inputs["tokens"].shape[-1], architecture.positions
     if positions is not None and longest > positions:
         raise ValueError(f"data.length must be at most {positions}, which the model has positions for, got {longest}")
     shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros([1, 1], np.int32))
@@ -184,14 +186,23 @@ def check_base(workdir: str | pathlib.Path, config: Config) -> None:
 
 
 def pretrained_head(config: Config) -> str | None:
-    """What comes out of a pretrained model; of a decoder that is not prompted, features and not logits of tokens."""
-    prompted = config["learner"]["name"] == "in_context"
-    if config["model"]["head"] == "tokens" and not prompted:
-        raise ValueError("model.head must not be 'tokens', which is no vector of a text, but for in_context")
-    if config["model"]["head"] or prompted:
-        return config["model"]["head"] or None
+    """What comes out of a pretrained model: logits of tokens of a decoder that continues texts, and else features."""
+    continued = config["learner"]["name"] == "in_context" or config["data"]["name"] == "multiple_choice"
     heads = pretrained.read_architecture(pathlib.Path(config["model"]["path"]))[1].heads
-    return "features" if "features" in heads else None
+    decoder, head = "features" in heads, config["model"]["head"]
+    if head == "tokens" and not (continued and decoder):
+        raise ValueError(
+            "model.head must not be 'tokens', which is no vector of a text, but for in_context and multiple_choice "
+            "with a decoder"
+        )
+    if head or not decoder:
+        return head or None
+    return "tokens" if continued else "features"
+
+
+def scores_tokens(config: Config) -> bool:
+    """Whether a choice of a question is scored by the logits of its tokens, and not by one output."""
+    return config["data"]["name"] == "multiple_choice" and pretrained_head(config) == "tokens"
 
 
 def image_options(config: Config) -> dict[str, Any]:
@@ -254,6 +265,17 @@ def _squad(path: str, split: str, fields: dict[str, Any]) -> data.Source:
     )  # fmt: skip
 
 
+def _multiple_choice(path: str, split: str, fields: dict[str, Any]) -> data.Source:
+    folder = pathlib.Path(path)
+    files = sorted(file for file in folder.iterdir() if file.name.lower().endswith(_LINES)) if folder.is_dir() else path
+    if not files:
+        raise ValueError(f"data.path must hold files of {' and '.join(_LINES)}, got {path!r}, which has none")
+    return data.multiple_choice(
+        files, split=split, splits=_named(fields["names"]), tokenizer=fields["tokenizer"],
+        max_length=fields["length"], length_buckets=tuple(fields["buckets"]) or None,
+    )  # fmt: skip
+
+
 def _named(given: Mapping[str, Any]) -> dict[str, Any] | None:
     """What a config names for each split, None where it names nothing; shares stay numbers."""
     named = {split: names if isinstance(names, int | float) else list(names) for split, names in given.items()}
@@ -277,5 +299,6 @@ _SOURCES: dict[str, _Open] = {
     "cycles": lambda path, split, fields: data.cycles(split=split, vocab=fields["vocab"], length=fields["length"]),
     "text": _text,
     "squad": _squad,
+    "multiple_choice": _multiple_choice,
     "sinusoids": lambda path, split, fields: data.sinusoids(split=split),
 }

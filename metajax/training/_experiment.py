@@ -27,6 +27,7 @@ from metajax.training._stages import stages
 
 Config = Mapping[str, Any]
 _LOSSES: dict[str, Loss] = {"sinusoids": squared_error, "squad": span_cross_entropy}  # others: cross-entropy
+_NO_CLASSES = ("sinusoids", "cycles", "squad", "multiple_choice")
 LEARNERS = ("maml", "meta_sgd", "reptile", "bayesian", "prototypical", "finetune", "in_context", "moco", "simclr")
 _GRADIENT = ("maml", "meta_sgd", "reptile", "bayesian")
 _CONTRASTIVE = ("moco", "simclr")
@@ -146,10 +147,10 @@ def _learners(
     learner, inner, source = config["learner"], config["inner"], config["data"]["name"]
     name = _validate.one_of("learner.name", learner["name"], LEARNERS)
     outputs, network = _outputs(config, spec.max_ways), functools.partial(_model, config, weights=weights)
-    for made, sources in (("pretrained", ("text", "squad")), ("decoder", ("cycles",))):
+    for made, sources in (("pretrained", _data.TEXTS), ("decoder", ("cycles",))):
         if (source in sources) != (config["model"]["name"] == made):
             raise ValueError(
-                f"model.name must be {made!r} for {' and '.join(sources)} and for nothing else, got "
+                f"model.name must be {made!r} for {', '.join(sources)} and for nothing else, got "
                 f"{config['model']['name']!r} for {source!r}"
             )
     if (source == "squad") != (config["model"].get("head") == "span"):
@@ -177,7 +178,7 @@ def _learners(
         model = network(outputs)
         trained = _gradient(config, model, inner["rate"])
         return _gradient(config, model, rate) if rate else trained, trained
-    if source in ("sinusoids", "cycles", "squad"):
+    if source in _NO_CLASSES:
         raise ValueError(
             f"learner.name must be 'maml', 'meta_sgd', 'reptile' or 'bayesian' for {source}, which has no classes, got "
             f"{name!r}"
@@ -219,6 +220,8 @@ def _prototypical(config: Config, features: Model) -> Learner:
 
 def _outputs(config: Config, ways: int) -> int | None:
     """Outputs of the model of a learner with a head."""
+    if config["data"]["name"] == "multiple_choice":
+        return None if _data.scores_tokens(config) else 1
     return {"sinusoids": 1, "cycles": config["data"].get("vocab"), "squad": None}.get(config["data"]["name"], ways)
 
 
@@ -245,7 +248,7 @@ def _prompts(config: Config, ways: int) -> dict[str, Any]:
 
 
 def _contrastive(config: Config, features: Model) -> Learner:
-    if config["data"]["name"] == "text":
+    if config["data"]["name"] in _data.TEXTS:
         raise ValueError(f"learner.name must be one that learns from text, got {config['learner']['name']!r}")
     options = dict(config["contrast"])
     if config["learner"]["name"] == "simclr":
@@ -269,6 +272,7 @@ def _model(config: Config, outputs: int | None, *, weights: bool = False) -> Mod
     if name == "pretrained":
         opened = pretrained.open_model(pathlib.Path(fields["path"]), **_pretrained_options(config, outputs))[2]
         model = _hiding(config, _adapted(opened, adapter))
+        model = models.score_choices(model) if config["data"]["name"] == "multiple_choice" else model
         return model._replace(init=lambda key, inputs: _pretrained_params(config, outputs)) if weights else model
     if adapter["name"] and name not in ("vit", "decoder"):
         raise ValueError(
@@ -355,14 +359,14 @@ def _hiding(config: Config, model: Model) -> Model:
 def _transform(config: Config) -> data.Transform | None:
     fields, source = config["augment"], config["data"]["name"]
     bounds: dict[str, Any] = {name: _validate.non_negative_float(f"augment.{name}", fields[name]) for name in fields}
-    words, is_text = bounds.pop("words", 0.0), source in ("text", "squad")
-    if words and (not is_text or _is_frozen(config)):
+    words = bounds.pop("words", 0.0)
+    if words and (source not in ("text", "squad") or _is_frozen(config)):
         raise ValueError(f"augment.words must be 0 but for texts and a model that is not frozen, got {words}")
     if words and config["learner"]["name"] == "in_context":
         raise ValueError(f"augment.words must be 0 for in_context, whose prompts would lose labels too, got {words}")
     if not any(bounds.values()):
         return None
-    if is_text or source in ("sinusoids", "cycles"):
+    if source in (*_data.TEXTS, "sinusoids", "cycles"):
         raise ValueError(f"augment must be all 0 but for images, got {bounds} for {source}")
     return data.random_affine(**bounds)
 
