@@ -120,7 +120,7 @@ def text(
     if isinstance(domain, str) and not domain.lower().endswith((".json", ".json.gz")):
         columns["domain"] = domain
     elif domain is not None:
-        by_label = _domains(domain)
+        by_label = read_domains(domain)
     encoder = _tokens.load_tokenizer(tokenizer, max_length, user="text")
     rows = read_rows(paths, columns, parts)
     classes, of_row = _classes(rows, by_label, "domain" in columns)
@@ -148,8 +148,18 @@ def text(
     )
 
 
-def _domains(domain: Any) -> dict[str, str]:
-    """The domain of each label."""
+def read_domains(domain: Any) -> dict[str, str]:
+    """The domain of each label.
+
+    Args:
+      domain: labels by domain, or a .json file of that.
+
+    Raises:
+      ValueError: it is none, or a label stands in two domains.
+
+    >>> read_domains({"travel": ["flight"], "bank": ["card"]})
+    {'flight': 'travel', 'card': 'bank'}
+    """
     where = "domain"
     if not isinstance(domain, Mapping):
         file = regular_file("domain", domain)

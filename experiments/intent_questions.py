@@ -1,0 +1,68 @@
+"""Makes questions with choices of labelled texts: which of a few labels of the same domain does a text have?
+
+    python -m experiments.intent_questions --data=data_full.json.gz --domain=domains.json --out=QUESTIONS
+
+writes QUESTIONS/DOMAIN.jsonl, which `experiments.train --config=experiments/configs/maml_lora_choices.py` trains on.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+from absl import flags
+
+from experiments import _launch
+
+_DATA = flags.DEFINE_string("data", None, "File of texts with labels, as of CLINC150.", required=True)
+_DOMAIN = flags.DEFINE_string("domain", None, "A .json file of labels by domain.", required=True)
+_OUT = flags.DEFINE_string("out", None, "Folder of the questions, one file a domain.", required=True)
+_CHOICES = flags.DEFINE_integer("choices", 4, "Choices of a question, the right one among them.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the wrong choices and of their order.")
+
+
+def main() -> int:
+    """Writes the files."""
+    _launch.prepare()
+    import numpy as np
+
+    from experiments import _runs
+    from metajax.core import _validate
+    from metajax.data._text import read_domains
+    from metajax.data._text_files import read_rows, text_files
+
+    out, rng = _runs.out_folder(_OUT.value), np.random.default_rng(_validate.int_at_least("seed", _SEED.value, 0))
+    choices = _validate.int_at_least("choices", _CHOICES.value, 2)
+    domains = read_domains(_DOMAIN.value)
+    lines: dict[str, list[str]] = {}
+    labels: dict[str, list[str]] = {}
+    for label, domain in sorted(domains.items()):
+        labels.setdefault(domain, []).append(label)
+    for domain in labels:
+        if domain != pathlib.PurePath(domain).name:
+            raise ValueError(f"domain must hold names of domains that name files, got {domain!r}")
+    few = sorted(domain for domain, known in labels.items() if len(known) < choices)
+    if few:
+        raise ValueError(f"choices must be at most the labels of each domain, got {choices} for {', '.join(few)}")
+    for row in read_rows(text_files(_DATA.value), {"text": "text", "label": "label"}, None):
+        if row.label not in domains:
+            raise ValueError(f"domain must hold all labels, got none for {row.label!r}, of {row.where}")
+        domain = domains[row.label]
+        wrong = [label for label in labels[domain] if label != row.label]
+        shown = [row.label, *rng.choice(wrong, choices - 1, replace=False)]
+        order = rng.permutation(choices)
+        question: dict[str, Any] = {
+            "question": row.text,
+            "choices": [shown[place].replace("_", " ") for place in order],
+        }
+        lines.setdefault(domain, []).append(json.dumps(question | {"answer": int(order.argmin())}))
+    out.mkdir(parents=True, exist_ok=True)
+    for domain, written in lines.items():
+        (out / f"{domain}.jsonl").write_text("\n".join(written) + "\n", encoding="utf-8")
+        print(f"{len(written)} questions of {domain}")
+    return 0
+
+
+if __name__ == "__main__":
+    _launch.run(main)
