@@ -272,7 +272,7 @@ def _multiple_choice(path: str, split: str, fields: dict[str, Any]) -> data.Sour
         raise ValueError(f"data.path must hold files of {' and '.join(_LINES)}, got {path!r}, which has none")
     return data.multiple_choice(
         files, split=split, splits=_named(fields["names"]), tokenizer=fields["tokenizer"],
-        max_length=fields["length"], length_buckets=tuple(fields["buckets"]) or None,
+        max_length=fields["length"], length_buckets=tuple(fields["buckets"]) or None, name=path,
     )  # fmt: skip
 
 
