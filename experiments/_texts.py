@@ -82,12 +82,11 @@ def read_questions(path: str, config: dict[str, Any], *, answered: bool) -> Text
       ValueError: as `metajax.data.multiple_choice`.
     """
     from metajax import training
-    from metajax.data import _multiple_choice, _text_files, _tokens
+    from metajax.data import _multiple_choice, _tokens
 
     options = training.text_options(config)
     length = options["max_length"]
-    files = _text_files.text_files(path)
-    rows = _multiple_choice.read_questions(files, answered=True if answered else None)
+    rows = _multiple_choice.read_questions(_multiple_choice.question_files(path), answered=True if answered else None)
     answers = np.array([row.answer for row in rows], np.int32)
     encoder = _tokens.load_tokenizer(options["tokenizer"], length, user="adapt", pair=True)
     width = max(len(row.choices) for row in rows)

@@ -39,9 +39,11 @@ def main() -> int:
     labels: dict[str, list[str]] = {}
     for label, domain in sorted(domains.items()):
         labels.setdefault(domain, []).append(label)
-    for domain in labels:
-        if domain != pathlib.PurePath(domain).name:
+    for domain, known in labels.items():
+        if not domain or domain != pathlib.PurePath(domain).name:
             raise ValueError(f"domain must hold names of domains that name files, got {domain!r}")
+        if len({_shown(label) for label in known}) < len(known):
+            raise ValueError(f"domain must hold labels that differ without underscores, got {known} for {domain!r}")
     few = sorted(domain for domain, known in labels.items() if len(known) < choices)
     if few:
         raise ValueError(f"choices must be at most the labels of each domain, got {choices} for {', '.join(few)}")
@@ -54,14 +56,20 @@ def main() -> int:
         order = rng.permutation(choices)
         question: dict[str, Any] = {
             "question": row.text,
-            "choices": [shown[place].replace("_", " ") for place in order],
+            "choices": [_shown(shown[place]) for place in order],
         }
         lines.setdefault(domain, []).append(json.dumps(question | {"answer": int(order.argmin())}))
+    if any(out.glob("*.jsonl*")):
+        raise ValueError(f"out must be a folder without files of questions, got {str(out)!r}")
     out.mkdir(parents=True, exist_ok=True)
     for domain, written in lines.items():
         (out / f"{domain}.jsonl").write_text("\n".join(written) + "\n", encoding="utf-8")
         print(f"{len(written)} questions of {domain}")
     return 0
+
+
+def _shown(label: str) -> str:
+    return label.replace("_", " ")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from metajax.adaptation._proto_maml import proto_maml
 from metajax.core import _tree, _validate
 from metajax.core._types import Learner, Model, Params
 from metajax.pretrained import PretrainedModel
+from metajax.pretrained._architectures import ARCHITECTURES
 
 _ATTENTION = "(query|value)/kernel"
 _ADAPTERS = "lora_(a|b)$"
@@ -54,13 +55,17 @@ def adaptable(base: PretrainedModel, rank: int) -> Adaptable:
         return Adaptable(model, _ADAPTERS if attention else None, False)
     if len(shape) == 2:
         return Adaptable(model, f"{_ADAPTERS}|{_HEAD}" if attention else None, True)
-    if len(shape) == 3 and shape[2] == base.params["embed"]["embedding"].shape[0]:
+    if len(shape) == 3 and _is_decoder(base) and base.options.get("head") == "tokens":
         return Adaptable(model, _ADAPTERS if attention else None, True)
     raise ValueError(
         "model must give features [n, d], such as load_pretrained_model(path, head='mean') of an encoder or "
         "head='features' of a decoder; or, for questions with choices, logits of tokens (head='tokens' of a decoder) "
         f"or one number (outputs=1); got outputs of shape {shape}"
     )
+
+
+def _is_decoder(base: PretrainedModel) -> bool:
+    return "features" in ARCHITECTURES[base.config["model_type"]](base.config).heads
 
 
 def _output_shape(base: PretrainedModel, model: Model) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from metajax.adaptation._fast import fast_adapt_model, padded_size
-from metajax.adaptation._meta import MetaTrainedModel
+from metajax.adaptation._meta import MetaTrainedModel, scores_choices
 from metajax.adaptation._proto_maml import proto_maml
 from metajax.core import _validate
 from metajax.core._types import Examples, Learner, Model
@@ -94,6 +94,11 @@ class FewShotClassifier:
         if y is None:
             raise ValueError("requires y to be passed, but the target y is None")
         if self.model is not None:
+            if scores_choices(self.model, self.rank):
+                raise ValueError(
+                    "model must give features of texts or images, got one that scores choices, which fast_adapt_model "
+                    "adapts to questions"
+                )
             classes, places = np.unique(_labels(y, len(X)), return_inverse=True)
             task = (X, places.tolist())
             fast = fast_adapt_model(self.model, task, steps=self.steps, rate=self.rate, rank=self.rank)

@@ -17,11 +17,10 @@ from metajax.adaptation import _base, _questions, _tasks
 from metajax.adaptation._meta import MetaTrainedModel
 from metajax.core import _tree, _validate
 from metajax.core._types import Examples, Learner, Params, PyTree
-from metajax.data import _tokens
 from metajax.evaluation._metrics import softmax
 from metajax.learners._forward import Adapted
 from metajax.pretrained import PretrainedModel, Report, open_model
-from metajax.pretrained._load import read_preprocessor
+from metajax.pretrained._load import read_preprocessor, read_tokenizer
 from metajax.pretrained._save import FILES, named, whole_folder
 from metajax.pretrained._tensors import WEIGHTS, Tensors, write
 
@@ -92,7 +91,7 @@ class FastModel:
           ValueError: as `predict_proba`; labels are of another number, or one is none of `classes_`, or of the choices.
         """
         if not self.classes_:
-            answers = [question.answer for question in _questions.questions_of(inputs, labels)]
+            answers = [question.answer for question in _questions.answered(inputs, labels, "inputs", "labels")]
             return float(np.mean(self.predict_proba(inputs).argmax(axis=1) == answers))
         known, labels = set(self.classes_), list(labels)
         unseen = [label for label in labels if label not in known]
@@ -152,9 +151,7 @@ class FastModel:
         plain = _without(adapted.params, shapes)
         tokenizer = None
         if (folder / "tokenizer.json").is_file():
-            tokenizer = _tokens.load_tokenizer(
-                folder, architecture.positions or _tasks.MAX_TOKENS, user="FastModel.load"
-            )
+            tokenizer = read_tokenizer(folder, architecture, plain, user="FastModel.load")
         return cls(dataclasses.replace(base, params=plain, tokenizer=tokenizer), learner, rank, adapted, classes)
 
 

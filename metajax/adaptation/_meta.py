@@ -85,8 +85,9 @@ def adapt_model(
         .tsv, or .json lists; see `metajax.data.text`); a pair `(inputs, labels)` of uint8 images `[n, height, width,
         channels]` or a list of texts, and texts or integers; a source of `metajax.data` with classes; or a list of
         these, which take turns at random. Texts are cut at 128 tokens. Of questions: a .jsonl file as
-        `metajax.data.multiple_choice` reads it, a pair `(questions, answers)` of dicts `{"question": ..., "choices":
-        [...], "context": ...}` and the places or texts of the right choices, or a source of that function.
+        `metajax.data.multiple_choice` reads it or a folder of such, a pair `(questions, answers)` of dicts
+        `{"question": ..., "choices": [...], "context": ...}` and the places or texts of the right choices, or a source
+        of that function.
       steps: outer steps, of 4 episodes each.
       ways: classes of an episode; by default 5, or all where a task has fewer. Questions have 1.
       shots: support examples of a class, or questions.
@@ -167,6 +168,17 @@ def _first(
     opt_state = optax.adam(rate).init(trained)
     state = MetaState(trained, opt_state, (), jnp.zeros([], jnp.int32), jax.random.key(seed))
     return MetaTrainedModel(base, made_learner, rank, (name, rate), state, frozen, {})
+
+
+def scores_choices(model: PretrainedModel | MetaTrainedModel, rank: int) -> bool:
+    """Whether the tasks of a model are questions with choices.
+
+    Raises:
+      ValueError: it adapts to no task, or `rank` does not fit.
+    """
+    return _base.adaptable(
+        *((model.base, model.rank) if isinstance(model, MetaTrainedModel) else (model, rank))
+    ).choices
 
 
 @functools.lru_cache(maxsize=32)

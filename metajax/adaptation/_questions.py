@@ -12,47 +12,76 @@ import numpy as np
 
 from metajax.adaptation import _tasks
 from metajax.core._types import PyTree
-from metajax.data._multiple_choice import ChoiceQuestion, encode_questions, read_question, read_questions
+from metajax.data import _multiple_choice
+from metajax.data._multiple_choice import ChoiceQuestion
 from metajax.data._sources import ClassSource
-from metajax.data._text_files import text_files
 from metajax.pretrained import PretrainedModel
 
-_FORMS = "a .jsonl file of questions, a pair (questions, answers), or a source of metajax.data.multiple_choice"
+_FORMS = (
+    "a .jsonl file of questions or a folder of such, a pair (questions, answers), or a source of "
+    "metajax.data.multiple_choice"
+)
 _LEAVES = ("tokens", "mask", "types", "choice")
 
 
-def questions_of(questions: Any, answers: Any = None, name: str = "inputs") -> list[ChoiceQuestion]:
-    """Questions as users write them.
+def questions_of(questions: Any, name: str = "inputs") -> list[ChoiceQuestion]:
+    """Questions as users write them, dicts as the lines of `data.multiple_choice`; their answers are not looked at.
 
     Args:
-      questions: dicts as the lines of `data.multiple_choice`.
-      answers: a place or a text of each, or None where nobody says.
+      questions: the dicts.
       name: of the argument, for errors.
 
     Raises:
-      ValueError: something else, no question, or another number of answers.
+      ValueError: something else, or no question.
 
-    >>> questions_of([{"question": "Who?", "choices": ["Ada", "Bob"]}], ["Bob"])[0].answer
+    >>> questions_of([{"question": "Who?", "choices": ["Ada", "Bob"]}])[0].choices
+    ('Ada', 'Bob')
+    """
+    return _read(_records(questions, name), name, answered=False)
+
+
+def answered(questions: Any, answers: Any, name: str, answers_name: str) -> list[ChoiceQuestion]:
+    """Questions and the places or texts of their right choices.
+
+    Args:
+      questions: as for `questions_of`.
+      answers: of each.
+      name: of the questions, for errors.
+      answers_name: of the answers, for errors.
+
+    Raises:
+      ValueError: as `questions_of`; answers are of another number, or one is no choice.
+
+    >>> answered([{"question": "Who?", "choices": ["Ada", "Bob"]}], ["Bob"], "questions", "answers")[0].answer
     1
     """
-    if isinstance(questions, str | Mapping) or not isinstance(questions, Sequence | np.ndarray) or not len(questions):
+    records = _records(questions, name)
+    if isinstance(answers, str) or not isinstance(answers, Sequence | np.ndarray) or np.ndim(answers) != 1:
+        raise ValueError(f"{answers_name} must be a list of places or texts of right choices, got {answers!r}")
+    if len(answers) != len(records):
+        raise ValueError(f"{answers_name} must be one for each of the {len(records)} questions, got {len(answers)}")
+    answers = [answer.item() if isinstance(answer, np.generic) else answer for answer in answers]
+    with_answers = [{**record, "answer": answer} for record, answer in zip(records, answers, strict=True)]
+    return _read(with_answers, name, answered=True)
+
+
+def _records(questions: Any, name: str) -> Sequence[Mapping[str, Any]]:
+    listed = isinstance(questions, Sequence | np.ndarray) and not isinstance(questions, str)
+    if not listed or np.ndim(questions) != 1 or not len(questions):
         raise ValueError(f"{name} must be a list of one question or more, got {questions!r}")
     for place, question in enumerate(questions):
         if not isinstance(question, Mapping):
             raise ValueError(
                 f"index {place} of {name} must be a question, {{'question': ..., 'choices': [...]}}, got {question!r}"
             )
-    if answers is not None:
-        answers = [answer.item() if isinstance(answer, np.generic) else answer for answer in answers]
-        if len(answers) != len(questions):
-            raise ValueError(f"labels must be one for each of the {len(questions)} questions, got {len(answers)}")
-        questions = [
-            {**question, "answer": answer} for question, answer in zip(questions, answers, strict=True)
-        ]  # fmt: skip
+    return questions
+
+
+def _read(records: Sequence[Mapping[str, Any]], name: str, *, answered: bool) -> list[ChoiceQuestion]:
     return [
-        read_question(question, f"index {place} of {name}", name, answered=answers is not None)
-        for place, question in enumerate(questions)
-    ]
+        _multiple_choice.read_question(record, f"index {place} of {name}", name, answered=answered)
+        for place, record in enumerate(records)
+    ]  # fmt: skip
 
 
 def read_inputs(base: PretrainedModel, rows: Sequence[ChoiceQuestion], name: str = "inputs") -> PyTree:
@@ -63,7 +92,7 @@ def read_inputs(base: PretrainedModel, rows: Sequence[ChoiceQuestion], name: str
     """
     encoder, lengths = _tasks.tokenizer_of(base), _tasks.lengths_of(base)
     width = _width(max(len(row.choices) for row in rows))
-    inputs, longest, cut = encode_questions(encoder, rows, width, lengths[-1], None)
+    inputs, longest, cut = _multiple_choice.encode_questions(encoder, rows, width, lengths[-1], None)
     if cut:
         warnings.warn(
             f"{cut} of {len(rows)} {name} have more than {lengths[-1]} tokens, and lose their beginnings", stacklevel=2
@@ -109,9 +138,12 @@ def _examples(
     if isinstance(task, ClassSource):
         return _from_source(base, task)
     if isinstance(task, str | os.PathLike):
-        rows, name = read_questions(text_files([task])), repr(os.fspath(task))
+        if not os.path.exists(task):
+            raise ValueError(f"task must be {_FORMS}, got {os.fspath(task)!r}, which does not exist")
+        rows = _multiple_choice.read_questions(_multiple_choice.question_files(task))
+        name = repr(os.fspath(task))
     elif isinstance(task, tuple) and len(task) == 2:
-        rows, name = questions_of(*task, name="questions"), "the task"
+        rows, name = answered(*task, "questions", "answers"), "the task"
     else:
         raise ValueError(f"task must be {_FORMS}, got {task!r}")
     names = tuple(sorted({row.task for row in rows}))
@@ -123,13 +155,27 @@ def _examples(
 def _from_source(
     base: PretrainedModel, source: ClassSource
 ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, tuple[str, ...], str]:
-    kept = np.flatnonzero(source.labels >= 0)
-    inputs = source.inputs
+    inputs, answers = source.inputs, source.targets
     if not isinstance(inputs, dict) or not {*_LEAVES} - {"types"} <= set(inputs) <= {*_LEAVES}:
         raise ValueError(f"task must be {_FORMS}, which the model takes, got {source!r}")
+    for name, leaf in inputs.items():
+        kind, shape = np.bool_ if name in ("mask", "choice") else np.integer, inputs["tokens"].shape
+        if len(shape) != 3 or leaf.shape != shape or not np.issubdtype(leaf.dtype, kind):
+            raise ValueError(
+                f"{name} of {source!r} must be {kind.__name__} of shape [n, choices, length], got {leaf.dtype} of "
+                f"shape {leaf.shape}"
+            )
+    shape = getattr(answers, "shape", None)
+    if shape != source.labels.shape or not np.issubdtype(answers.dtype, np.integer):
+        raise ValueError(f"targets of {source!r} must be {len(source.labels)} places of right choices, got {answers!r}")
+    kept = np.flatnonzero(source.labels >= 0)
+    if not kept.size:
+        raise ValueError(f"labels of {source!r} must keep one question at least, got none that is not negative")
     inputs = {name: leaf.take(kept, axis=0) for name, leaf in inputs.items()}
     _tasks.check_tokens(inputs, base, source)
-    mask, answers = inputs["mask"], np.asarray(source.targets)[kept].astype(np.int32)
+    mask, answers = inputs["mask"], answers[kept].astype(np.int32)
+    if (mask.any(axis=-1) & ~(mask & inputs["choice"]).any(axis=-1)).any():
+        raise ValueError(f"choice of {source!r} must pick a token of each choice that is there, got none of one")
     longest, most = int(mask.sum(axis=-1).max()), _tasks.lengths_of(base)[-1]
     if longest > most:
         raise ValueError(f"max_length of {source!r} must be at most {most}, got questions of {longest} tokens")

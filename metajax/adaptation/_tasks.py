@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -68,6 +68,11 @@ def _texts(base: PretrainedModel, inputs: Any, name: str) -> PyTree:
     if isinstance(inputs, str) or not isinstance(inputs, Sequence | np.ndarray) or not len(inputs):
         raise ValueError(f"{name} must be a list of one text or more, got {inputs!r}")
     for place, text in enumerate(inputs):
+        if isinstance(text, Mapping):
+            raise ValueError(
+                f"{name} must be texts, got a dict at index {place}: questions with choices are for a model that "
+                "scores them (head='tokens' of a decoder, or outputs=1)"
+            )
         a_text(f"index {place} of {name}", text, "text")
     encodings = tokenizer.encode_batch_fast(list(inputs))
     ids = [encoding.ids for encoding in encodings]

@@ -16,6 +16,7 @@ from metajax.data._sources import SPLITS, ClassSource
 from metajax.data._text_files import a_text, json_lines, read_content, text_files
 
 Path = str | os.PathLike[str]
+_LINES = (".jsonl", ".jsonl.gz")
 
 
 class ChoiceQuestion(NamedTuple):
@@ -70,11 +71,12 @@ def multiple_choice(
     source over many files mixes their tasks equally; `metajax.data.mixture` mixes sources by weights.
 
     Each choice is a sequence of its own: the pair of the prompt (context and question) and the choice, with the special
-    tokens of the tokenizer. So an encoder reads `[CLS] prompt [SEP] choice [SEP]`, and a decoder, whose tokenizer adds
-    none, `prompt choice`. `metajax.models.score_choices` makes logits of choices of either.
+    tokens of the tokenizer. So an encoder reads `[CLS] prompt [SEP] choice [SEP]`. Where the tokenizer puts nothing
+    behind the choice, as those of decoders, nothing stands between the two either: `prompt choice`, or `<s> prompt
+    choice`. `metajax.models.score_choices` makes logits of choices of either.
 
     Args:
-      files: one .jsonl file (or .jsonl.gz) or several.
+      files: one .jsonl file (or .jsonl.gz), several, or a folder of them.
       tokenizer: a file of the tokenizers library (tokenizer.json), or a folder that holds one.
       split: "train", "val" or "test".
       splits: names of tasks by split, or shares that sum to 1, as for `metajax.data.image_folder`. None is 64 % train,
@@ -96,9 +98,9 @@ def multiple_choice(
 
     Raises:
       ValueError: a file is not there, too large, or of another extension; a line is no JSON object, has an empty text,
-        fewer than 2 choices or more than `num_choices`, or an answer that is none of them; a choice leaves no room for
-        a token of its prompt or has no tokens (each with file and line); the tokenizer is none; an argument is out of
-        range.
+        fewer than 2 choices, two alike or more than `num_choices`, or an answer that is none of them; a choice leaves
+        no room for a token of its prompt or has no tokens (each with file and line); the tokenizer is none; an argument
+        is out of range.
       ImportError: the tokenizers library is not installed.
 
     >>> multiple_choice("no/such/file.jsonl", tokenizer="tokenizer.json")
@@ -112,8 +114,8 @@ def multiple_choice(
         _validate.int_at_least("num_choices", num_choices, 2)
     if choice_prefix is not None:
         _validate.instance("choice_prefix", choice_prefix, str)
-    paths = text_files(files)
-    name = name or "+".join(map(str, paths))
+    paths = question_files(files)
+    name = name or (str(files) if isinstance(files, str | os.PathLike) else "+".join(map(str, paths)))
     encoder = _tokens.load_tokenizer(tokenizer, max_length, user="multiple_choice", pair=True)
     rows = read_questions(paths)
     widest = max(rows, key=lambda row: len(row.choices))
@@ -138,6 +140,34 @@ def multiple_choice(
     )
 
 
+def question_files(files: Any) -> tuple[pathlib.Path, ...]:
+    """Returns the paths of the files of questions that are given, or that a given folder holds, sorted.
+
+    Raises:
+      ValueError: there are none, one is not there, stands there twice (packed and unpacked too) or has another
+        extension.
+    """
+    if isinstance(files, str | os.PathLike) and os.path.isdir(files):
+        found = sorted(file for file in pathlib.Path(files).iterdir() if file.name.lower().endswith(_LINES))
+        if not found:
+            raise ValueError(
+                f"files must be {' or '.join(_LINES)}, got the folder {os.fspath(files)!r}, which has none"
+            )
+        files = found
+    paths, seen = text_files(files), dict[pathlib.Path, pathlib.Path]()
+    for path in paths:
+        if not path.name.lower().endswith(_LINES):
+            raise ValueError(f"files must end in {' or '.join(_LINES)}, got {str(path)!r}")
+        same = seen.setdefault(path.resolve().with_name(_stem(path)), path)
+        if same != path:  # a question would stand in support and query
+            raise ValueError(f"files must be one of each name, got {str(same)!r} and {str(path)!r}")
+    return paths
+
+
+def _stem(path: pathlib.Path) -> str:
+    return path.name[: len(path.name.lower().removesuffix(".gz").removesuffix(".jsonl"))]
+
+
 def read_questions(paths: Sequence[pathlib.Path], *, answered: bool | None = True) -> list[ChoiceQuestion]:
     """The questions of files of JSON lines.
 
@@ -146,17 +176,13 @@ def read_questions(paths: Sequence[pathlib.Path], *, answered: bool | None = Tru
       answered: as for `read_question`.
 
     Raises:
-      ValueError: a file has another extension or no rows, or a line is no question.
+      ValueError: a file has no rows, or a line is no question.
     """
     rows: list[ChoiceQuestion] = []
     for path in paths:
-        if not path.name.lower().removesuffix(".gz").endswith(".jsonl"):
-            raise ValueError(f"files must end in .jsonl or .jsonl.gz, got {str(path)!r}")
         before = len(rows)
-        stem = path.name.lower().removesuffix(".gz").removesuffix(".jsonl")
-        task = path.name[: len(stem)]
         for where, record in json_lines(read_content(path), repr(str(path))):
-            rows.append(read_question(record, where, task, answered=answered))
+            rows.append(read_question(record, where, _stem(path), answered=answered))
         if len(rows) == before:
             raise ValueError(f"{str(path)!r} has no rows")
     return rows
@@ -180,18 +206,19 @@ def read_question(
     1
     """
     text = a_text(where, record.get("question"), "question")
-    context = "" if record.get("context") is None else a_text(where, record["context"], "context")
+    context = a_text(where, record["context"], "context") if record.get("context") not in (None, "") else ""
     task = file_task if record.get("task") is None else a_text(where, record["task"], "task")
     choices, answer = record.get("choices"), record.get("answer")
-    if not isinstance(choices, list) or len(choices) < 2:
+    if not isinstance(choices, list | tuple) or len(choices) < 2:
         raise ValueError(f"{where} must have a list of 2 choices at least, got {choices!r}")
     choices = tuple(a_text(where, choice, "choice") for choice in choices)
+    if len(set(choices)) < len(choices):
+        raise ValueError(f"{where} must have different choices, got {choices}")
     if answered is False or (answered is None and answer is None):
         return ChoiceQuestion(task, context, text, choices, -1, where)
     if isinstance(answer, str):
-        if choices.count(answer) != 1:
-            times = "not" if answer not in choices else "more than once"
-            raise ValueError(f"{where} has the answer {answer!r}, which is {times} among its choices, {choices}")
+        if answer not in choices:
+            raise ValueError(f"{where} has the answer {answer!r}, which is not among its choices, {choices}")
         answer = choices.index(answer)
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
         raise ValueError(f"{where} must have one of its {len(choices)} choices as answer, from 0 on, got {answer!r}")
@@ -225,24 +252,26 @@ def encode_questions(
     lengths, cut = np.zeros(len(rows), np.int32), set[int]()
     encodings = _tokens.encode_pairs(encoder, pairs, [rows[line].where for line, _ in places])
     for (line, choice), encoding in zip(places, encodings, strict=True):
-        (begin, end), scored = _tokens.span_of(encoding, 0), _tokens.span_of(encoding, 1)
+        (begin, end), (begin_choice, end_choice) = _tokens.span_of(encoding, 0), _tokens.span_of(encoding, 1)
         tokens, types = encoding.ids, encoding.type_ids  # each access makes a new list
-        surplus = max(len(tokens) - max_length, 0)
-        for what, missing in (("question", begin == end), (f"choice {choice}", scored[0] == scored[1])):
+        # what continues the prompt begins no text of its own: Llama's tokenizer puts its <s> in front of both
+        between = range(end, begin_choice if end_choice == len(tokens) else end)
+        surplus = max(len(tokens) - len(between) - max_length, 0)
+        for what, missing in (("question", begin == end), (f"choice {choice}", begin_choice == end_choice)):
             if missing:
                 raise ValueError(f"the {what} of {rows[line].where} gives no tokens")
         if surplus >= end - begin:
             raise ValueError(
                 f"max_length, {max_length}, must leave room for a token of the question beside choice {choice} of "
-                f"{rows[line].where}, which takes {len(tokens) - (end - begin)} with special tokens"
+                f"{rows[line].where}, which takes {len(tokens) - len(between) - (end - begin)} with special tokens"
             )
         if surplus:
             cut.add(line)
-        kept = [*range(begin), *range(begin + surplus, len(tokens))]
+        kept = [*range(begin), *range(begin + surplus, end), *range(between.stop, len(tokens))]
         here = (line, choice, slice(len(kept)))
         inputs["tokens"][here] = [tokens[place] for place in kept]
         inputs["types"][here] = [types[place] for place in kept]
-        inputs["choice"][here] = [scored[0] <= place < scored[1] for place in kept]
+        inputs["choice"][here] = [begin_choice <= place < end_choice for place in kept]
         inputs["mask"][here] = True
         lengths[line] = max(lengths[line], len(kept))
     return inputs, lengths, len(cut)

@@ -163,12 +163,12 @@ def whole_folder(
     try:
         (around / "new").mkdir()
         yield around / "new"
-        if target.exists():
-            target.rename(around / "old")  # no call swaps two folders: between these lines a reader finds none
         try:
+            if target.exists():
+                target.rename(around / "old")  # no call swaps two folders: between these lines a reader finds none
             (around / "new").rename(target)
-        except OSError:
-            if (around / "old").exists():
+        except BaseException:  # an interrupt too
+            if (around / "old").exists() and not target.exists():
                 (around / "old").rename(target)
             raise
     finally:

@@ -26,7 +26,6 @@ _LATER = {
     "at_least": 0,
 }  # fmt: skip
 _MADE, _CHARACTERS = ("glyphs", "sinusoids", "cycles"), ("glyphs", "omniglot")
-_LINES = (".jsonl", ".jsonl.gz")  # in a folder of questions with choices
 _CHARACTER = 28  # pixels, where data.size is 0
 TEXTS = ("text", "squad", "multiple_choice")
 _PUBLISHED = ("cifar_fs", "fc100", "mini_imagenet", "tiered_imagenet", "cub", "meta_dataset")
@@ -50,6 +49,8 @@ def open_source(config: Config, split: str, *, path: str | None = None) -> data.
     """
     fields = _fields(config)
     name = _validate.one_of("data.name", fields["name"], tuple(_SOURCES))
+    if name in TEXTS and not fields["tokenizer"]:
+        raise ValueError("model.path must name the folder of a pretrained model, got ''")
     if name == "glyphs" and path:  # a run on glyphs, looked at on images from elsewhere
         return data.image_folder(path, split=split, **image_options(config))
     given, path = path, path or fields["path"]
@@ -127,7 +128,7 @@ def _fields(config: Config) -> dict[str, Any]:
 
 def _check_tokens(config: Config, source: Any) -> None:
     """Refuses texts that a pretrained model can't read, before anything is trained."""
-    if config["model"]["name"] != "pretrained" or config["data"]["name"] not in TEXTS:
+    if config["data"]["name"] not in TEXTS or config["model"]["name"] != "pretrained":
         return
     _, architecture, model = pretrained.open_model(pathlib.Path(config["model"]["path"]), head=pretrained_head(config))
     if architecture.kind != "text":
@@ -266,13 +267,9 @@ def _squad(path: str, split: str, fields: dict[str, Any]) -> data.Source:
 
 
 def _multiple_choice(path: str, split: str, fields: dict[str, Any]) -> data.Source:
-    folder = pathlib.Path(path)
-    files = sorted(file for file in folder.iterdir() if file.name.lower().endswith(_LINES)) if folder.is_dir() else path
-    if not files:
-        raise ValueError(f"data.path must hold files of {' and '.join(_LINES)}, got {path!r}, which has none")
     return data.multiple_choice(
-        files, split=split, splits=_named(fields["names"]), tokenizer=fields["tokenizer"],
-        max_length=fields["length"], length_buckets=tuple(fields["buckets"]) or None, name=path,
+        path, split=split, splits=_named(fields["names"]), tokenizer=fields["tokenizer"],
+        max_length=fields["length"], length_buckets=tuple(fields["buckets"]) or None,
     )  # fmt: skip
 
 

@@ -149,17 +149,22 @@ def test_long_prompts_lose_their_beginning_with_a_warning(loaded):
     ("task", "said"),
     [
         ("no/such.jsonl", "does not exist"),
+        (__file__, "files must end in .jsonl,"),
         ((["w1"], ["w2"]), r"index 0 of questions must be a question, \{'question': .*\}, got 'w1'"),
         (("w1", [0]), "questions must be a list of one question or more, got 'w1'"),
         (([], []), r"questions must be a list of one question or more, got \[\]"),
-        ((QUESTIONS, [0, 1]), "labels must be one for each of the 3 questions, got 2"),
+        ((QUESTIONS, [0, 1]), "answers must be one for each of the 3 questions, got 2"),
+        ((QUESTIONS, None), "answers must be a list of places or texts of right choices, got None"),
+        ((QUESTIONS, 3), "answers must be a list of places or texts of right choices, got 3"),
+        ((np.array(QUESTIONS[0]), [0]), "questions must be a list of one question or more"),
+        (([{"question": "w1", "choices": ["w1", "w1"]}], [0]), r"must have different choices, got \('w1', 'w1'\)"),
         ((QUESTIONS, [0, 1, 2]), "index 2 of questions must have one of its 2 choices as answer, from 0 on, got 2"),
         ((QUESTIONS, [0, 1, "w9"]), "index 2 of questions has the answer 'w9', which is not among its choices"),
         (([{"question": " ", "choices": ["w1", "w2"]}], [0]), "index 0 of questions has an empty question"),
         (([{"question": "w1", "choices": ["w1"]}], [0]), "must have a list of 2 choices at least"),
         (([{"question": "w1", "choices": ["w1", "w2 " * 40]}], [0]), "max_length, 32, must leave room"),
-        (metajax.data.glyphs("val"), "task must be a .jsonl file of questions, .*, which the model takes"),
-        (7, "task must be a .jsonl file of questions, .*, got 7"),
+        (metajax.data.glyphs("val"), "task must be a .jsonl file of questions .*, which the model takes"),
+        (7, "task must be a .jsonl file of questions .*, got 7"),
     ],
 )
 def test_refusals(loaded, task, said):
@@ -173,19 +178,66 @@ def test_refused_options(folders, loaded):
         metajax.adapt_model(loaded, TASK, ways=5)
     with pytest.raises(ValueError, match=r"learner must be one of .*maml.*, got 'prototypical'"):
         metajax.adapt_model(loaded, TASK, learner="prototypical")
-    for answers in ([9, 0, 0], [2, 0, 0]):  # no choice, and an absent one
-        tokens = np.ones([3, 3, 4], np.int32)
-        mask = np.ones(tokens.shape, bool)
-        mask[0, 2] = False
-        source = metajax.data.ClassSource(
-            "mine", "train", {"tokens": tokens, "mask": mask, "choice": mask}, np.zeros(3, int), ("a",),
-            targets=np.array(answers, np.int32),
-        )  # fmt: skip
-        with pytest.raises(ValueError, match=f"targets of .*mine.* must be places of choices, got {answers[0]}"):
-            metajax.fast_adapt_model(loaded, source)
     features = metajax.load_pretrained_model(folders / "encoder")
-    with pytest.raises(ValueError, match="index 0 of inputs must hold a text as text, got a dict"):
+    with pytest.raises(ValueError, match=r"inputs must be texts, got a dict at index 0: questions .* \(head='tokens'"):
         metajax.fast_adapt_model(features, TASK)
-    spans = metajax.load_pretrained_model(folders / "encoder", head="tokens", outputs=2)
-    with pytest.raises(ValueError, match=r"model must give features \[n, d\].*outputs=1\); got outputs of shape"):
-        metajax.fast_adapt_model(spans, TASK)
+    for outputs in (2, DECODER["vocab"]):
+        tagger = metajax.load_pretrained_model(folders / "encoder", head="tokens", outputs=outputs)
+        with pytest.raises(ValueError, match=r"model must give features \[n, d\].*outputs=1\); got outputs of shape"):
+            metajax.fast_adapt_model(tagger, TASK)
+    with pytest.raises(ValueError, match="labels must be a list of places or texts of right choices, got None"):
+        metajax.fast_adapt_model(loaded, TASK, steps=0).score(QUESTIONS, None)
+    for model in (loaded, metajax.adapt_model(loaded, TASK, steps=1, shots=1, queries=1)):
+        with pytest.raises(ValueError, match="model must give features of texts or images, got one that scores"):
+            metajax.FewShotClassifier(model).fit(*TASK)
+
+
+TOKENS = np.ones([3, 3, 4], np.int32)
+MASK = np.ones([3, 3, 4], bool)
+SOURCE = {"inputs": {"tokens": TOKENS, "mask": MASK, "choice": MASK}, "targets": np.zeros(3, np.int32)}
+
+
+def _inputs(**leaves):
+    return {"inputs": SOURCE["inputs"] | leaves}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"targets": np.array([9, 0, 0])}, "targets of .*mine.* must be places of choices, got 9"),
+        (
+            _inputs(mask=MASK & (np.arange(3) != 2)[:, None]) | {"targets": np.array([0, 2, 0])},
+            "targets of .*mine.* must be places of choices, got 2",
+        ),
+        ({"targets": None}, "targets of .*mine.* must be 3 places of right choices, got None"),
+        ({"targets": np.zeros([3, 2], int)}, "targets of .*mine.* must be 3 places of right choices"),
+        ({"targets": np.full(3, 0.7)}, "targets of .*mine.* must be 3 places of right choices"),
+        ({"labels": np.full(3, -1)}, "labels of .*mine.* must keep one question at least"),
+        (_inputs(mask=MASK.astype(int)), r"mask of .*mine.* must be bool.* of shape \[n, choices, length\], got int64"),
+        (_inputs(choice=~MASK), "choice of .*mine.* must pick a token of each choice that is there"),
+        (_inputs(tokens=TOKENS * 77), "tokens of .*mine.* must be from 0 to 49, got 77"),
+        ({"inputs": {name: leaf[:, 0] for name, leaf in SOURCE["inputs"].items()}}, r"of shape \[n, choices, length\]"),
+    ],
+)
+def test_refused_sources(loaded, change, said):
+    fields = {"labels": np.zeros(3, int), "class_names": ("a",)} | SOURCE | change
+    with pytest.raises(ValueError, match=said):
+        metajax.fast_adapt_model(loaded, metajax.data.ClassSource("mine", "train", **fields))
+
+
+def test_a_folder_is_a_task_and_damage_is_seen(loaded, tmp_path):
+    lines = [json.dumps(question | {"answer": answer}) for question, answer in zip(*TASK, strict=True)]
+    (tmp_path / "kinds").mkdir()
+    with pytest.raises(
+        ValueError, match=r"files must be .jsonl or .jsonl.gz, got the folder '.*kinds', which has none"
+    ):
+        metajax.fast_adapt_model(loaded, tmp_path / "kinds")
+    for place, line in enumerate(lines):
+        (tmp_path / "kinds" / f"kind{place}.jsonl").write_text(line + "\n")
+    fast = metajax.fast_adapt_model(loaded, tmp_path / "kinds", steps=2)
+    expected = metajax.fast_adapt_model(loaded, TASK, steps=2).predict_proba(QUESTIONS)
+    np.testing.assert_allclose(fast.predict_proba(QUESTIONS), expected, atol=1e-6)
+    fast.save(tmp_path / "fast")
+    worlds.word_tokenizer(90).save(str(tmp_path / "fast/tokenizer.json"))
+    with pytest.raises(ValueError, match=r"tokenizer must have at most 50 tokens, .* got 90: it is of another model"):
+        type(fast).load(tmp_path / "fast")

@@ -54,3 +54,13 @@ def test_refusals(files, refuses):
         ],
     )
     assert not (files / "out").exists()
+    (files / "out").mkdir()
+    (files / "out" / "bank.jsonl").write_text("")
+    (files / "alike.json").write_text(json.dumps(LABELS | {"bank": [*LABELS["bank"], "card lost"]}))
+    refuses(
+        "intent_questions",
+        [
+            (flags(files), "out must be a folder without files of questions"),
+            (flags(files, domain=files / "alike.json"), "domain must hold labels that differ without underscores"),
+        ],
+    )

@@ -75,7 +75,7 @@ def test_refusals(run, refuses):
     cases = [
         ((known, "--shuffle_support"), "shuffle_support must not be given for multiple_choice"),
         ((known, f"--data={bad}"), f"line 1 of '{bad}' must have one of its 2 choices as answer"),
-        ((known, f"--data={run / 'none'}"), f"data.path must hold files of .jsonl and .jsonl.gz, got '{run / 'none'}'"),
+        ((known, f"--data={run / 'none'}"), f"files must be .jsonl or .jsonl.gz, got the folder '{run / 'none'}'"),
         ((known, "--override=learner.name=prototypical"), "for multiple_choice, which has no classes, got"),
     ]
     if run.name.startswith("bert"):
