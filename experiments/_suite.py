@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-NOT_IMAGES = ("cycles", "multiple_choice", "sinusoids", "squad", "text")
 NAMED = ("glyphs", "omniglot", "cifar_fs", "fc100", "mini_imagenet", "tiered_imagenet", "cub")
 
 
@@ -16,6 +15,8 @@ def parse(given: Sequence[str], config: Mapping[str, Any]) -> dict[str, str]:
     Raises:
       ValueError: an entry of another form, a name that stands twice, or a run on no images.
     """
+    from metajax.training._data import NOT_IMAGES
+
     if config["data"]["name"] in NOT_IMAGES:
         raise ValueError(f"suite must be of a run on images, got one on {config['data']['name']}")
     paths: dict[str, str] = {}

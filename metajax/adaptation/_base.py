@@ -71,9 +71,8 @@ def _is_decoder(base: PretrainedModel) -> bool:
 def _output_shape(base: PretrainedModel, model: Model) -> tuple[int, ...]:
     """Of two examples."""
     inputs = example_inputs(base)
-    params = jax.eval_shape(model.init, jax.random.key(0), inputs)
     outputs = jax.eval_shape(
-        lambda params, inputs: model.apply(params, inputs, **dict.fromkeys(model.needs)), params, inputs
+        lambda params, inputs: model.apply(params, inputs, **dict.fromkeys(model.needs)), abstract(base, model), inputs
     )
     return (outputs[0] if "stats" in model.needs else outputs).shape
 
@@ -90,9 +89,9 @@ def example_inputs(base: PretrainedModel) -> Any:
     return np.zeros([2, *(base.image or ())], np.uint8)
 
 
-def abstract(base: PretrainedModel, made: Adaptable) -> Params:
-    """The shapes of the parameters."""
-    return jax.eval_shape(made.model.init, jax.random.key(0), example_inputs(base))
+def abstract(base: PretrainedModel, model: Model) -> Params:
+    """The shapes of the parameters of a model that reads the inputs of `base`."""
+    return jax.eval_shape(model.init, jax.random.key(0), example_inputs(base))
 
 
 def start(base: PretrainedModel, made: Adaptable, seed: int) -> Params:

@@ -141,12 +141,12 @@ class FastModel:
             model, {}, config, architecture.kind, None, architecture.positions, architecture.image, Report((), (), ()),
             {**options, "dtype": jnp.dtype(options["dtype"]).name, "preprocessor": read_preprocessor(folder)},
         )  # fmt: skip
-        shapes = jax.eval_shape(model.init, jax.random.key(0), _base.example_inputs(base))
+        shapes = _base.abstract(base, model)
         made = _base.adaptable(dataclasses.replace(base, params=shapes), rank)
         if made.choices == bool(classes):
             raise ValueError(f"{str(folder / _FILE)!r} must hold {'no ' * made.choices}classes, got {classes!r}")
         learner = _base.fast_learner(made, 0, _RATE)
-        like = jax.eval_shape(learner.adapt, _base.abstract(base, made), _example_support(base, classes, ways))
+        like = jax.eval_shape(learner.adapt, _base.abstract(base, made.model), _example_support(base, classes, ways))
         adapted = like._replace(**_read(folder, _stored(like)), class_mask=_class_mask(classes, ways))
         plain = _without(adapted.params, shapes)
         tokenizer = None

@@ -28,6 +28,7 @@ _LATER = {
 _MADE, _CHARACTERS = ("glyphs", "sinusoids", "cycles"), ("glyphs", "omniglot")
 _CHARACTER = 28  # pixels, where data.size is 0
 TEXTS = ("text", "squad", "multiple_choice")
+NOT_IMAGES = (*TEXTS, "cycles", "sinusoids")
 _PUBLISHED = ("cifar_fs", "fc100", "mini_imagenet", "tiered_imagenet", "cub", "meta_dataset")
 
 

@@ -366,7 +366,7 @@ def _transform(config: Config) -> data.Transform | None:
         raise ValueError(f"augment.words must be 0 for in_context, whose prompts would lose labels too, got {words}")
     if not any(bounds.values()):
         return None
-    if source in (*_data.TEXTS, "sinusoids", "cycles"):
+    if source in _data.NOT_IMAGES:
         raise ValueError(f"augment must be all 0 but for images, got {bounds} for {source}")
     return data.random_affine(**bounds)
 
