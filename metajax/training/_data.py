@@ -74,6 +74,11 @@ def open_source(config: Config, split: str, *, path: str | None = None) -> data.
     if _validate.int_at_least("data.at_least", fields["at_least"], 0):
         if not isinstance(source, data.ClassSource):
             raise ValueError(f"data.at_least must be 0 for {name}, which has no classes, got {fields['at_least']}")
+        if fields["at_least"] > source.counts.max():
+            raise ValueError(
+                f"data.at_least must be at most {source.counts.max()}, the examples of the largest class of "
+                f"{source.name} ({split}), got {fields['at_least']}"
+            )
         source = source.at_least(fields["at_least"])
     _check_tokens(config, source)
     return with_features(config, source)

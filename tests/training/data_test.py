@@ -97,5 +97,7 @@ def test_small_classes_are_left_out(tmp_path):
     found = open_source(config(at_least=2, **fields), "test")
     assert found.class_names == ("alarm", "timer")
     assert open_source(config(**fields), "test").num_classes == 3
+    with pytest.raises(ValueError, match=r"data\.at_least must be at most 3, the examples of the largest class.*got 4"):
+        open_source(config(at_least=4, **fields), "test")
     with pytest.raises(ValueError, match=r"data\.at_least must be 0 for sinusoids, which has no classes, got 2"):
         open_source(config(name="sinusoids", at_least=2), "test")
