@@ -15,13 +15,24 @@ _MINILM: dict[str, Any] = {
     "positions": 512,
     "types": 2,
 }
+_SMOLLM2: dict[str, Any] = {
+    "vocab": 49152,
+    "width": 576,
+    "depth": 30,
+    "heads": 9,
+    "kv_heads": 3,
+    "hidden": 1536,
+    "tied": True,
+}
 _TASKS, _STEPS, _LENGTH, _WAYS, _RANK = 8, 5, 64, 5, 8
+_QUESTIONS, _CHOICES, _CHOICE_STEPS = 8, 4, 3
 _WORDS = 12  # of a text that `fast_adapt_model` reads
 
 
 def run(rounds: int, model: str | None) -> dict[str, Any]:
-    """Memory of MAML over adapters of an encoder of MiniLM's sizes; seconds to adapt the encoder in folder `model`."""
-    figures = {"memory": _memory(min(rounds, 3))}
+    """Memory of MAML over adapters of an encoder of MiniLM's sizes and of a decoder of SmolLM2-135M's, which answers
+    questions with choices; seconds to adapt the encoder in folder `model`."""
+    figures = {"memory": _memory(min(rounds, 3)), "choices": _choices(min(rounds, 3))}
     if model is None:
         print("fast_adapt_model: left out, --model names no folder of weights")
         return figures
@@ -29,42 +40,82 @@ def run(rounds: int, model: str | None) -> dict[str, Any]:
 
 
 def _memory(rounds: int) -> dict[str, Any]:
-    """Bytes as the compiler counts them, and seconds of a step where blocks are recomputed in two ways."""
-    import jax
-    import numpy as np
+    """MAML where blocks are recomputed in two ways."""
+    import metajax
+
+    print(f"{_TASKS} tasks of {_WAYS} support and {_WAYS} query texts of {_LENGTH} tokens, {_STEPS} inner steps over ")
+    print(f"rank-{_RANK} LoRA and a head, tasks under vmap, blocks of the encoder recomputed (remat)")
+    variants: list[tuple[str, Any]] = [("unrolled", True), ("mixed_mode", True), ("mixed_mode", "example")]
+    programs = {
+        f"{name}, remat={remat!r}": _outer(
+            metajax.models.encoder(outputs=_WAYS, remat=remat, **_MINILM), name, _STEPS, "lora|head"
+        )
+        for name, remat in variants
+    }
+    batch = metajax.Episode(*(_examples(_WAYS, (), _MINILM["vocab"]) for _ in range(2)))
+    return _compare(programs, batch, rounds, timed=list(programs)[1:])
+
+
+def _choices(rounds: int) -> dict[str, Any]:
+    """First-order MAML of a decoder over questions with choices, whose logits are of all tokens or of one question."""
+    import metajax
+
+    print(
+        f"a task of {_QUESTIONS} support and {_QUESTIONS} query questions of {_CHOICES} choices of {_LENGTH} tokens, "
+    )
+    print(f"{_CHOICE_STEPS} inner steps over rank-{_RANK} LoRA of a decoder of {_SMOLLM2['vocab']} words")
+    programs = {
+        f"remat={remat!r}": _outer(
+            metajax.models.score_choices(metajax.models.decoder(remat=remat, **_SMOLLM2), remat=remat == "example"),
+            "first_order", _CHOICE_STEPS, "lora",
+        )
+        for remat in (True, "example")
+    }  # fmt: skip
+    batch = metajax.Episode(*(_examples(_QUESTIONS, (_CHOICES,), _SMOLLM2["vocab"], tasks=1) for _ in range(2)))
+    return _compare(programs, batch, rounds, timed=list(programs))
+
+
+def _outer(model: Any, estimator: str, steps: int, where: str) -> Any:
     import optax
 
     import metajax
 
-    rng = np.random.default_rng(0)
+    learner = metajax.learners.maml(metajax.adapters.lora(model, rank=_RANK), optax.sgd(0.01), steps, adapts=where)
+    return metajax.outer_update(
+        learner, optax.adam(1e-3), hypergrad=getattr(metajax.hypergrad, estimator)(), trainable=where,
+        task_batching="vmap",
+    )  # fmt: skip
 
-    def examples() -> Any:
-        shape = (_TASKS, _WAYS)
-        texts = {
-            "tokens": rng.integers(1, _MINILM["vocab"], (*shape, _LENGTH), np.int32),
-            "mask": np.ones((*shape, _LENGTH), bool),
-        }
-        targets = np.broadcast_to(np.arange(_WAYS, dtype=np.int32), shape)
-        return metajax.Examples(texts, targets, np.ones(shape, bool), np.ones(shape, bool))
 
-    batch = metajax.Episode(examples(), examples())
+def _examples(count: int, choices: tuple[int, ...], vocab: int, *, tasks: int = _TASKS) -> Any:
+    """Texts of `_LENGTH` tokens, or questions whose choices are the second half of these."""
+    import numpy as np
+
+    import metajax
+
+    shape = (tasks, count, *choices, _LENGTH)
+    inputs = {
+        "tokens": np.random.default_rng(0).integers(1, vocab, shape, np.int32),
+        "mask": np.ones(shape, bool),
+    }
+    if choices:
+        inputs["choice"] = np.broadcast_to(np.arange(_LENGTH) >= _LENGTH // 2, shape)
+    ways = choices[0] if choices else count
+    targets = np.broadcast_to(np.arange(count, dtype=np.int32) % ways, shape[:2])
+    return metajax.Examples(inputs, targets, np.ones(shape[:2], bool), np.ones((tasks, ways), bool))
+
+
+def _compare(outers: dict[str, Any], batch: Any, rounds: int, *, timed: list[str]) -> dict[str, Any]:
+    """Bytes as the compiler counts them, the first over the others, and median seconds of a step of those `timed`."""
+    import jax
+
     figures: dict[str, Any] = {}
-    print(f"{_TASKS} tasks of {_WAYS} support and {_WAYS} query texts of {_LENGTH} tokens, {_STEPS} inner steps over ")
-    print(f"rank-{_RANK} LoRA and a head, tasks under vmap, blocks of the encoder recomputed (remat)")
-    programs, seconds = {}, {}
-    variants: list[tuple[str, Any]] = [("unrolled", True), ("mixed_mode", True), ("mixed_mode", "example")]
-    for name, remat in variants:
-        model = metajax.adapters.lora(metajax.models.encoder(outputs=_WAYS, remat=remat, **_MINILM), rank=_RANK)
-        learner = metajax.learners.maml(model, optax.sgd(0.01), _STEPS, adapts="lora|head")
-        outer = metajax.outer_update(
-            learner, optax.adam(1e-3), hypergrad=getattr(metajax.hypergrad, name)(), trainable="lora|head",
-            task_batching="vmap",
-        )  # fmt: skip
+    programs, seconds = {}, {title: list[float]() for title in timed}
+    for title, outer in outers.items():
         state = outer.init(jax.random.key(0), jax.tree.map(lambda leaf: leaf[0], batch))
-        program = jax.jit(outer.update).lower(state, batch).compile()
-        found: Any = program.memory_analysis()
+        programs[title] = (jax.jit(outer.update).lower(state, batch).compile(), state)
+        found: Any = programs[title][0].memory_analysis()
         weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params))
-        title = f"{name}, remat={remat!r}"
         figures[title] = {
             "temporaries": found.temp_size_in_bytes, "arguments": found.argument_size_in_bytes, "weights": weights
         }  # fmt: skip
@@ -73,10 +124,9 @@ def _memory(rounds: int) -> dict[str, Any]:
             f"  {title:28s} temporaries {found.temp_size_in_bytes / 1e6:7.0f} MB, 1/{ratio:.1f}; arguments "
             f"{found.argument_size_in_bytes / 1e6:.0f} MB, of which the weights {weights / 1e6:.0f} MB"
         )
-        if name == "mixed_mode":
-            programs[title], seconds[title] = (program, state), list[float]()
     for _ in range(1 + rounds):
-        for title, (program, state) in programs.items():
+        for title in timed:
+            program, state = programs[title]
             begin = time.perf_counter()
             jax.block_until_ready(program(state, batch))
             seconds[title].append(time.perf_counter() - begin)

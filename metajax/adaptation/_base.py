@@ -32,11 +32,13 @@ class Adaptable(NamedTuple):
       model: with adapters, where there are some.
       where: path regex of the leaves that adapt, None for all.
       choices: whether its tasks are questions with choices, which it scores; else classes, of its features.
+      one_by_one: whether questions go through it one after the other, which saves memory.
     """
 
     model: Model
     where: str | None
     choices: bool
+    one_by_one: bool = False
 
 
 def adaptable(base: PretrainedModel, rank: int) -> Adaptable:
@@ -50,13 +52,13 @@ def adaptable(base: PretrainedModel, rank: int) -> Adaptable:
     _validate.positive_int("rank", rank)
     attention = any(re.search(_ATTENTION, path) for path in _tree.paths(base.params))
     model = _with_adapters(base.model, rank) if attention else base.model
-    shape = _output_shape(base, model)
+    shape, one_by_one = _output_shape(base, model), base.options.get("remat") == "example"
     if len(shape) == 2 and (shape[1] > 1 or base.kind == "image"):
         return Adaptable(model, _ADAPTERS if attention else None, False)
     if len(shape) == 2:
-        return Adaptable(model, f"{_ADAPTERS}|{_HEAD}" if attention else None, True)
+        return Adaptable(model, f"{_ADAPTERS}|{_HEAD}" if attention else None, True, one_by_one)
     if len(shape) == 3 and _is_decoder(base) and base.options.get("head") == "tokens":
-        return Adaptable(model, _ADAPTERS if attention else None, True)
+        return Adaptable(model, _ADAPTERS if attention else None, True, one_by_one)
     raise ValueError(
         "model must give features [n, d], such as load_pretrained_model(path, head='mean') of an encoder or "
         "head='features' of a decoder; or, for questions with choices, logits of tokens (head='tokens' of a decoder) "
@@ -109,7 +111,8 @@ def learner_of(made: Adaptable, name: str, steps: int, rate: float) -> Learner:
         return learners.prototypical(made.model, distance="cosine")
     if name == "proto_maml":
         return proto_maml(made.model, optax.adam(rate), steps, adapts=made.where)
-    return learners.maml(models.score_choices(made.model), optax.adam(rate), max(steps, 1), adapts=made.where)
+    scores = models.score_choices(made.model, remat=made.one_by_one)
+    return learners.maml(scores, optax.adam(rate), max(steps, 1), adapts=made.where)
 
 
 def fast_learner(made: Adaptable, steps: int, rate: float) -> Learner:

@@ -15,7 +15,7 @@ from metajax.core._types import Model, Params
 _LEAVES = ("tokens", "mask", "types")  # of each choice; whatever else stands beside them is one for all
 
 
-def score_choices(model: Model, *, length_normalised: bool = True) -> Model:
+def score_choices(model: Model, *, length_normalised: bool = True, remat: bool = False) -> Model:
     """A `Model` of multiple-choice questions (`data.multiple_choice`), from one that reads a single sequence.
 
     A language model scores a choice by the log-likelihood of its tokens after the prompt (the mean over its tokens, so
@@ -26,13 +26,16 @@ def score_choices(model: Model, *, length_normalised: bool = True) -> Model:
       model: tokens to logits `[n, length, vocab]` of the next token, or to `[n, 1]`. Its inputs are `{"tokens": ...,
         "mask": ..., "types": ...}`.
       length_normalised: whether the log-likelihood is divided by the number of tokens of the choice.
+      remat: whether questions go through the model one after the other, and once more in the backward pass, so that
+        the logits of all tokens over the whole vocabulary exist for one question at a time.
 
     Returns:
       A `Model` from `{"tokens": int32 [n, choices, length], "mask": bool, "choice": bool, ...}` to logits `[n,
       choices]`, with the parameters of `model`. A choice whose mask is all False is absent.
 
     Raises:
-      ValueError: a part of another type, or (when used) inputs or outputs of another form.
+      ValueError: a part of another type, `remat` for a model whose outputs depend on the whole batch ("mask" or
+        "stats" in its `needs`), or (when used) inputs or outputs of another form.
 
     Source: Brown et al. 2020, section 2.4 (arXiv:2005.14165); Radford et al. 2018 (one output a sequence).
 
@@ -45,8 +48,11 @@ def score_choices(model: Model, *, length_normalised: bool = True) -> Model:
     """
     _validate.instance("model", model, Model)
     _validate.instance("length_normalised", length_normalised, bool)
+    _validate.instance("remat", remat, bool)
+    if remat and not set(model.needs) <= {"key"}:
+        raise ValueError(f"remat must be False for a model that needs {', '.join(model.needs)}, got True")
 
-    def apply(params: Params, inputs: Any, **needed: Any) -> Any:
+    def scores_of(params: Params, inputs: Any, **needed: Any) -> Any:
         lines = _lines(inputs)
         size, choices = inputs["tokens"].shape[:2]
         if needed.get("mask") is not None:
@@ -58,6 +64,21 @@ def score_choices(model: Model, *, length_normalised: bool = True) -> Model:
         scores = jnp.where(there, scores, jnp.asarray(_losses.ABSENT, scores.dtype))
         return (scores, stats) if "stats" in model.needs else scores
 
+    def one_by_one(params: Params, inputs: Any, *, key: Any = None) -> Any:
+        _lines(inputs)  # refuses other forms
+        each = {name: jnp.asarray(leaf) for name, leaf in inputs.items() if name in (*_LEAVES, "choice")}
+        places = jnp.arange(len(each["tokens"]))
+
+        @jax.checkpoint
+        def one(item: Any) -> jax.Array:
+            question, place = item
+            alone = inputs | {name: leaf[None] for name, leaf in question.items()}
+            needed = {name: None if key is None else jax.random.fold_in(key, place) for name in model.needs}
+            return scores_of(params, alone, **needed)[0]
+
+        return jax.lax.map(one, (each, places))
+
+    apply = one_by_one if remat else scores_of
     return Model(lambda key, inputs: model.init(key, _lines(inputs)), apply, model.needs)
 
 

@@ -270,9 +270,11 @@ def _model(config: Config, outputs: int | None, *, weights: bool = False) -> Mod
             )
         return _IDENTITY if outputs is None else models.mlp(outputs, hidden=())
     if name == "pretrained":
-        opened = pretrained.open_model(pathlib.Path(fields["path"]), **_pretrained_options(config, outputs))[2]
+        options = _pretrained_options(config, outputs)
+        opened = pretrained.open_model(pathlib.Path(fields["path"]), **options)[2]
         model = _hiding(config, _adapted(opened, adapter))
-        model = models.score_choices(model) if config["data"]["name"] == "multiple_choice" else model
+        if config["data"]["name"] == "multiple_choice":
+            model = models.score_choices(model, remat=options["remat"] == "example")
         return model._replace(init=lambda key, inputs: _pretrained_params(config, outputs)) if weights else model
     if adapter["name"] and name not in ("vit", "decoder"):
         raise ValueError(

@@ -8,6 +8,7 @@ import pytest
 import worlds
 
 import metajax
+from metajax.adaptation import _base
 from metajax.evaluation import mean_and_interval
 
 DECODER = {"vocab": 50, "width": 32, "depth": 2, "heads": 4}
@@ -91,6 +92,16 @@ def test_what_adapts_is_told_by_the_support(loaded):
     assert fast.predict(QUESTIONS) == ["w3", "w8 w9", "w4"]
     assert fast.score(*TASK) == fast.score(QUESTIONS, [0, 1, 1]) == 1
     assert fast.score(QUESTIONS, [1, 0, 0]) == 0
+
+
+def test_one_example_at_a_time_adapts_to_the_same(folders):
+    """The gradients are the same, and `base.options` decide how the questions go through the model."""
+    fast = [
+        metajax.fast_adapt_model(metajax.load_pretrained_model(folders / "decoder", head="tokens", remat=remat), TASK)
+        for remat in (True, "example")
+    ]
+    np.testing.assert_allclose(*(model.predict_proba(QUESTIONS) for model in fast), atol=1e-4)
+    assert [_base.adaptable(model.base, model.rank).one_by_one for model in fast] == [False, True]
 
 
 def test_what_is_saved_predicts_the_same(loaded, tmp_path):

@@ -40,6 +40,7 @@ def run(tmp_path_factory, launch, request):
         "--config.data.names.val=('kind2',)", "--config.data.names.test=('kind3',)",
         "--config.data.length=6", "--config.data.buckets=(6,)",
         "--config.data.at_least=9", "--config.episode.shots=3", "--config.episode.queries=3",
+        f"--config.model.remat={'example' if request.param == 'llama' else 'block'}",
         "--config.outer.steps=3", "--config.outer.meta_batch=2", "--config.validation.every=3",
         "--config.validation.episodes=4", "--config.evaluation.episodes=4", "--config.checkpoint.every=3",
     )  # fmt: skip

@@ -66,6 +66,31 @@ def test_statistics_pass_through():
     assert (scores.shape, stats) == ((3, 4), "kept")
 
 
+def test_one_question_at_a_time_scores_the_same_in_less_memory():
+    inputs, decoder = made(size=8), models.decoder(4000, width=8, depth=1, heads=2)
+    plain, saving = (adapters.lora(models.score_choices(decoder, remat=remat), rank=2) for remat in (False, True))
+    params = plain.init(jax.random.key(0), inputs)
+    params = jax.tree.map(lambda leaf: leaf + 0.1, params)  # the new path is not zero
+
+    def gradient(model):
+        loss = lambda params: -jax.nn.log_softmax(model.apply(params, inputs))[:, 0].mean()  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss)).lower(params).compile()
+
+    (loss, grads), (expected, expected_grads) = gradient(saving)(params), gradient(plain)(params)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), grads, expected_grads)
+    temporaries = [gradient(model).memory_analysis().temp_size_in_bytes for model in (saving, plain)]
+    assert temporaries[0] < temporaries[1] / 3
+
+
+def test_one_question_at_a_time_hides_other_words_in_each():
+    same = jax.tree.map(lambda leaf: np.repeat(leaf[:1], 20, axis=0), made())
+    count = metajax.Model(lambda key, inputs: (), lambda params, inputs: inputs["mask"].sum(-1, keepdims=True) * 1.0)
+    model = models.score_choices(models.hide_tokens(count, 0.5), remat=True)
+    assert len(np.unique(model.apply((), same, key=jax.random.key(0)), axis=0)) > 3
+    np.testing.assert_array_equal(model.apply((), same, key=None), same["mask"].sum(-1))
+
+
 def test_absent_choices_give_no_nan_to_the_gradient():
     """A model whose attention to nothing is NaN."""
 
@@ -85,6 +110,10 @@ def test_refusals():
         models.score_choices(lambda x: x)
     with pytest.raises(ValueError, match="length_normalised must be of type bool, got 1"):
         models.score_choices(DECODER, length_normalised=1)
+    with pytest.raises(ValueError, match="remat must be of type bool, got 'example'"):
+        models.score_choices(DECODER, remat="example")
+    with pytest.raises(ValueError, match="remat must be False for a model that needs mask, stats, got True"):
+        models.score_choices(metajax.Model(lambda key, inputs: (), lambda *_: (), ("mask", "stats")), remat=True)
     model = models.score_choices(metajax.Model(lambda key, inputs: (), lambda params, inputs: jnp.zeros([12, 3])))
     with pytest.raises(
         ValueError, match=r"logits \[n, length, vocab\] or one output \[n, 1\] for tokens \(12, 6\), got .*\(12, 3\)"
