@@ -64,13 +64,13 @@ def _choices(rounds: int) -> dict[str, Any]:
         f"a task of {_QUESTIONS} support and {_QUESTIONS} query questions of {_CHOICES} choices of {_LENGTH} tokens, "
     )
     print(f"{_CHOICE_STEPS} inner steps over rank-{_RANK} LoRA of a decoder of {_SMOLLM2['vocab']} words")
+    decoder = metajax.models.decoder(**_SMOLLM2)
     programs = {
-        f"remat={remat!r}": _outer(
-            metajax.models.score_choices(metajax.models.decoder(remat=remat, **_SMOLLM2), remat=remat == "example"),
-            "first_order", _CHOICE_STEPS, "lora",
+        f"score_choices(remat={remat})": _outer(
+            metajax.models.score_choices(decoder, remat=remat), "first_order", _CHOICE_STEPS, "lora"
         )
-        for remat in (True, "example")
-    }  # fmt: skip
+        for remat in (False, True)
+    }
     batch = metajax.Episode(*(_examples(_QUESTIONS, (_CHOICES,), _SMOLLM2["vocab"], tasks=1) for _ in range(2)))
     return _compare(programs, batch, rounds, timed=list(programs))
 

@@ -64,7 +64,7 @@ def base() -> ConfigDict:
                 "dtype": "float32",  # vit, decoder, pretrained: of the parameters, float32 or bfloat16
                 "frozen": False,  # pretrained: nothing of it is trained; its features are computed once, and kept
                 # pretrained: what is computed again in the backward pass, to save memory: none, a block at a time, or a
-                # block for one example at a time (example; with data.name=multiple_choice the scores of a question too)
+                # block for one example at a time (example; of data.name=multiple_choice all of a question at a time)
                 "remat": "block",
                 "pool": False,  # conv4: halve by max pooling instead of stride
                 "normalisation": "batch",  # conv4, resnet12: batch (transductive), support, layer, group, none

@@ -271,10 +271,13 @@ def _model(config: Config, outputs: int | None, *, weights: bool = False) -> Mod
         return _IDENTITY if outputs is None else models.mlp(outputs, hidden=())
     if name == "pretrained":
         options = _pretrained_options(config, outputs)
+        choices = config["data"]["name"] == "multiple_choice"
+        one_by_one = choices and options["remat"] == "example"
+        if one_by_one:  # an example is a question: its choices go through a block together
+            options["remat"] = True
         opened = pretrained.open_model(pathlib.Path(fields["path"]), **options)[2]
         model = _hiding(config, _adapted(opened, adapter))
-        if config["data"]["name"] == "multiple_choice":
-            model = models.score_choices(model, remat=options["remat"] == "example")
+        model = models.score_choices(model, remat=one_by_one) if choices else model
         return model._replace(init=lambda key, inputs: _pretrained_params(config, outputs)) if weights else model
     if adapter["name"] and name not in ("vit", "decoder"):
         raise ValueError(
