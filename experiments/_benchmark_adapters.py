@@ -52,7 +52,7 @@ def _memory(rounds: int) -> dict[str, Any]:
         )
         for name, remat in variants
     }
-    batch = metajax.Episode(*(_examples(_WAYS, (), _MINILM["vocab"]) for _ in range(2)))
+    batch = metajax.Episode(*(_examples(seed, _WAYS, (), _MINILM["vocab"]) for seed in range(2)))
     return _compare(programs, batch, rounds, timed=list(programs)[1:])
 
 
@@ -60,9 +60,7 @@ def _choices(rounds: int) -> dict[str, Any]:
     """First-order MAML of a decoder over questions with choices, whose logits are of all tokens or of one question."""
     import metajax
 
-    print(
-        f"a task of {_QUESTIONS} support and {_QUESTIONS} query questions of {_CHOICES} choices of {_LENGTH} tokens, "
-    )
+    print(f"a task of {_QUESTIONS} support and {_QUESTIONS} query questions, {_CHOICES} choices of {_LENGTH} tokens each,")
     print(f"{_CHOICE_STEPS} inner steps over rank-{_RANK} LoRA of a decoder of {_SMOLLM2['vocab']} words")
     decoder = metajax.models.decoder(**_SMOLLM2)
     programs = {
@@ -71,7 +69,8 @@ def _choices(rounds: int) -> dict[str, Any]:
         )
         for remat in (False, True)
     }
-    batch = metajax.Episode(*(_examples(_QUESTIONS, (_CHOICES,), _SMOLLM2["vocab"], tasks=1) for _ in range(2)))
+    halves = (_examples(seed, _QUESTIONS, (_CHOICES,), _SMOLLM2["vocab"], tasks=1) for seed in range(2))
+    batch = metajax.Episode(*halves)
     return _compare(programs, batch, rounds, timed=list(programs))
 
 
@@ -87,7 +86,7 @@ def _outer(model: Any, estimator: str, steps: int, where: str) -> Any:
     )  # fmt: skip
 
 
-def _examples(count: int, choices: tuple[int, ...], vocab: int, *, tasks: int = _TASKS) -> Any:
+def _examples(seed: int, count: int, choices: tuple[int, ...], vocab: int, *, tasks: int = _TASKS) -> Any:
     """Texts of `_LENGTH` tokens, or questions whose choices are the second half of these."""
     import numpy as np
 
@@ -95,7 +94,7 @@ def _examples(count: int, choices: tuple[int, ...], vocab: int, *, tasks: int = 
 
     shape = (tasks, count, *choices, _LENGTH)
     inputs = {
-        "tokens": np.random.default_rng(0).integers(1, vocab, shape, np.int32),
+        "tokens": np.random.default_rng(seed).integers(1, vocab, shape, np.int32),
         "mask": np.ones(shape, bool),
     }
     if choices:
