@@ -176,9 +176,8 @@ def scores_choices(model: PretrainedModel | MetaTrainedModel, rank: int) -> bool
     Raises:
       ValueError: it adapts to no task, or `rank` does not fit.
     """
-    return _base.adaptable(
-        *((model.base, model.rank) if isinstance(model, MetaTrainedModel) else (model, rank))
-    ).choices
+    base, rank = (model.base, model.rank) if isinstance(model, MetaTrainedModel) else (model, rank)
+    return _base.adaptable(base, rank).choices
 
 
 @functools.lru_cache(maxsize=32)

@@ -158,15 +158,15 @@ def _from_source(
     inputs, answers = source.inputs, source.targets
     if not isinstance(inputs, dict) or not {*_LEAVES} - {"types"} <= set(inputs) <= {*_LEAVES}:
         raise ValueError(f"task must be {_FORMS}, which the model takes, got {source!r}")
+    shape = inputs["tokens"].shape
     for name, leaf in inputs.items():
-        kind, shape = np.bool_ if name in ("mask", "choice") else np.integer, inputs["tokens"].shape
+        kind = np.bool_ if name in ("mask", "choice") else np.integer
         if len(shape) != 3 or leaf.shape != shape or not np.issubdtype(leaf.dtype, kind):
             raise ValueError(
                 f"{name} of {source!r} must be {kind.__name__} of shape [n, choices, length], got {leaf.dtype} of "
                 f"shape {leaf.shape}"
             )
-    shape = getattr(answers, "shape", None)
-    if shape != source.labels.shape or not np.issubdtype(answers.dtype, np.integer):
+    if getattr(answers, "shape", None) != source.labels.shape or not np.issubdtype(answers.dtype, np.integer):
         raise ValueError(f"targets of {source!r} must be {len(source.labels)} places of right choices, got {answers!r}")
     kept = np.flatnonzero(source.labels >= 0)
     if not kept.size:

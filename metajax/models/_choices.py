@@ -11,6 +11,7 @@ import optax
 
 from metajax.core import _losses, _validate
 from metajax.core._types import Model, Params
+from metajax.models._blocks import one_by_one
 
 _LEAVES = ("tokens", "mask", "types")  # of each choice; whatever else stands beside them is one for all
 
@@ -64,31 +65,32 @@ def score_choices(model: Model, *, length_normalised: bool = True, remat: bool =
         scores = jnp.where(there, scores, jnp.asarray(_losses.ABSENT, scores.dtype))
         return (scores, stats) if "stats" in model.needs else scores
 
-    def one_by_one(params: Params, inputs: Any, *, key: Any = None) -> Any:
-        _lines(inputs)  # refuses other forms
+    def scores_of_each(params: Params, inputs: Any, *, key: Any = None) -> Any:
+        _check(inputs)
         each = {name: jnp.asarray(leaf) for name, leaf in inputs.items() if name in (*_LEAVES, "choice")}
-        places = jnp.arange(len(each["tokens"]))
 
-        @jax.checkpoint
-        def one(item: Any) -> jax.Array:
-            question, place = item
-            alone = inputs | {name: leaf[None] for name, leaf in question.items()}
-            needed = {name: None if key is None else jax.random.fold_in(key, place) for name in model.needs}
-            return scores_of(params, alone, **needed)[0]
+        def scores(example: Any) -> Any:
+            question, place = example
+            needed = {name: None if key is None else jax.random.fold_in(key, place[0]) for name in model.needs}
+            return scores_of(params, inputs | question, **needed)
 
-        return jax.lax.map(one, (each, places))
+        return one_by_one(scores, (each, jnp.arange(len(each["tokens"]))))
 
-    apply = one_by_one if remat else scores_of
+    apply = scores_of_each if remat else scores_of
     return Model(lambda key, inputs: model.init(key, _lines(inputs)), apply, model.needs)
 
 
-def _lines(inputs: Any) -> dict[str, Any]:
-    """One sequence for each choice."""
+def _check(inputs: Any) -> None:
     if not isinstance(inputs, dict) or not {"tokens", "mask", "choice"} <= set(inputs) or inputs["tokens"].ndim != 3:
         raise ValueError(
             "inputs must be those of data.multiple_choice, a dict of 'tokens', 'mask' and 'choice', each [n, choices, "
             f"length], got {jax.tree.map(jnp.shape, inputs)}"
         )
+
+
+def _lines(inputs: Any) -> dict[str, Any]:
+    """One sequence for each choice."""
+    _check(inputs)
     rest = {name: leaf for name, leaf in inputs.items() if name != "choice"}
     lines = rest | {name: _flat(rest[name]) for name in _LEAVES if name in rest}
     # an absent choice is read as a text of one token: attention to nothing may be NaN, and so would the gradient be
