@@ -60,7 +60,7 @@ def _choices(rounds: int) -> dict[str, Any]:
     """First-order MAML of a decoder over questions with choices, whose logits are of all tokens or of one question."""
     import metajax
 
-    print(f"a task of {_QUESTIONS} support and {_QUESTIONS} query questions, {_CHOICES} choices of {_LENGTH} tokens each,")
+    print(f"a task of {_QUESTIONS} support and {_QUESTIONS} query questions, {_CHOICES} choices of {_LENGTH} tokens,")
     print(f"{_CHOICE_STEPS} inner steps over rank-{_RANK} LoRA of a decoder of {_SMOLLM2['vocab']} words")
     decoder = metajax.models.decoder(**_SMOLLM2)
     programs = {
