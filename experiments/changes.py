@@ -186,7 +186,7 @@ def _judged(learner: Any, adapted: list[Any], items: list[Any]) -> tuple[list[fl
     @jax.jit
     def judge(one: Any, item: Any) -> Any:
         loss, aux = learner.outer_loss(one, (), item)
-        return loss, metajax.core.accuracy(aux["outputs"], item)
+        return loss, metajax.core.accuracy(aux.outputs, item)
 
     found = [judge(*pair) for pair in zip(adapted, items, strict=True)]
     return [float(loss) for loss, _ in found], [float(hit) for _, hit in found]

@@ -74,7 +74,7 @@ def main() -> int:
         loss=inner_loss,
         optimizer=lambda meta_params: optax.sgd(_INNER_RATE, momentum=0.9),
         num_steps=_INNER_STEPS,
-        finish=lambda params, meta_params, support, key: params,
+        finalize=lambda params, meta_params, support, key: params,
     )
     learner = metajax.bilevel(problem, outer_loss)
     # what a whole training run gives moves a lot with the weights: small, clipped steps that die out

@@ -64,10 +64,10 @@ def meta_sgd():
         loss=loss,
         optimizer=lambda meta: optax.stateless(lambda grads, _: {"w": -jnp.exp(meta["rate"]) * grads["w"]}),
         num_steps=3,
-        finish=lambda params, meta_params, support, key: (params, meta_params["offset"]),
+        finalize=lambda params, meta_params, support, key: (params, meta_params["offset"]),
     )
 
-    def adapt(meta_params, support, *, unlabelled=None, num_steps=None, key=None):
+    def adapt(meta_params, support, *, num_steps=None, key=None):
         return metajax.core._inner.unroll(problem, meta_params, support, key=key, num_steps=num_steps).adapted
 
     def predict(adapted, inputs, *, mask=None, key=None):
@@ -75,7 +75,7 @@ def meta_sgd():
 
     def outer_loss(adapted, meta_params, query, *, key=None):
         outputs = predict(adapted, query.inputs)
-        return jnp.mean((outputs - query.targets) ** 2), {"outputs": outputs}
+        return jnp.mean((outputs - query.targets) ** 2), metajax.Aux(outputs)
 
     return metajax.Learner(None, adapt, predict, outer_loss, problem)
 

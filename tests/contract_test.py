@@ -103,27 +103,35 @@ def test_gradient(name, estimator):
     assert jax.tree.structure(grads) == jax.tree.structure(params)
     CHECKS[estimator](name, grads)
     np.testing.assert_allclose(loss, worlds.outer_loss(name)(params, episode), rtol=1e-12)
-    assert aux["outputs"].shape == (9, worlds.WAYS)
+    assert aux.outputs.shape == (9, worlds.WAYS)
     if row.learner.problem is not None:
-        assert aux["inner_loss"].shape == (row.learner.problem.num_steps,)
+        assert aux.metrics["inner_loss"].shape == (row.learner.problem.num_steps,)
 
 
 def altered_mixed_mode(change):
     """`mixed_mode`, its two products changed on their way out."""
 
     def gradient(loss):
+        def scalar(*inputs):
+            return loss(*inputs)[0]
+
         @jax.custom_vjp
         def value_and_slope(params, meta_params, *data):
-            return jax.value_and_grad(loss)(params, meta_params, *data)
+            return jax.value_and_grad(scalar)(params, meta_params, *data)
 
         def backward(arguments, cotangents):
             params, meta_params, *data = arguments
-            both = lambda params: jax.grad(loss, argnums=(0, 1))(params, meta_params, *data)  # noqa: E731
+            both = lambda params: jax.grad(scalar, argnums=(0, 1))(params, meta_params, *data)  # noqa: E731
             products = jax.jvp(both, (params,), (cotangents[1],))[1]
             return *change(*products), *([None] * len(data))
 
         value_and_slope.defvjp(lambda *arguments: (value_and_slope(*arguments), arguments), backward)
-        return value_and_slope
+
+        def run(*inputs):
+            value, grads = value_and_slope(*inputs)
+            return (value, ()), (grads, value)
+
+        return run
 
     return _explicit.explicit(metajax.core._inner.scan_loop(gradient))
 
@@ -262,7 +270,7 @@ def test_names_of_classes(name, estimator):
     (loss, aux), grads = worlds.compiled(name, estimator)(move(params), renamed)
     value, expected = result(name, estimator)
     same(((loss, aux), grads), (value, move(expected)), 1e-11)
-    np.testing.assert_allclose(aux["outputs"][:7], value[1]["outputs"][:7][:, old], rtol=1e-10)
+    np.testing.assert_allclose(aux.outputs[:7], value[1].outputs[:7][:, old], rtol=1e-10)
 
 
 # one eager run of each kind of inner loop and of each estimator: eager JAX compiles operation by operation, so that
@@ -374,7 +382,7 @@ def test_no_support_and_no_query(name, estimator):
     )
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(grads))
     if row.learner.problem is not None:
-        np.testing.assert_array_equal(aux["inner_loss"], 0)
+        np.testing.assert_array_equal(aux.metrics["inner_loss"], 0)
     (loss, _), grads = worlds.compiled(name, estimator)(
         params, episode._replace(query=episode.query._replace(mask=jnp.zeros_like(episode.query.mask)))
     )

@@ -208,6 +208,18 @@ def distances(tree: Any, other: Any) -> dict[str, float]:
     return {path_name(path): distance for path, distance in jax.tree.leaves_with_path(largest)}
 
 
+def first_step(learner: metajax.Learner, estimator: metajax.Hypergrad) -> Any:
+    """The first outer step of any estimator: `(meta_params, episode, *, key=None) -> ((loss, aux), grads)`."""
+
+    def step(meta_params: Any, episode: metajax.Episode, *, key: Any = None) -> Any:
+        init_key, key = (None, None) if key is None else jax.random.split(key)
+        state = estimator.init(learner, meta_params, episode, init_key)
+        value, grads, _ = estimator.value_and_grad(learner, meta_params, state, episode, key=key)
+        return value, grads
+
+    return step
+
+
 @functools.cache
 def compiled(name: str, estimator: str) -> Any:
     """The jitted one-task primitive of a pair, shared by all tests."""
@@ -328,7 +340,7 @@ def last_step(name: str) -> LastStep:
         return point
 
     def outer(fast, meta):
-        return outer_loss(problem.finish(fast, meta, task.support, None), meta, task.query)[0]
+        return outer_loss(problem.finalize(fast, meta, task.support, None), meta, task.query)[0]
 
     of_end, direct = jax.jit(jax.grad(outer, argnums=(0, 1)))(fast, params)
     last = lambda *inputs: update(*inputs, before_state, problem.num_steps - 1)[0]  # noqa: E731
@@ -354,7 +366,7 @@ WITHOUT_PROBLEM = [name for name, row in LEARNERS.items() if row.learner.problem
 def trace(name: str, estimator: metajax.Hypergrad) -> None:
     """Traces an estimator on a row, which is when it refuses a learner."""
     row = LEARNERS[name]
-    jax.eval_shape(hypergrad.value_and_grad(row.learner, estimator), parameters(row), episode(row))
+    jax.eval_shape(first_step(row.learner, estimator), parameters(row), episode(row))
 
 
 @functools.cache

@@ -210,7 +210,7 @@ def fast_adapt_model(
     if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves((moved, head))):
         raise ValueError(f"rate must be low enough for a finite result, got {rate}: the adapted model is not finite")
     kept = _tree.split(params, made.where)[1]  # the base itself: what comes out of the call is what moved
-    return FastModel(base, learner, rank, Adapted(_tree.merge(moved, kept), support.class_mask, stats, head), classes)
+    return FastModel(base, learner, rank, Adapted(_tree.fill(moved, kept), support.class_mask, stats, head), classes)
 
 
 def _class_mask(classes: tuple[Any, ...], ways: int) -> np.ndarray | None:

@@ -53,7 +53,7 @@ class MetaTrainedModel:
     @property
     def params(self) -> Params:
         """All parameters, the adapters among them."""
-        return _tree.merge(self.state.params, self.frozen)
+        return _tree.fill(self.state.params, self.frozen)
 
 
 def adapt_model(
@@ -186,7 +186,7 @@ def _update(learner: Learner, options: tuple[str, float]) -> Callable[..., tuple
 
     @jax.jit
     def update(state: MetaState, frozen: Params, episodes: Any) -> tuple[MetaState, dict[str, Any]]:
-        everything = _tree.merge(state.params, frozen)
+        everything = _tree.fill(state.params, frozen)
         picked = set(_tree.paths(state.params))
         outer = outer_update(
             learner, optax.adam(options[1]), hypergrad=hypergrad.first_order(), trainable=picked.__contains__,

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from metajax import tasks
 from metajax.core import _inner, _losses, _tree
 from metajax.core._types import Examples, InnerProblem, Learner, Model, Params
 from metajax.learners._forward import Adapted, forward, masked, query_loss, support_stats
@@ -57,18 +58,19 @@ def proto_maml(
 
     def loss(params: Params, meta_params: Params, support: Examples, step: Any, key: Any) -> jax.Array:
         del step
-        values = features(_tree.merge(params["model"], meta_params), support.inputs, support.mask, key)
+        values = features(_tree.fill(params["model"], meta_params), support.inputs, support.mask, key)
         outputs = masked(logits(params["head"], values), support.class_mask)
-        return _losses.mean_loss(_losses.cross_entropy, outputs, support)
+        return _losses.mean_loss(tasks.classification, outputs, support)
 
-    def finish(params: Params, meta_params: Params, support: Examples, key: Any) -> Adapted:
-        everything = _tree.merge(params["model"], meta_params)
+    def finalize(params: Params, meta_params: Params, support: Examples, key: Any) -> Adapted:
+        everything = _tree.fill(params["model"], meta_params)
         return Adapted(everything, support.class_mask, support_stats(model, everything, support, key), params["head"])
 
-    problem = InnerProblem(init, loss, lambda meta_params: inner, num_steps, finish)
+    problem = InnerProblem(init, loss, lambda meta_params: inner, num_steps, finalize)
 
     def predict(adapted: Adapted, inputs: Any, *, mask: Any = None, key: Any = None) -> jax.Array:
         values = features(adapted.params, inputs, mask, key, adapted.stats)
         return masked(logits(adapted.head, values), adapted.class_mask)
 
-    return Learner(model.init, _inner.adaptation(problem), predict, query_loss(predict, _losses.cross_entropy), problem)
+    task = tasks.classification
+    return Learner(model.init, _inner.adaptation(problem), predict, query_loss(predict, task), problem, task)

@@ -6,17 +6,31 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from metajax.core import _inner, _losses, _validate
-from metajax.core._types import Examples, InnerProblem, Learner, Params
+from metajax.core._types import (
+    OWN,
+    Aux,
+    Examples,
+    InnerLosses,
+    InnerProblem,
+    Learner,
+    Metric,
+    Objective,
+    Params,
+    TaskType,
+)
 
 
 def bilevel(
     inner_problem: InnerProblem,
-    outer_loss: Callable[..., Any],
+    outer_loss: Callable[..., Any] | None = None,
     *,
     init: Callable[..., Params] | None = None,
     predict: Callable[..., Any] | None = None,
+    task: TaskType | None = None,
+    objective: Objective = "query",
 ) -> Learner:
     """Any inner problem as a learner: hyper-parameters, weights of the data, or a loss that are learned.
 
@@ -29,24 +43,32 @@ def bilevel(
     what the mask means to them. A single problem is a batch of one task: `jax.tree.map(lambda leaf: leaf[None],
     episode)`.
 
+    With a stream, each inner step sees data of its own, and with the objective "prequential" every inner loss, taken
+    before its update, is a term of the outer loss: a model that is scored on what it reads before it learns from it.
+
     Args:
-      inner_problem: what is optimised inside; its `finish` makes `adapted` of the last fast weights.
-      outer_loss: `(adapted, meta_params, query, *, key=None) -> loss`, a scalar, or `(loss, aux)` with a dict that
-        describes the result, such as `outputs`.
+      inner_problem: what is optimised inside; its `finalize` makes `adapted` of the last fast weights.
+      outer_loss: `(adapted, meta_params, query, *, key=None) -> loss`, a scalar, or `(loss, metajax.Aux)`, which
+        describes the result. Unless the objective is "query" it also gets `inner_losses=`. None, with the objective
+        "prequential", is the mean of the inner losses that count.
       init: `(key, example_inputs) -> meta_params`. None where `outer.init(key, episode, params=...)` gives them.
-      predict: `(adapted, inputs) -> outputs`, for `learner.predict` and for `outputs` in `aux`. With them,
-        `outer_update` measures the accuracy of integer targets.
+      predict: `(adapted, inputs) -> outputs`, for `learner.predict` and for `Aux.outputs`, of which `outer_update`
+        takes the metric of the task type.
+      task: the task type, such as `metajax.tasks.classification`; None is that of the losses alone: what the mask keeps
+        counts, and the loss is the only metric.
+      objective: "query", "prequential" or "both", see `metajax.Learner`.
 
     Returns:
       A `Learner`. Its metrics hold what `outer_update` says of any learner; a NaN inside the inner loop is a NaN in
       `inner_loss` and in the loss.
 
     Raises:
-      ValueError: a part of another type; no inner step; or (when used) meta-parameters are asked for without `init`,
-        predictions without `predict`, or integer targets have no `outputs`.
+      ValueError: a part of another type, no inner step, no outer loss for an objective that has a query; or (when used)
+        meta-parameters are asked for without `init`, or predictions without `predict`.
 
     Source: Franceschi et al. 2018, Bilevel Programming for Hyperparameter Optimization and Meta-Learning,
-    arXiv:1806.04910; reweighting: Ren et al. 2018, arXiv:1803.09050, and Shu et al. 2019, arXiv:1902.07379.
+    arXiv:1806.04910; reweighting: Ren et al. 2018, arXiv:1803.09050, and Shu et al. 2019, arXiv:1902.07379; prequential
+    losses: Dawid 1984, Statistical Theory: The Prequential Approach.
 
     >>> import jax, jax.numpy as jnp, optax, metajax
     >>> def ridge(weights, penalty, support, step, key):
@@ -56,7 +78,7 @@ def bilevel(
     ...     return jnp.mean((query.inputs @ weights - query.targets) ** 2)
     >>> problem = metajax.InnerProblem(
     ...     init=lambda penalty, support, key: jnp.zeros(3), loss=ridge, optimizer=lambda penalty: optax.sgd(0.1),
-    ...     num_steps=20, finish=lambda weights, penalty, support, key: weights)
+    ...     num_steps=20, finalize=lambda weights, penalty, support, key: weights)
     >>> learner = metajax.bilevel(problem, validation, init=lambda key, inputs: jnp.zeros([]))
     >>> outer = metajax.outer_update(learner, optax.adam(0.1), hypergrad=metajax.hypergrad.mixed_mode())
     >>> data = metajax.Examples(jnp.eye(3), jnp.arange(3.0), jnp.ones(3, bool))
@@ -68,6 +90,8 @@ def bilevel(
     """
     _validate.instance("inner_problem", inner_problem, InnerProblem)
     _validate.positive_int("num_steps", inner_problem.num_steps)
+    if outer_loss is None and objective == "prequential":
+        outer_loss = _mean_inner_loss
     for name, part in (("outer_loss", outer_loss), ("init", init), ("predict", predict)):
         if not callable(part) and (part is not None or name == "outer_loss"):
             raise ValueError(f"{name} must be a function{'' if name == 'outer_loss' else ' or None'}, got {part!r}")
@@ -84,17 +108,32 @@ def bilevel(
         return predict(adapted, inputs)
 
     def judge(
-        adapted: Any, meta_params: Params, query: Examples, *, key: Any = None
-    ) -> tuple[jax.Array, dict[str, Any]]:
-        found = outer_loss(adapted, meta_params, query, key=key)
-        loss, aux = found if isinstance(found, tuple) else (found, {})
-        if "outputs" not in aux and predict is not None:
-            aux = {**aux, "outputs": predict(adapted, query.inputs)}
-        if "outputs" not in aux and _losses.is_integer(query.targets):
-            raise ValueError(
-                "query.targets must not be integers without outputs, whose accuracy is measured: give bilevel() "
-                "predict=, or return (loss, {'outputs': ...}) from outer_loss"
-            )
+        adapted: Any, meta_params: Params, query: Examples, *, key: Any = None, **inner_losses: Any
+    ) -> tuple[jax.Array, Aux]:
+        found = outer_loss(adapted, meta_params, query, key=key, **inner_losses)
+        loss, aux = found if isinstance(found, tuple) else (found, Aux())
+        if aux.outputs is None and predict is not None and objective != "prequential":
+            aux = aux._replace(outputs=predict(adapted, query.inputs))
         return loss, aux
 
-    return Learner(first, _inner.adaptation(inner_problem), outputs, judge, inner_problem)
+    task = _ANY if task is None else task
+    adapt = _inner.adaptation(inner_problem)
+    return _validate.learner(Learner(first, adapt, outputs, judge, inner_problem, task, objective))
+
+
+def _unknown(outputs: Any, targets: Any) -> jax.Array:
+    raise ValueError("task must be given to bilevel() where outputs are judged by it, got None")
+
+
+# the losses alone know what targets mean
+_ANY = TaskType(
+    OWN, _unknown, Metric("loss", _unknown, higher_is_better=False, percent=False),
+    lambda targets: jnp.ones(jax.tree.leaves(targets)[0].shape[:1], bool), lambda examples: None,
+)  # fmt: skip
+
+
+def _mean_inner_loss(
+    adapted: Any, meta_params: Params, query: Examples, *, key: Any = None, inner_losses: InnerLosses
+) -> jax.Array:
+    """The mean of the inner losses that count."""
+    return _losses.mean_over(inner_losses.values, inner_losses.valid)

@@ -9,9 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metajax.core._types import Array, Examples, Loss
+from metajax.core._types import Array, Examples, Loss, TaskType
 
-ABSENT = -1e9  # the logit of an absent class: finite, so that its gradient is zero and never NaN
+
+def absent_logit(dtype: Any) -> float:
+    """The logit of an absent class: large, negative, and finite in `dtype`, so that its gradient is zero and never NaN.
+
+    >>> absent_logit(jnp.float32), absent_logit(jnp.float16)
+    (-1000000000.0, -32752.0)
+    """
+    return max(-1e9, float(jnp.finfo(dtype).min) / 2)
 
 
 def cross_entropy(outputs: jax.Array, targets: jax.Array) -> jax.Array:
@@ -25,21 +32,44 @@ def cross_entropy(outputs: jax.Array, targets: jax.Array) -> jax.Array:
       `[n]` losses; 0 for an example without a kept position.
 
     Raises:
-      ValueError: the shapes do not match.
+      ValueError: the shapes do not match, or targets are no integers.
 
     >>> import jax.numpy as jnp
     >>> cross_entropy(jnp.zeros([1, 4]), jnp.array([2])).shape
     (1,)
     """
-    if outputs.shape[:-1] != targets.shape:
-        raise ValueError(
-            f"targets must have the shape of outputs {outputs.shape} without its last axis, got {targets.shape}"
-        )
+    check_labels_fit(outputs, targets)
     kept = targets >= 0
     losses = optax.softmax_cross_entropy_with_integer_labels(outputs, jnp.where(kept, targets, 0))
     axes = tuple(range(1, targets.ndim))
     total = jnp.sum(jnp.where(kept, losses, 0), axis=axes)
     return total / jnp.maximum(jnp.sum(kept, axis=axes), 1).astype(total.dtype)
+
+
+def check_labels_fit(outputs: Any, targets: Any) -> None:
+    """Refuses targets that are no integers, one for each row of logits.
+
+    >>> check_labels_fit(jnp.zeros([3, 5]), jnp.zeros(3, int))
+    """
+    require_labels(targets)
+    if jnp.shape(outputs)[:-1] != jnp.shape(targets):
+        raise ValueError(
+            f"targets must have the shape of outputs {jnp.shape(outputs)} without its last axis, got "
+            f"{jnp.shape(targets)}"
+        )
+
+
+def require_labels(targets: Any) -> None:
+    """Refuses targets that are no array of integers.
+
+    >>> require_labels(np.zeros(3, int))
+    """
+    kind = getattr(targets, "dtype", None)
+    if kind is None or not jnp.issubdtype(kind, jnp.integer):
+        raise ValueError(
+            f"targets must be integers, labels of classes, got {type(targets).__name__ if kind is None else kind}: other "
+            "targets need another task type, such as task=metajax.tasks.regression, or a loss= of their own"
+        )
 
 
 def span_cross_entropy(outputs: jax.Array, targets: jax.Array) -> jax.Array:
@@ -63,29 +93,29 @@ def span_cross_entropy(outputs: jax.Array, targets: jax.Array) -> jax.Array:
     >>> span_cross_entropy(jnp.zeros([1, 4, 2]), jnp.array([[1, 2]])).shape
     (1,)
     """
-    if not _is_span(outputs, targets):
+    return cross_entropy(by_end(outputs, targets), targets)
+
+
+def by_end(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    """Logits of spans `[n, length, 2]` with one row for each end, `[n, 2, length]`.
+
+    Raises:
+      ValueError: the shapes do not match.
+
+    >>> by_end(jnp.zeros([3, 7, 2]), jnp.zeros([3, 2], int)).shape
+    (3, 2, 7)
+    """
+    if outputs.ndim != 3 or outputs.shape[2] != 2 or targets.shape != (outputs.shape[0], 2):
         raise ValueError(
             f"targets of spans must be [n, 2] for outputs [n, length, 2], got {targets.shape} and {outputs.shape}"
         )
-    return cross_entropy(jnp.swapaxes(outputs, 1, 2), targets)
-
-
-def _is_span(outputs: Any, targets: Any) -> bool:
-    return outputs.ndim == 3 and outputs.shape[2] == 2 and targets.shape == (outputs.shape[0], 2)
-
-
-def by_target(outputs: Any, targets: Any) -> Any:
-    """Logits with one row for each target: those of spans, `[n, length, 2]`, become `[n, 2, length]`; others pass.
-
-    >>> by_target(jnp.zeros([3, 7, 2]), jnp.zeros([3, 2], int)).shape
-    (3, 2, 7)
-    """
-    rows = outputs.shape[:-1] == targets.shape
-    return jnp.swapaxes(outputs, 1, 2) if not rows and _is_span(outputs, targets) else outputs
+    return jnp.swapaxes(outputs, 1, 2)
 
 
 def squared_error(outputs: jax.Array, targets: jax.Array) -> jax.Array:
     """Squared error, averaged over the positions of each example: `[n, ...]` and `[n, ...]` to `[n]`.
+
+    Targets are numbers, integers too.
 
     Raises:
       ValueError: the shapes differ.
@@ -99,42 +129,115 @@ def squared_error(outputs: jax.Array, targets: jax.Array) -> jax.Array:
     return jnp.mean(jnp.square(outputs - targets), axis=tuple(range(1, outputs.ndim)))
 
 
-def kept_examples(examples: Examples) -> jax.Array:
+def kept_examples(task: TaskType, examples: Examples) -> jax.Array:
     """`[n]` bool: examples that the mask keeps and that have at least one target that counts.
 
-    >>> import numpy as np
-    >>> kept_examples(Examples(np.zeros(3), np.array([0, -1, 1]), np.array([True, True, False]))).tolist()
+    Raises:
+      ValueError: the mask is not one of each example.
+
+    >>> import numpy as np, metajax
+    >>> examples = Examples(np.zeros(3), np.array([0, -1, 1]), np.array([True, True, False]))
+    >>> kept_examples(metajax.tasks.classification, examples).tolist()
     [True, False, False]
     """
-    kept = jnp.asarray(examples.mask)
-    targets = examples.targets
-    if is_integer(targets):
-        kept &= jnp.any(targets >= 0, axis=tuple(range(1, targets.ndim)))
-    return kept
+    mask = jnp.asarray(examples.mask)
+    if not jax.tree.leaves(examples.targets):
+        return mask
+    counts = task.counts(examples.targets)
+    if mask.shape != counts.shape:
+        raise ValueError(f"mask must be [{counts.shape[0]}], one for each example, got shape {list(mask.shape)}")
+    return mask & counts
 
 
-def is_integer(targets: Any) -> bool:
-    """Whether targets are class labels.
+def mean_loss(task: TaskType, outputs: Any, examples: Examples) -> jax.Array:
+    """The mean of the task type's loss over the kept examples; 0 where none is kept.
 
-    >>> is_integer(jnp.array([1])), is_integer(jnp.array([1.0]))
-    (True, False)
-    """
-    return hasattr(targets, "dtype") and jnp.issubdtype(targets.dtype, jnp.integer)
+    Raises:
+      ValueError: the loss is not one number for each example; or, where values are known, a label is beyond the
+        outputs or of a class that the task does not have.
 
-
-def mean_loss(loss: Loss, outputs: Any, examples: Examples) -> jax.Array:
-    """The mean of `loss(outputs, targets) -> [n]` over the kept examples; 0 where none is kept.
-
-    >>> import numpy as np
+    >>> import numpy as np, metajax
     >>> examples = Examples(np.zeros(2), np.array([[1.0], [5.0]]), np.array([True, False]))
-    >>> float(mean_loss(squared_error, jnp.zeros([2, 1]), examples))
+    >>> float(mean_loss(metajax.tasks.regression, jnp.zeros([2, 1]), examples))
     1.0
     """
-    kept = kept_examples(examples)
-    losses = loss(outputs, clear_padding(examples.targets, examples.mask))
+    kept = kept_examples(task, examples)
+    if task.classes:
+        check_labels(examples, jnp.shape(outputs)[-1])
+    losses = task.loss(outputs, clear_padding(examples.targets, examples.mask))
+    check_loss(losses, len(kept))
+    return mean_over(losses, kept)
+
+
+def mean_over(values: jax.Array, kept: jax.Array) -> jax.Array:
+    """The mean of `[n]` values where `kept`; 0 where none is.
+
+    >>> float(mean_over(jnp.array([1.0, jnp.nan]), jnp.array([True, False])))
+    1.0
+    """
     # where, not a product: a padding example may be NaN and must still not count
-    total = jnp.sum(jnp.where(kept, losses, 0))
+    total = jnp.sum(jnp.where(kept, values, 0))
     return total / jnp.maximum(jnp.sum(kept), 1).astype(total.dtype)
+
+
+def check_loss(losses: Any, count: int) -> None:
+    """Refuses what is not one number for each example.
+
+    >>> check_loss(jnp.zeros(3), 3)
+    """
+    if jnp.shape(losses) != (count,):
+        raise ValueError(
+            f"loss(outputs, targets) must return one number for each of the {count} examples, shape ({count},), got "
+            f"shape {jnp.shape(losses)}"
+        )
+
+
+def per_example(loss: Loss) -> Loss:
+    """A loss that sees one example at a time, so that none of its arrays is broadcast against those of other examples.
+
+    Raises (when called):
+      ValueError: the loss is not one number for each example.
+
+    >>> wrong = per_example(lambda outputs, targets: jnp.mean((outputs - targets) ** 2, axis=-1))  # [3, 1] and [3]
+    >>> wrong(jnp.array([[1.0], [2.0], [3.0]]), jnp.array([1.0, 2.0, 3.0])).tolist()
+    [0.0, 0.0, 0.0]
+    """
+
+    def losses(outputs: Any, targets: Any) -> jax.Array:
+        check_loss(jax.eval_shape(loss, outputs, targets), len(jax.tree.leaves(targets)[0]))
+        one = jax.vmap(lambda *example: loss(*jax.tree.map(lambda leaf: leaf[None], example)))
+        return one(outputs, targets)[:, 0]
+
+    return losses
+
+
+def check_labels(examples: Examples, outputs: int | None = None) -> None:
+    """Refuses labels that no class of the task has, where they are known (not while tracing).
+
+    Args:
+      examples: of a task whose targets are labels.
+      outputs: how many classes the model tells apart, None where that does not matter.
+
+    Raises:
+      ValueError: a kept label is not below the number of outputs or the length of the class mask, or is of a class
+        that the task does not have.
+
+    >>> check_labels(Examples(np.zeros(2), np.array([0, 7]), np.array([True, False])), 5)
+    """
+    _, targets, mask, class_mask = examples
+    if any(isinstance(part, jax.core.Tracer) for part in (targets, mask, class_mask)):
+        return
+    require_labels(targets)
+    labels = np.asarray(targets)[np.asarray(mask, bool)]
+    limits = {"outputs of the model": outputs, "entries of class_mask": None if class_mask is None else len(class_mask)}
+    for what, limit in limits.items():
+        if limit is not None and np.any(labels >= limit):
+            raise ValueError(f"targets must be labels below {limit}, the number of {what}, got {labels.max()}")
+    if class_mask is not None:
+        labels = labels[labels >= 0]
+        absent = labels[~np.asarray(class_mask)[labels]]
+        if absent.size:
+            raise ValueError(f"targets must be labels of classes that class_mask has, got {absent[0]}")
 
 
 def clear_padding(tree: Any, mask: Array | None) -> Any:
@@ -142,6 +245,9 @@ def clear_padding(tree: Any, mask: Array | None) -> Any:
 
     Masking the losses alone is not enough: the gradient of a masked loss is zero times what is there, and zero
     times NaN is NaN.
+
+    Raises:
+      ValueError: the mask is not one of each example.
 
     >>> clear_padding(jnp.array([1.0, jnp.nan]), jnp.array([True, False])).tolist()
     [1.0, 0.0]
@@ -151,9 +257,16 @@ def clear_padding(tree: Any, mask: Array | None) -> Any:
 
     def clear(leaf: Any) -> jax.Array:
         leaf = jnp.asarray(leaf)
-        kept = jnp.expand_dims(jnp.asarray(mask), tuple(range(1, leaf.ndim)))
-        return jnp.where(kept, leaf, jnp.zeros_like(leaf))
+        if leaf.shape[:1] != kept.shape:
+            raise ValueError(
+                f"mask must be [n], one for each example, got shape {list(kept.shape)} for an array of shape "
+                f"{list(leaf.shape)}"
+            )
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):  # keys
+            return leaf
+        return jnp.where(jnp.expand_dims(kept, tuple(range(1, leaf.ndim))), leaf, jnp.zeros_like(leaf))
 
+    kept = jnp.asarray(mask)
     return jax.tree.map(clear, tree)
 
 
@@ -176,28 +289,59 @@ def mask_classes(logits: jax.Array, class_mask: Array | None) -> jax.Array:
     if ways > width:
         raise ValueError(f"ways must be at most {width}, the number of outputs of the model, got {ways}")
     present = jnp.pad(jnp.asarray(class_mask), (0, width - ways))
-    return jnp.where(present, logits, jnp.asarray(ABSENT, logits.dtype))
+    return jnp.where(present, logits, jnp.asarray(absent_logit(logits.dtype), logits.dtype))
+
+
+def usable(outputs: Any) -> jax.Array:
+    """`[n, ...]` bool: rows of logits `[n, ..., c]` that hold no NaN and whose largest logit is finite.
+
+    >>> usable(jnp.array([[0.0, 1.0], [0.0, jnp.nan], [-jnp.inf, 2.0]])).tolist()
+    [True, False, True]
+    """
+    return jnp.isfinite(jnp.max(outputs, axis=-1))  # the maximum of a row with a NaN is NaN
+
+
+def hits(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    """`[n]`: the fraction of the kept targets of each example whose largest logit is right; 0 where none is kept.
+
+    A row of logits that holds a NaN, or whose largest one is not finite, is wrong.
+
+    Args:
+      outputs: `[n, ..., c]` logits.
+      targets: `[n, ...]` integers; a negative target is left out.
+
+    Raises:
+      ValueError: the shapes do not match, or targets are no integers.
+
+    >>> hits(jnp.array([[1.0, 0.0], [jnp.nan, 0.0]]), jnp.array([0, 0])).tolist()
+    [1.0, 0.0]
+    """
+    check_labels_fit(outputs, targets)
+    right = (jnp.argmax(outputs, axis=-1) == targets) & usable(outputs)
+    kept, axes = targets >= 0, tuple(range(1, jnp.ndim(targets)))
+    return jnp.sum(right & kept, axis=axes) / jnp.maximum(jnp.sum(kept, axis=axes), 1)
 
 
 def accuracy(outputs: jax.Array, examples: Examples) -> jax.Array:
-    """Fraction of kept targets whose largest logit is right, averaged over the kept examples.
+    """Fraction of kept labels whose largest logit is right, averaged over the kept examples.
+
+    A prediction that holds a NaN, or whose largest logit is not finite, is wrong.
 
     Args:
-      outputs: `[n, ..., c]` logits, or those of spans, `[n, length, 2]`, whose two ends count one half each.
-      examples: with integer targets `[n, ...]`; `[n, 2]` for spans.
+      outputs: `[n, ..., c]` logits.
+      examples: with integer targets `[n, ...]`; a negative target is left out.
+
+    Raises:
+      ValueError: the shapes do not match, or targets are no integers.
 
     >>> import numpy as np
     >>> examples = Examples(np.zeros(2), np.array([0, 1]), np.ones(2, bool))
     >>> float(accuracy(jnp.array([[1.0, 0.0], [1.0, 0.0]]), examples))
     0.5
     """
-    right = jnp.argmax(by_target(outputs, examples.targets), axis=-1) == examples.targets
-
-    def fraction(hits: jax.Array, targets: jax.Array) -> jax.Array:
-        kept, axes = targets >= 0, tuple(range(1, targets.ndim))
-        return jnp.sum(hits & kept, axis=axes) / jnp.maximum(jnp.sum(kept, axis=axes), 1)
-
-    return mean_loss(lambda hits, targets: fraction(hits, targets), right, examples)
+    targets = jnp.asarray(examples.targets)
+    counts = jnp.any(targets >= 0, axis=tuple(range(1, targets.ndim)))
+    return mean_over(hits(outputs, targets), jnp.asarray(examples.mask) & counts)
 
 
 def count_ways(examples: Examples, ways: int | None = None) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 PyTree = Any
@@ -26,13 +27,23 @@ def paths(tree: PyTree) -> list[str]:
     return [_path(path) for path, _ in jax.tree.leaves_with_path(tree)]
 
 
-def map_with_path(function: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
-    """A tree of what `function(path, leaf)` gives.
+def map_with_path(function: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
+    """A tree of what `function(path, leaf, ...)` gives; where more than one tree is given, None counts as a leaf.
 
     >>> map_with_path(lambda path, leaf: f"{path}={leaf}", {"head": 2})
     {'head': 'head=2'}
     """
-    return jax.tree.map_with_path(lambda path, leaf: function(_path(path), leaf), tree)
+    is_leaf = _is_none if rest else None
+    return jax.tree.map_with_path(lambda path, *leaves: function(_path(path), *leaves), tree, *rest, is_leaf=is_leaf)
+
+
+def gaps(tree: PyTree) -> list[str]:
+    """Paths of what is None.
+
+    >>> gaps({"body": None, "head": 2})
+    ['body']
+    """
+    return [_path(path) for path, leaf in jax.tree.leaves_with_path(tree, is_leaf=_is_none) if leaf is None]
 
 
 def _path(path: Any) -> str:
@@ -41,6 +52,8 @@ def _path(path: Any) -> str:
 
 def split(tree: PyTree, where: Where, *, name: str = "where") -> tuple[PyTree, PyTree]:
     """Splits `tree` into the leaves that `where` picks and the rest; `merge` undoes it.
+
+    Each of the two has None where the other has a leaf.
 
     Args:
       tree: any pytree.
@@ -73,15 +86,98 @@ def _predicate(where: str | Callable[[str], bool], name: str) -> Callable[[str],
     return lambda path: pattern.search(path) is not None
 
 
-def merge(tree: PyTree, other: PyTree | None) -> PyTree:
+def fill(tree: PyTree, other: PyTree | None) -> PyTree:
     """Fills the Nones of `tree` from `other`; `other=None` returns `tree`.
 
-    >>> merge({"body": None, "head": 2}, {"body": 1, "head": None})
+    >>> fill({"body": None, "head": 2}, {"body": 1, "head": None})
     {'body': 1, 'head': 2}
     """
     if other is None:
         return tree
-    return jax.tree.map(lambda a, b: b if a is None else a, tree, other, is_leaf=lambda leaf: leaf is None)
+    return jax.tree.map(lambda a, b: b if a is None else a, tree, other, is_leaf=_is_none)
+
+
+def _is_none(leaf: Any) -> bool:
+    return leaf is None
+
+
+def merge(params: PyTree, frozen: PyTree | None) -> PyTree:
+    """Joins meta-parameters and the frozen base that stands beside them into one tree.
+
+    Args:
+      params: such as `state.params`, with None where the base has a leaf.
+      frozen: the base, with None where `params` has a leaf; or None where there is none.
+
+    Returns:
+      The tree of both; no array is copied.
+
+    Raises:
+      ValueError: the two have different structures, or both have a leaf in one place.
+
+    >>> merge({"body": None, "head": 2}, {"body": 1, "head": None})
+    {'body': 1, 'head': 2}
+    """
+    if frozen is None:
+        return params
+    ours, theirs = (dict(jax.tree.leaves_with_path(tree, is_leaf=_is_none)) for tree in (params, frozen))
+    for path in [*ours, *theirs]:
+        if path not in ours or path not in theirs:
+            where = "the meta-parameters" if path in ours else "frozen"
+            raise ValueError(
+                f"frozen must have the structure of the meta-parameters, with None where these have a leaf, got "
+                f"{_path(path)!r} in {where} alone"
+            )
+        if ours[path] is not None and theirs[path] is not None:
+            raise ValueError(
+                f"frozen must have None where the meta-parameters have a leaf, got {_path(path)!r} in both"
+            )
+    return fill(params, frozen)
+
+
+def without(tree: PyTree, other: PyTree | None) -> PyTree:
+    """The tree with None where `other` has a leaf.
+
+    >>> without({"body": 1, "head": 2}, {"body": 1, "head": None})
+    {'body': None, 'head': 2}
+    """
+    if other is None:
+        return tree
+    return jax.tree.map(lambda a, b: a if b is None else None, tree, other, is_leaf=_is_none)
+
+
+def split_floats(tree: PyTree) -> tuple[PyTree, PyTree]:
+    """Splits a tree into what can be differentiated and the rest, with None where the other has a leaf.
+
+    >>> split_floats({"rate": 0.5, "count": 3})
+    ({'count': None, 'rate': 0.5}, {'count': 3, 'rate': None})
+    """
+    floats = jax.tree.map(lambda leaf: leaf if is_float(leaf) else None, tree)
+    return floats, jax.tree.map(lambda leaf: None if is_float(leaf) else leaf, tree)
+
+
+def is_float(leaf: Any) -> bool:
+    """Whether a leaf can be differentiated.
+
+    >>> is_float(0.5), is_float(3)
+    (True, False)
+    """
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+
+
+def strong(tree: PyTree) -> PyTree:
+    """Arrays on the device without weak types: a weak type and a strong one would be two compilations.
+
+    >>> jax.typeof(strong(1.0)).weak_type
+    False
+    """
+
+    def settle(leaf: Any) -> jax.Array:
+        if jnp.issubdtype(getattr(leaf, "dtype", int), jax.dtypes.extended):  # keys
+            return leaf
+        leaf = jnp.asarray(leaf)
+        return jax.lax.convert_element_type(leaf, leaf.dtype)
+
+    return jax.tree.map(settle, tree)
 
 
 def vary(tree: PyTree, axes: Any) -> PyTree:

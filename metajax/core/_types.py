@@ -7,15 +7,17 @@ is decided by `metajax.outer_update` and whatever wraps it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
+from metajax.core import _protocols
+
 PyTree = Any
 Array = jax.Array | np.ndarray
 Params = Any
-Loss = Callable[[Any, Any], jax.Array]
+Loss = _protocols.Loss
 
 
 class Examples(NamedTuple):
@@ -23,8 +25,7 @@ class Examples(NamedTuple):
 
     Attributes:
       inputs: pytree, leaves `[n, ...]`.
-      targets: pytree, leaves `[n, ...]`. Class labels are integers in `[0, ways)`; a negative integer
-        target is left out of losses and metrics (padding tokens).
+      targets: pytree, leaves `[n, ...]`; what they mean, and which of them count, is said by a `TaskType`.
       mask: `[n]` bool; False marks a padding example that must not influence any result.
       class_mask: `[max_ways]` bool or None; False marks a class that this task does not have. Its static
         length is the number of classes, which is how shapes stay known under `jit`.
@@ -71,30 +72,151 @@ class Model(NamedTuple):
     (4, 2)
     """
 
-    init: Callable[..., Params]
-    apply: Callable[..., Any]
+    init: _protocols.ModelInit
+    apply: _protocols.ModelApply
     needs: tuple[str, ...] = ()
+
+
+class Metric(NamedTuple):
+    """How well outputs meet targets.
+
+    Attributes:
+      name: such as "accuracy".
+      score: `(outputs, targets) -> [n]`, the score of each example.
+      higher_is_better: False for an error.
+      percent: whether scores are fractions in [0, 1], which reports show in percent.
+
+    >>> Metric("accuracy", lambda outputs, targets: outputs == targets).higher_is_better
+    True
+    """
+
+    name: str
+    score: Callable[[Any, Any], jax.Array]
+    higher_is_better: bool = True
+    percent: bool = True
+
+
+class TaskType(NamedTuple):
+    """What a task is: how outputs are judged, and which targets count. `metajax.tasks` has the usual ones.
+
+    Attributes:
+      name: for messages; two task types of one name are the same kind of task.
+      loss: `(outputs, targets) -> [n]`, what training minimises.
+      metric: what evaluation reports.
+      counts: `(targets) -> [n]` bool, False for an example none of whose targets counts (padding tokens).
+      num_outputs: `(examples) -> int | None`, how many numbers a new head gives for an example of such a task, read
+        from shapes; None where the model itself decides (a vocabulary, the ends of a span).
+      heads: which heads of a pretrained model serve: "features", "tokens", "span", "score" (one number an example).
+      classes: whether targets are labels of the task's classes, integers in `[0, ways)`.
+
+    >>> import metajax
+    >>> metajax.tasks.regression.metric.name
+    'mse'
+    """
+
+    name: str
+    loss: _protocols.Loss
+    metric: Metric
+    counts: Callable[[Any], jax.Array]
+    num_outputs: Callable[[Examples], int | None]
+    heads: tuple[str, ...] = ("features",)
+    classes: bool = False
+
+
+OWN = "one's own"  # the name of a task type whose meaning a user's loss alone knows
+
+
+class InnerLosses(NamedTuple):
+    """The inner losses of a task, each taken before its update.
+
+    Attributes:
+      values: `[num_steps]`; 0 for a step that does not count.
+      valid: `[num_steps]` bool, False for a step whose data is all padding.
+
+    >>> InnerLosses._fields
+    ('values', 'valid')
+    """
+
+    values: jax.Array
+    valid: jax.Array
 
 
 class InnerProblem(NamedTuple):
     """What is optimised inside a task.
 
+    The last three fields are optional. Each function below gets the keywords of the fields that are set, and no others:
+    `context=` goes to `init`, `loss`, `carry` and `finalize`, `data=` to `loss`, `carry=` to `loss` and `finalize`.
+
     Attributes:
       init: `(meta_params, support, key) -> params`, the tree of fast weights.
-      loss: `(params, meta_params, support, step, key) -> scalar`. `key` is already folded with the step.
+      loss: `(params, meta_params, support, step, key) -> scalar`; with a carry `-> (scalar, carry)`. `key` is already
+        folded with the step. The inner gradient is that of the scalar with respect to `params`.
       optimizer: `(meta_params) -> optax.GradientTransformation`; learned rates are read here.
       num_steps: how many inner steps one `adapt` takes.
-      finish: `(params, meta_params, support, key) -> adapted`; merges with what does not adapt.
+      finalize: `(params, meta_params, support, key) -> adapted`; merges with what does not adapt.
+      stream: `(meta_params, support, key) -> data`, leaves `[num_steps, ...]`: data of its own for each step. Where it
+        returns `Examples`, padding is cleared, and a step whose mask is all False changes nothing: not the parameters,
+        the optimizer, the carry or the objective.
+      context: `(meta_params, support, key) -> context`, any tree that is computed once a task and differentiated once,
+        such as outputs of the frozen prefix of a model.
+      carry: `(meta_params, support, key) -> carry`, the first carry: what goes from step to step beside parameters and
+        optimizer state (a key-value cache, running statistics). It is differentiated.
 
     >>> InnerProblem._fields
-    ('init', 'loss', 'optimizer', 'num_steps', 'finish')
+    ('init', 'loss', 'optimizer', 'num_steps', 'finalize', 'stream', 'context', 'carry')
     """
 
-    init: Callable[..., Params]
-    loss: Callable[..., jax.Array]
-    optimizer: Callable[..., Any]
+    init: _protocols.InnerInit
+    loss: _protocols.InnerLoss
+    optimizer: _protocols.InnerRule
     num_steps: int
-    finish: Callable[..., Any]
+    finalize: _protocols.Finalize
+    stream: _protocols.OfSupport | None = None
+    context: _protocols.OfSupport | None = None
+    carry: _protocols.InnerInit | None = None
+
+
+class Aux(NamedTuple):
+    """What describes an outer loss beside its value.
+
+    Attributes:
+      outputs: the predictions for the query set, None where there are none; the metric of the task type is taken of
+        them.
+      metrics: further numbers by name, averaged over tasks; estimators add theirs (`inner_loss` `[num_steps]`).
+      state: values for meta-parameters that no gradient trains. They are averaged over the tasks that count, in their
+        own precision; integers must be the same in all tasks and are copied exactly.
+      collected: values that are gathered over tasks instead, such as keys for a queue.
+      inner_losses: set by estimators where there is an inner loop.
+      episode: the episode that all this speaks of, where it is not the one that was given (persistent estimators).
+
+    >>> Aux(outputs=1.0).state
+    ()
+    """
+
+    outputs: Any = None
+    metrics: dict[str, jax.Array] = {}  # noqa: RUF012 - never written
+    state: Any = ()
+    collected: Any = ()
+    inner_losses: InnerLosses | None = None
+    episode: Any = None
+
+
+class Collected(NamedTuple):
+    """What `Aux.collected` held, over all tasks of a meta step.
+
+    Attributes:
+      values: leaves `[num_tasks, ...]`, in the order of the tasks, over all devices.
+      counts: `[num_tasks]` bool, False for a task that does not count.
+
+    >>> Collected._fields
+    ('values', 'counts')
+    """
+
+    values: Any
+    counts: jax.Array
+
+
+Objective = Literal["query", "prequential", "both"]
 
 
 class Learner(NamedTuple):
@@ -102,29 +224,36 @@ class Learner(NamedTuple):
 
     Attributes:
       init: `(key, example_inputs) -> meta_params`; `example_inputs` leaves are `[n, ...]`.
-      adapt: `(meta_params, support, *, unlabelled=None, num_steps=None, key=None) -> adapted`.
+      adapt: `(meta_params, support, *, num_steps=None, key=None) -> adapted`.
       predict: `(adapted, inputs, *, mask=None, key=None) -> outputs`.
-      outer_loss: `(adapted, meta_params, query, *, key=None) -> (scalar, aux)`. `aux` is a dict of what
-        describes the prediction (`outputs`) and, under `state`, new values for meta-parameters that no
-        gradient trains.
+      outer_loss: `(adapted, meta_params, query, *, key=None) -> (scalar, Aux)`; unless the objective is "query" it also
+        gets `inner_losses=`, an `InnerLosses`.
       problem: the inner problem, or None where adaptation takes one pass.
+      task: the task type, None for `metajax.tasks.classification`.
+      objective: what the outer loss is made of: "query", the query set after adaptation; "prequential", the inner
+        losses, each taken before its update; or "both". A task counts where its objective has a kept term.
+      update_state: `(meta_params, averaged, collected) -> meta_params`, writes meta-parameters that no gradient trains,
+        from the averages of `Aux.state` and a `Collected` of `Aux.collected`; None where there are none.
 
     >>> 'problem' in Learner._fields
     True
     """
 
-    init: Callable[..., Params]
-    adapt: Callable[..., Any]
-    predict: Callable[..., Any]
-    outer_loss: Callable[..., tuple[jax.Array, dict[str, Any]]]
+    init: _protocols.ModelInit
+    adapt: _protocols.Adapt
+    predict: _protocols.Predict
+    outer_loss: _protocols.OuterLoss
     problem: InnerProblem | None = None
+    task: TaskType | None = None
+    objective: Objective = "query"
+    update_state: _protocols.UpdateState | None = None
 
 
 class Hypergrad(NamedTuple):
     """An estimator of the gradient of the outer loss with respect to the meta-parameters.
 
     Attributes:
-      init: `(learner, meta_params, episode, key) -> state` of one task, `()` where none is kept.
+      init: `(learner, meta_params, episode, key, *, frozen=None) -> state` of one task, `()` where none is kept.
       value_and_grad: `(learner, meta_params, state, episode, *, key, frozen=None) -> ((loss, aux), grads,
         state)`. Only `meta_params` is differentiated. Where `frozen` is given, the learner sees
         `merge(meta_params, frozen)`: two trees of one structure, each with None where the other has a leaf.
@@ -133,15 +262,16 @@ class Hypergrad(NamedTuple):
     ('init', 'value_and_grad')
     """
 
-    init: Callable[..., Any]
-    value_and_grad: Callable[..., Any]
+    init: _protocols.EstimatorInit
+    value_and_grad: _protocols.ValueAndGrad
 
 
 class MetaState(NamedTuple):
-    """Everything that meta-training carries from step to step; a pytree.
+    """Everything that meta-training carries from step to step; a pytree, and what a checkpoint holds.
 
     Attributes:
-      params: meta-parameters.
+      params: meta-parameters: what is trained, and what changes without a gradient (running statistics, an average of
+        the network, a queue). None where a frozen base has a leaf.
       opt_state: state of the outer optax transform, over the trainable meta-parameters only.
       hypergrad_state: state of the estimator, leading task axis; `()` where it keeps none.
       step: int32 scalar, number of outer steps taken.
@@ -158,41 +288,68 @@ class MetaState(NamedTuple):
     key: jax.Array
 
 
-class Sums(NamedTuple):
+class PartialSums(NamedTuple):
     """Weighted sums over tasks: all that has to be reduced over chunks and devices.
 
     Attributes:
       weight: how many tasks count.
       grads: sum of their hypergradients.
       metrics: sums of what describes them.
+      inner: sums of the inner losses by step, and how many tasks have a valid one.
+      state: sums of the floating-point values of `Aux.state`.
 
-    >>> Sums._fields
-    ('weight', 'grads', 'metrics')
+    >>> PartialSums._fields
+    ('weight', 'grads', 'metrics', 'inner', 'state')
     """
 
     weight: Any
     grads: Any
     metrics: Any
+    inner: Any = ()
+    state: Any = ()
+
+
+class PerTask(NamedTuple):
+    """What a meta step keeps of each task; leaves have a leading task axis.
+
+    Attributes:
+      hypergrad_state: of the estimator.
+      collected: of `Aux.collected`.
+      state: the values of `Aux.state` that are no floating-point numbers.
+      counts: whether the task counts.
+
+    >>> PerTask._fields
+    ('hypergrad_state', 'collected', 'state', 'counts')
+    """
+
+    hypergrad_state: Any
+    collected: Any = ()
+    state: Any = ()
+    counts: Any = ()
 
 
 class OuterUpdate(NamedTuple):
     """A compiled-friendly meta step, made by `metajax.outer_update`.
 
     Attributes:
-      init: `(key, episode, params=None) -> MetaState`; one episode (no task axis) gives the shapes.
-      update: `(state, episodes) -> (state, metrics)`; every leaf of `episodes` has a leading task axis.
+      init: `(key, episode, params=None, *, frozen=None, num_tasks=1) -> MetaState`; one episode (no task axis) gives
+        the shapes.
+      update: `(state, episodes, frozen=None) -> (state, metrics)`; every leaf of `episodes` has a leading task axis.
+        `frozen` is an argument that is never donated and never comes back.
       axis_name: the `pmap` or `shard_map` axis that `update` must run under, None for none.
-      sums: `(state, episodes, axes) -> (sums, hypergrad_state)`, the first half of `update`: the hypergradients and
-        metrics of these tasks, summed, and not yet over the `shard_map` axes along which the tasks are spread.
-      apply: `(state, sums, hypergrad_state) -> (state, metrics)`, the second half: the step of the optimizer. The two
-        are what `metajax.parallel.shard` needs; None where `update` is no longer made of them.
+      partial_sums: `(state, episodes, frozen, axes) -> (sums, per_task)`, the first half of `update`: hypergradients
+        and metrics of these tasks, summed, and not yet over the `shard_map` axes along which the tasks are spread.
+      apply_updates: `(state, sums, per_task, frozen) -> (state, metrics)`, the second half: the step of the optimizer.
+        The two are what `metajax.parallel.shard` needs; None where `update` is no longer made of them.
+      task: the task type of the learner, None where it is not known.
 
     >>> OuterUpdate._fields
-    ('init', 'update', 'axis_name', 'sums', 'apply')
+    ('init', 'update', 'axis_name', 'partial_sums', 'apply_updates', 'task')
     """
 
-    init: Callable[..., MetaState]
-    update: Callable[..., tuple[MetaState, dict[str, Any]]]
+    init: _protocols.OuterInit
+    update: _protocols.Update
     axis_name: str | None = None
-    sums: Callable[..., tuple[Any, Any]] | None = None
-    apply: Callable[..., tuple[MetaState, dict[str, Any]]] | None = None
+    partial_sums: _protocols.MakePartialSums | None = None
+    apply_updates: _protocols.ApplyUpdates | None = None
+    task: TaskType | None = None

@@ -7,6 +7,8 @@ import numbers
 from collections.abc import Sequence
 from typing import Any
 
+from metajax.core._types import InnerProblem, Learner
+
 
 def positive_int(name: str, value: Any) -> int:
     """Returns `value` if it is an integer of at least 1.
@@ -92,3 +94,35 @@ def one_of(name: str, value: Any, accepted: Sequence[Any]) -> Any:
         listed = ", ".join(repr(item) for item in accepted)
         raise ValueError(f"{name} must be one of {listed}, got {value!r}")
     return value
+
+
+def learner(value: Any, parts: Sequence[str] = ("adapt", "predict", "outer_loss")) -> Any:
+    """Returns `value` if it is a learner whose parts are there.
+
+    >>> import metajax
+    >>> learner(metajax.learners.prototypical(metajax.models.mlp(4))).problem is None
+    True
+    """
+    instance("learner", value, Learner)
+    for name in parts:
+        _function(f"learner.{name}", getattr(value, name))
+    one_of("learner.objective", value.objective, ("query", "prequential", "both"))
+    if value.problem is None:
+        if value.objective != "query":
+            raise ValueError(
+                f"learner.objective must be 'query' for a learner without an inner problem, got {value.objective!r}"
+            )
+        return value
+    instance("learner.problem", value.problem, InnerProblem)
+    for name in ("init", "loss", "optimizer", "finalize"):
+        _function(f"learner.problem.{name}", getattr(value.problem, name))
+    for name in ("stream", "context", "carry"):
+        if getattr(value.problem, name) is not None:
+            _function(f"learner.problem.{name}", getattr(value.problem, name), " or None")
+    int_at_least("learner.problem.num_steps", value.problem.num_steps, 0)
+    return value
+
+
+def _function(name: str, value: Any, more: str = "") -> None:
+    if not callable(value):
+        raise ValueError(f"{name} must be a function{more}, got {value!r}")

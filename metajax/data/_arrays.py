@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from metajax.core._types import PyTree
+from metajax.core._types import PyTree, TaskType
 from metajax.data._class_splits import Splits, divide
 from metajax.data._sources import ClassSource
 
@@ -23,6 +23,7 @@ def arrays(
     groups: Any = None,
     families: Any = None,
     targets: PyTree = None,
+    task: TaskType | None = None,
     lengths: Any = None,
     length_buckets: Sequence[int] = (),
     name: str = "arrays",
@@ -41,6 +42,7 @@ def arrays(
       families: `[n]` integers; support and query of a class come from different families (writers, recordings).
       targets: leaves `[n, ...]`, where the class is not the target. Then a label is a task, and episodes take
         `EpisodeSpec(ways=1, ...)`: regression, labels of tokens.
+      task: the task type of these targets, such as `metajax.tasks.regression`; without targets it is classification.
       lengths: `[n]` integers, how much of axis 1 of the inputs an example fills.
       length_buckets: the lengths that axis 1 is cut to, ascending; the last is its size.
       name: what reports call it.
@@ -62,7 +64,8 @@ def arrays(
     Regression: here the tasks are two, of four points each.
 
     >>> points = np.linspace(0, 1, 8)[:, None]
-    >>> source = arrays(points, [0, 0, 0, 0, 1, 1, 1, 1], targets=points**2)
+    >>> import metajax
+    >>> source = arrays(points, [0, 0, 0, 0, 1, 1, 1, 1], targets=points**2, task=metajax.tasks.regression)
     >>> from metajax.data import EpisodeSpec, episode
     >>> episode(source, EpisodeSpec(ways=1, shots=2, queries=2), seed=0, index=0).query.targets.shape
     (2, 1)
@@ -85,6 +88,7 @@ def arrays(
         families=families,
         nodes=_nodes(nodes or {}, set(names) - chosen),
         targets=targets,
+        task=task,
         lengths=lengths,
         length_buckets=tuple(length_buckets),
     )

@@ -12,6 +12,7 @@ from metajax.core._types import Episode, Examples, PyTree
 from metajax.data import _choices
 from metajax.data._sources import SPLITS, Drawn, MadeSource, Source
 from metajax.data._spec import EpisodeSpec
+from metajax.tasks import next_token_prediction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,4 +73,5 @@ def cycles(*, split: str = "train", vocab: int = 256, length: int = 64, period: 
     """
     for name, size in (("vocab", vocab), ("length", length), ("period", period)):
         _validate.positive_int(name, size)
-    return _Cycles("cycles", _validate.one_of("split", split, SPLITS), vocab, length, period)
+    split = _validate.one_of("split", split, SPLITS)
+    return _Cycles("cycles", split, vocab, length, period, task=next_token_prediction)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from metajax.core import _validate
-from metajax.core._types import Episode, Examples, PyTree
+from metajax.core._types import Episode, Examples, PyTree, TaskType
 from metajax.data._episodes import check_type
 from metajax.data._sources import Source
 
@@ -151,7 +151,7 @@ def size_text(count: float) -> str:
     return f"{count:.1f} {_UNITS[unit]}" if unit else f"{count} B"
 
 
-def show(episode: Episode, *, class_names: Any = None) -> Any:
+def show(episode: Episode, *, class_names: Any = None, task: TaskType | None = None) -> Any:
     """Draws an episode: images in a row for each class, a regression task in one variable as points, and anything else
     (tokens, features) as the matrix of its numbers, a row for each example. Padding is left out.
 
@@ -159,6 +159,7 @@ def show(episode: Episode, *, class_names: Any = None) -> Any:
       episode: one task, without a task axis.
       class_names: of its classes in order, instead of their numbers; an episode does not know what its classes are
         called in its source.
+      task: the task type, such as `source.task`; None takes targets for labels of classes where there is a class mask.
 
     Returns:
       A `matplotlib.figure.Figure`; a notebook draws it, `show(episode).savefig("episode.png")` writes it.
@@ -185,11 +186,12 @@ def show(episode: Episode, *, class_names: Any = None) -> Any:
         )
     leaf = jax.tree.leaves(parts["query"].inputs)[0]
     targets = jax.tree.leaves(parts["query"].targets)[0]
-    if leaf.ndim == 4 and leaf.shape[-1] in (1, 3) and targets.ndim == 1:
+    classes = mask is not None if task is None else task.classes
+    if classes and leaf.ndim == 4 and leaf.shape[-1] in (1, 3):
         return _images(parts, class_names)
-    if leaf.shape[1:] == (1,) and targets.dtype.kind == "f":
+    if not classes and leaf.shape[1:] == (1,) and len(targets.reshape(len(targets), -1).T) == 1:
         return _points(parts)
-    return _matrices(parts, class_names)
+    return _matrices(parts, class_names, classes)
 
 
 def _present(part: Examples) -> Examples:
@@ -259,13 +261,13 @@ def _points(parts: dict[str, Examples]) -> Any:
     return figure
 
 
-def _matrices(parts: dict[str, Examples], class_names: Any) -> Any:
+def _matrices(parts: dict[str, Examples], class_names: Any, classes: bool) -> Any:
     """Support above query; each line is an example, those of one class beside each other."""
     figure = _figure(9, 5)
     for place, (name, part) in enumerate(parts.items()):
         axes = figure.add_subplot(2, 1, place + 1)
         labels = jax.tree.leaves(part.targets)[0]
-        labels = labels if labels.ndim == 1 and labels.dtype.kind in "iu" else np.zeros(len(labels), int)
+        labels = labels if classes else np.zeros(len(labels), int)
         order = np.argsort(labels, kind="stable")
         leaf = jax.tree.leaves(part.inputs)[-1]
         axes.imshow(leaf.reshape(len(leaf), -1)[order].astype(np.float32), aspect="auto", interpolation="nearest")

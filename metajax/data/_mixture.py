@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from metajax.core import _validate
-from metajax.core._types import Episode, PyTree
+from metajax.core._types import Episode, PyTree, TaskType
 from metajax.data import _namespace
 from metajax.data._episodes import check_type
 from metajax.data._sources import Drawn, Source, Take
@@ -37,6 +37,10 @@ class _Mixture:
     @property
     def length_buckets(self) -> tuple[int, ...]:
         return self.sources[0].length_buckets
+
+    @property
+    def task(self) -> TaskType | None:
+        return getattr(self.sources[0], "task", None)
 
     @property
     def length_axis(self) -> int:
@@ -196,7 +200,7 @@ def mixture(sources: Sequence[Source], weights: Sequence[float] | None = None, *
       A source. Where all have classes, so has it: `SOURCE/CLASS`, for `metajax.data.batches`.
 
     Raises:
-      ValueError: no sources, sources of different splits or lengths, weights of another number, that are not
+      ValueError: no sources, sources of different splits, lengths or task types, weights of another number, that are not
         positive or do not sum to 1; or (when used) inputs of different form.
 
     >>> from metajax.data._glyphs import glyphs
@@ -213,6 +217,7 @@ def mixture(sources: Sequence[Source], weights: Sequence[float] | None = None, *
         ("split", {source.split for source in sources}),
         ("length_buckets", {source.length_buckets for source in sources}),
         ("length_axis", {getattr(source, "length_axis", 1) for source in sources}),
+        ("task type", {source.task.name for source in sources if getattr(source, "task", None)}),
     ):
         if len(found) > 1:
             raise ValueError(f"sources must have one {what}, got {', '.join(map(repr, sorted(found)))}")

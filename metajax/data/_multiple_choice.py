@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from metajax import tasks as tasks_of
 from metajax.core import _validate
 from metajax.data import _tokens
 from metajax.data._class_splits import Splits, divide
@@ -133,6 +134,7 @@ def multiple_choice(
         np.array([number[row.task] for row in rows]),
         tuple(tasks),
         targets=np.array([row.answer for row in rows], np.int32),
+        task=tasks_of.multiple_choice,
         lengths=lengths,
         length_buckets=buckets,
         length_axis=2,

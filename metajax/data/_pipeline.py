@@ -35,6 +35,7 @@ class EpisodeIterator(Iterator[Episode]):
     Attributes:
       position: where the stream stands, counted over all processes: with `start=position` another stream, in any
         number of processes, goes on with what comes next here. What was drawn ahead does not count.
+      task: the task type of the source.
 
     >>> from metajax.data._sinusoids import sinusoids
     >>> stream = episodes(sinusoids(), EpisodeSpec(1, 10, 5), batch=4, seed=0, start=8)
@@ -48,7 +49,7 @@ class EpisodeIterator(Iterator[Episode]):
         start: int, stride: int, workers: int,
     ) -> None:  # fmt: skip
         tf = tensorflow()
-        self.position, self._stride = start, stride
+        self.position, self._stride, self.task = start, stride, getattr(source, "task", None)
         errors: list[Exception] = []  # no reference to self: an iterator that is dropped stops at once
         self._errors = errors
 

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 
 from metajax.core import _validate
+from metajax.core._types import TaskType
 from metajax.data import _tokens
 from metajax.data._class_splits import Splits, divide
 from metajax.data._sources import SPLITS, ClassSource
 from metajax.data._squad import Question, read_parallel
 from metajax.data._text_files import regular_file
+from metajax.tasks import spans
 
 Path = str | os.PathLike[str]
 
@@ -24,8 +26,8 @@ class AnswerSource(ClassSource):
     """Questions whose answers are spans of a context; made by `question_answering`.
 
     A row is a window: a question, and as much of its context as fits. Episodes draw the window of a question that holds
-    its answer, with most context around it, so that every example can be learned from. `metajax.evaluation.
-    evaluate_answers` puts all windows of the query's questions in their place (`windows`), and so sees no answer.
+    its answer, with most context around it, so that every example can be learned from. `metajax.evaluation.answers` puts
+    all windows of the query's questions in their place (`windows`), and so sees no answer.
 
     Attributes:
       questions: all of them; `inputs["id"]` are places in it.
@@ -43,6 +45,7 @@ class AnswerSource(ClassSource):
     ('Ada saw', [[0]])
     """
 
+    task: TaskType | None = spans
     questions: tuple[Question, ...] = ()
     offsets: np.ndarray | None = None
 

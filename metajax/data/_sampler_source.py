@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from metajax.core import _validate
-from metajax.core._types import Episode, Examples, PyTree
+from metajax.core._types import Episode, Examples, PyTree, TaskType
 from metajax.data._sources import SPLITS, Drawn, MadeSource, Source
 from metajax.data._spec import EpisodeSpec
 
@@ -57,7 +57,9 @@ class _SamplerSource(MadeSource):
         return Episode(*map(fill, episode, slots, ("support", "query")))
 
 
-def from_sampler(sample: Sample, *, name: str = "tasks", split: str = "train") -> Source:
+def from_sampler(
+    sample: Sample, *, name: str = "tasks", split: str = "train", task: TaskType | None = None
+) -> Source:
     """A source that asks a function for each task: simulators, regression, sequences, whatever NumPy can make.
 
     Args:
@@ -65,6 +67,7 @@ def from_sampler(sample: Sample, *, name: str = "tasks", split: str = "train") -
         and the number of the episode. It may return fewer examples than `spec` allows; they are padded.
       name: what reports call it.
       split: "train", "val" or "test".
+      task: the task type of what it returns; None does not say, and then learners are taken at their word.
 
     Raises:
       ValueError: another split; or (when episodes are drawn) what it returns is no episode or too large for the spec.
@@ -79,4 +82,4 @@ def from_sampler(sample: Sample, *, name: str = "tasks", split: str = "train") -
     """
     if not callable(sample):
         raise ValueError(f"sample must be a function (spec, rng) -> Episode, got {sample!r}")
-    return _SamplerSource(name, _validate.one_of("split", split, SPLITS), sample)
+    return _SamplerSource(name, _validate.one_of("split", split, SPLITS), sample, task=task)

@@ -12,6 +12,7 @@ from metajax.core._types import Episode, Examples, PyTree
 from metajax.data import _choices
 from metajax.data._sources import SPLITS, Drawn, MadeSource, Source
 from metajax.data._spec import EpisodeSpec, Imbalanced
+from metajax.tasks import regression
 
 AMPLITUDES = (0.1, 5.0)
 PHASES = (0.0, float(np.pi))
@@ -75,4 +76,4 @@ def sinusoids(*, split: str = "train") -> Source:
     >>> drawn.support.inputs.shape, drawn.query.targets.shape
     ((10, 1), (5, 1))
     """
-    return _Sinusoids("sinusoids", _validate.one_of("split", split, SPLITS))
+    return _Sinusoids("sinusoids", _validate.one_of("split", split, SPLITS), task=regression)

@@ -14,9 +14,10 @@ import jax
 import numpy as np
 
 from metajax.core import _validate
-from metajax.core._types import Episode, Examples, PyTree
+from metajax.core._types import Episode, Examples, PyTree, TaskType
 from metajax.data import _choices, _sampling
 from metajax.data._spec import EpisodeSpec, Imbalanced
+from metajax.tasks import classification
 
 SPLITS = ("train", "val", "test")
 
@@ -54,7 +55,8 @@ class Source(Protocol):
       length_buckets: the static lengths that sequences come in, () where examples have no length. Sequences lie
         along axis 1 of the examples, or along `length_axis` where the source has that attribute.
 
-    A source with classes has also `num_classes`, `class_names`, `label_bits` and `draw_labelled(bits)`, which draws
+    A source may also say what its tasks are: `task`, a `metajax.TaskType`, or None where it does not know (targets of
+    somebody's own). A source with classes has also `num_classes`, `class_names`, `label_bits` and `draw_labelled(bits)`, which draws
     single examples from all classes for supervised pre-training (see `batches`).
     """
 
@@ -107,6 +109,7 @@ class MadeSource:
     split: str
     examples: PyTree = dataclasses.field(default=(), kw_only=True)
     length_buckets: tuple[int, ...] = dataclasses.field(default=(), kw_only=True)
+    task: TaskType | None = dataclasses.field(default=None, kw_only=True)
 
     def tables(self, spec: EpisodeSpec) -> PyTree:
         """None: nothing is looked up."""
@@ -147,6 +150,7 @@ class ClassSource:
       length_axis: which axis of the inputs `[n, ...]` that is: 1, or 2 where an example is several sequences.
       truncated: how many examples were cut, as they were longer than the last of the buckets, where it was counted.
       dropped: how many examples the classes had that `at_least` left out.
+      task: the task type; by default classification, or None (not known) with targets of their own.
 
     Raises:
       ValueError: lengths disagree, a class name stands twice, labels, groups, families or lengths are no integers, a
@@ -173,6 +177,7 @@ class ClassSource:
     length_axis: int = 1
     truncated: int = 0
     dropped: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    task: TaskType | None = None
     counts: np.ndarray = dataclasses.field(init=False, repr=False)
     _rows: np.ndarray = dataclasses.field(init=False, repr=False)  # class after class
     _first: np.ndarray = dataclasses.field(init=False, repr=False)  # where a class starts in them
@@ -180,6 +185,8 @@ class ClassSource:
 
     def __post_init__(self) -> None:
         _validate.one_of("split", self.split, SPLITS)
+        if self.task is None and self.targets is None:
+            self._set("task", classification)
         self._set("inputs", jax.tree.map(_array, self.inputs))
         self._set("targets", jax.tree.map(_array, self.targets))
         self._set("class_names", tuple(self.class_names))

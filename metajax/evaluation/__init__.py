@@ -2,24 +2,23 @@
 
 from metajax.evaluation._answers import answer_scores, best_span
 from metajax.evaluation._fewshot import Evaluation, Outputs, evaluate, predict, predict_query
+from metajax.evaluation._judges import Judge
 from metajax.evaluation._metrics import auroc, mean_and_interval
-from metajax.evaluation._out_of_scope import OutOfScope, evaluate_out_of_scope
+from metajax.evaluation._out_of_scope import out_of_scope
 from metajax.evaluation._report import report
-from metajax.evaluation._spans import AnswerEvaluation, AnswerScores, evaluate_answers
+from metajax.evaluation._spans import answers
 
 __all__ = [
-    "AnswerEvaluation",
-    "AnswerScores",
     "Evaluation",
-    "OutOfScope",
+    "Judge",
     "Outputs",
     "answer_scores",
+    "answers",
     "auroc",
     "best_span",
     "evaluate",
-    "evaluate_answers",
-    "evaluate_out_of_scope",
     "mean_and_interval",
+    "out_of_scope",
     "predict",
     "predict_query",
     "report",

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metajax.core import _losses, _rng, _validate
-from metajax.core._types import Episode, Examples, Learner, Params
+from metajax import tasks
+from metajax.core import _keys, _losses, _tree, _validate
+from metajax.core._types import Episode, Examples, Learner, Params, TaskType
+from metajax.data import AnswerSource
 from metajax.data._episodes import check_source, episode_batch
 from metajax.data._sources import Source
 from metajax.data._spec import EpisodeSpec, told
 from metajax.evaluation import _metrics
+from metajax.evaluation._judges import ByLoss, ByMetric, Judge, adapt_and_predict
+from metajax.evaluation._spans import answers
+from metajax.tasks._lookup import require_same
 from metajax.training._outer import choose_task_batching
 
 
@@ -23,7 +28,7 @@ class Evaluation(NamedTuple):
     """What `evaluate` found; its `str` is a table whose last line is `summary()`.
 
     Attributes:
-      metric: "accuracy" (a fraction in [0, 1]) or "mse".
+      metric: name of the metric, such as "accuracy".
       mean: mean over episodes.
       ci95: half width of the 95 % interval, `1.96 s / sqrt(n)` with the sample standard deviation s.
       values: `[episodes]`, the score of each episode.
@@ -31,10 +36,16 @@ class Evaluation(NamedTuple):
       seed: of the list of episodes.
       normalisation: the policy as the caller named it, or None.
       transductive: whether a prediction was seen to depend on the other query examples. Measured, not declared;
-        None where the first episode gave outputs that are not finite.
+        None where the first episode gave outputs that are not finite, or where nothing is predicted.
       spec: the size of the episodes.
       source: name and split of the source.
       shuffled: whether the support labels were shuffled, which is a control.
+      task: the task type.
+      percent: whether scores are fractions, which are shown in percent.
+      scores: `[episodes]` by name, all that was found after adaptation, that of the metric among them.
+      before: the same before adaptation, or None where that was not asked for or there is no inner loop.
+      nonfinite: how many predictions, of all episodes, were not finite.
+      rows: more lines of the table.
 
     >>> import numpy as np
     >>> spec = EpisodeSpec(5, 1, 15)
@@ -47,7 +58,7 @@ class Evaluation(NamedTuple):
     accuracy 90.00 +- 1.00 % (600 episodes)
     """
 
-    metric: _metrics.Metric
+    metric: str
     mean: float
     ci95: float
     values: np.ndarray
@@ -58,27 +69,52 @@ class Evaluation(NamedTuple):
     spec: EpisodeSpec
     source: str
     shuffled: bool = False
+    task: TaskType = tasks.classification
+    percent: bool = True
+    scores: Mapping[str, np.ndarray] = {}  # noqa: RUF012 - never written
+    before: Mapping[str, np.ndarray] | None = None
+    nonfinite: int = 0
+    rows: Mapping[str, str] = {}  # noqa: RUF012 - never written
+
+    @property
+    def gain(self) -> tuple[float, float] | None:
+        """What adaptation adds to the metric, mean and half width of the 95 % interval over the same episodes."""
+        if self.before is None:
+            return None
+        return _metrics.mean_and_interval(self.values - self.before[self.metric])
 
     def summary(self) -> str:
         """One line: `accuracy 98.71 +- 0.22 % (600 episodes)`, or `mse 0.1234 +- 0.0123 (600 episodes)`."""
-        if self.metric == "accuracy":
-            return f"accuracy {100 * self.mean:.2f} +- {100 * self.ci95:.2f} % ({self.episodes} episodes)"
-        return f"mse {self.mean:.4f} +- {self.ci95:.4f} ({self.episodes} episodes)"
+        return f"{self.metric.replace('_', ' ')} {self._told(self.mean, self.ci95)} ({self.episodes} episodes)"
+
+    def _told(self, mean: float, ci95: float, sign: str = "") -> str:
+        if self.percent:
+            return f"{100 * mean:{sign}.2f} +- {100 * ci95:.2f} {'points' if sign else '%'}"
+        return f"{mean:{sign}.4f} +- {ci95:.4f}"
+
+    def _scores(self, scores: Mapping[str, np.ndarray]) -> str:
+        several = {name: _metrics.mean_and_interval(values) for name, values in scores.items()}
+        return ", ".join(f"{name.replace('_', ' ')} {self._told(*found)}" for name, found in several.items())
 
     def __str__(self) -> str:
         spec = self.spec
-        if self.metric == "accuracy":
-            task = str(spec)
-        else:
-            task = f"regression, {told(spec.shots)} support points, {spec.queries} query points"
-        kinds = {True: "transductive", False: "inductive", None: "not finite"}
+        task = str(spec)
+        if not self.task.classes:
+            task = f"{self.task.name}, {told(spec.shots)} support and {spec.queries} query examples"
+        kinds = {True: "transductive", False: "inductive", None: "not measured"}
+        broken = f"{self.nonfinite} predictions, which are not finite, count as wrong"
         rows = {
             "source": self.source,
             "task": task,
             "episodes": f"{self.episodes} (seed {self.seed})",
             "normalisation": self.normalisation or "not stated",
             "predictions": kinds[self.transductive],
+            **({"not finite": broken} if self.nonfinite else {}),
             **({"support": "labels shuffled (a control)"} if self.shuffled else {}),
+            **self.rows,
+            **({} if self.before is None else {"before": self._scores(self.before)}),
+            **({"after": self._scores(self.scores)} if self.before is not None or len(self.scores) > 1 else {}),
+            **({} if self.gain is None else {"gain": f"{self.metric} {self._told(*self.gain, sign='+')}"}),
         }
         return "\n".join([*(f"{name:<13}  {value}" for name, value in rows.items()), self.summary()])
 
@@ -110,6 +146,8 @@ def evaluate(
     batch: int = 20,
     normalisation: str | None = None,
     shuffle_support: bool = False,
+    before: bool | None = None,
+    judge: Judge | None = None,
     key: jax.Array | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
@@ -128,9 +166,8 @@ def evaluate(
 
     Args:
       learner: what adapts.
-      params: its meta-parameters.
-      source: where episodes are drawn from. Integer targets are judged by accuracy, where an output that is not
-        finite is wrong; real ones by mean squared error.
+      params: its meta-parameters; `metajax.core.merge(state.params, frozen)` where a frozen base stands beside them.
+      source: where episodes are drawn from.
       spec: size of the episodes. Fewer ways than the model has outputs are fine: the others are masked.
       episodes: how many, at least 2.
       seed: which list of episodes, 0 or above.
@@ -139,6 +176,10 @@ def evaluate(
       normalisation: the policy of the model, stated beside the result.
       shuffle_support: whether the labels of each support set are shuffled among its examples, episode k by `seed` and k
         alone. Accuracy then stands at chance, unless predictions come from elsewhere than the support set.
+      before: whether to score the learner before adaptation too (without inner steps); None as the judge does.
+      judge: how episodes are judged. None takes the metric of the task type, in which an output that is not finite is
+        wrong; `answers()` for a source of `metajax.data.question_answering`; and the objective itself, where that is
+        made of inner losses alone.
       key: PRNG key for learners that draw (episode k folds in k); None is deterministic.
       progress: called after each batch with the number of episodes that are done.
 
@@ -146,8 +187,9 @@ def evaluate(
       An `Evaluation`.
 
     Raises:
-      ValueError: an argument is out of range, the source is too small for `spec`, or (before anything is
-        computed) the most ways of `spec` exceed the outputs of the model; an episode's query set is all padding.
+      ValueError: an argument is out of range, the source is too small for `spec` or of another task type than the
+        learner, labels are shuffled that are none, or (before anything is computed) the most ways of `spec` exceed the
+        outputs of the model; an episode's query set is all padding.
 
     >>> import numpy as np, metajax
     >>> from metajax.data._sources import ClassSource
@@ -157,14 +199,24 @@ def evaluate(
     >>> evaluate(learner, (), source, EpisodeSpec(2, 1, 1), episodes=10).summary()
     'accuracy 100.00 +- 0.00 % (10 episodes)'
     """
-    _validate.instance("learner", learner, Learner)
+    _validate.learner(learner)
     check_source(source, spec)
     _validate.int_at_least("episodes", episodes, 2)
     _validate.int_at_least("seed", seed, 0)
     if num_steps is not None:
         _validate.int_at_least("num_steps", num_steps, 0)
     batch = min(_validate.positive_int("batch", batch), episodes)
-    params = jax.tree.map(settled, params)
+    task = tasks.of(learner)
+    if source.task is not None:
+        require_same(source.task, task, name="source", other_name="learner")
+    if shuffle_support and not task.classes:
+        raise ValueError(f"shuffle_support must be False for {task.name}, whose targets are no labels, got True")
+    judge = _default_judge(learner, source) if judge is None else judge
+    judge.check(source)
+    steps = {"after": num_steps}
+    if learner.problem is not None and (judge.before if before is None else before):
+        steps = {"before": 0, **steps}
+    params = _tree.strong(params)
 
     def draw(start: int) -> Episode:
         chunk = episode_batch(source, spec, seed=seed, start=start, count=batch)
@@ -172,32 +224,57 @@ def evaluate(
 
     chunk = draw(0)
     first: Episode = jax.tree.map(lambda leaf: leaf[0], chunk)
-    metric = _metrics.metric_of(first.query.targets)
+    if task.classes:
+        for part in first:
+            _losses.check_labels(part)
     # Also the first trace: what does not fit raises here, before anything is computed.
-    transductive = is_transductive(learner, params, first, num_steps, key)
-    run = functools.partial(
-        _scores, learner=learner, num_steps=num_steps, metric=metric, side_by_side=side_by_side(first)
-    )
-    name = f"{source.name} ({source.split})"
+    predicts = learner.objective != "prequential"
+    transductive = is_transductive(learner, params, first, num_steps, key) if predicts else None
+    together = side_by_side(first)
+    scores: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in steps}
     pending: list[Any] = []
+
+    def settle() -> None:
+        name, values, notes = pending.pop(0)
+        scores[name].append(judge.score(source, jax.tree.map(np.asarray, values), notes))
+
     for start in range(0, episodes, batch):
         if start:
             # The last chunk is drawn in full too, and its surplus left out: one shape, one compilation.
             chunk = draw(start)
-        if not np.any(chunk.query.mask, axis=-1).all():
-            raise ValueError(f"{name} gives an episode without query examples, from {start} to {start + batch - 1}")
-        pending.append(run(params, chunk, key, start))
-        if len(pending) > 1:  # one chunk is computed while the next is drawn, and no more wait
-            pending[-2] = np.asarray(pending[-2])
-            if progress is not None:
-                progress(start)
-    values = np.concatenate([np.asarray(scores) for scores in pending])[:episodes].astype(np.float64)
+        ready = judge.prepare(source, chunk, seed, start)
+        for name, taken in steps.items():
+            values = _values(
+                params, ready.support, ready.query, key, start,
+                learner=learner, num_steps=taken, judge=judge, side_by_side=together,
+            )  # fmt: skip
+            pending.append((name, values, ready.notes))
+        while len(pending) > len(steps):  # one chunk is computed while the next is drawn, and no more wait
+            settle()
+        if start and progress is not None:
+            progress(start)
+    while pending:
+        settle()
     if progress is not None:
         progress(episodes)
-    mean, ci95 = _metrics.mean_and_interval(values)
+    found = {
+        which: {name: np.concatenate([part[name] for part in parts])[:episodes] for name in parts[0]}
+        for which, parts in scores.items()
+    }
+    broken = {which: int(several.pop("nonfinite", np.zeros(1)).sum()) for which, several in found.items()}
+    found = {which: {name: v.astype(np.float64) for name, v in several.items()} for which, several in found.items()}
+    values = found["after"][judge.metric.name]
     return Evaluation(
-        metric, mean, ci95, values, episodes, seed, normalisation, transductive, spec, name, shuffle_support
-    )
+        judge.metric.name, *_metrics.mean_and_interval(values), values, episodes, seed, normalisation, transductive,
+        spec, f"{source.name} ({source.split})", shuffle_support, task, judge.metric.percent, found["after"],
+        found.get("before"), broken["after"], judge.rows(source),
+    )  # fmt: skip
+
+
+def _default_judge(learner: Learner, source: Source) -> Judge:
+    if learner.objective == "prequential":
+        return ByLoss()
+    return answers() if isinstance(source, AnswerSource) else ByMetric(tasks.of(learner))
 
 
 def _shuffled(episodes: Episode, seed: int, start: int) -> Episode:
@@ -250,7 +327,7 @@ def predict(
     """
     count = len(jax.tree.leaves(inputs)[0])
     mask = np.ones(count, bool) if mask is None else mask
-    params = jax.tree.map(settled, params)
+    params = _tree.strong(params)
     if batch is None or count <= _validate.positive_int("batch", batch):
         return _predict(params, support, inputs, mask, key, learner=learner, num_steps=num_steps)
     adapted = _adapt(params, support, key, learner=learner, num_steps=num_steps)
@@ -307,47 +384,27 @@ def _predict(
 
 @functools.partial(jax.jit, static_argnames=("learner", "num_steps"))
 def _adapt(params: Params, support: Examples, key: Any, *, learner: Learner, num_steps: int | None) -> Any:
-    return learner.adapt(params, support, num_steps=num_steps, key=_rng.split(key, 2)[0])
+    return learner.adapt(params, support, num_steps=num_steps, key=_keys.of_task(key).adapt)
 
 
 @functools.partial(jax.jit, static_argnames=("learner",))
 def _continue(adapted: Any, inputs: Any, mask: Any, key: Any, start: Any, *, learner: Learner) -> Any:
-    predict_key = _rng.split(key, 2)[1]
-    predict_key = None if predict_key is None else jax.random.fold_in(predict_key, start)
-    return learner.predict(adapted, inputs, mask=mask, key=predict_key)
+    return learner.predict(adapted, inputs, mask=mask, key=_keys.fold(_keys.of_task(key).outer, start))
 
 
-def settled(leaf: Any) -> Any:
-    """A parameter on the device, and no weak type: a weak type and a strong one would be two compilations."""
-    if hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return leaf
-    leaf = jnp.asarray(leaf)
-    return jnp.asarray(leaf, leaf.dtype)
+@functools.partial(jax.jit, static_argnames=("learner", "num_steps", "judge", "side_by_side"))
+def _values(
+    params: Params, support: Examples, query: Any, key: Any, start: Any, *,
+    learner: Learner, num_steps: int | None, judge: Judge, side_by_side: bool,
+) -> Any:  # fmt: skip
+    """What a judge keeps of the episodes `start` and on. What is adapted stays inside the loop over tasks."""
+    run = judge.run(learner, num_steps)
 
+    def one(task: tuple[jax.Array, Examples, Any]) -> Any:
+        index, support, query = task
+        return run(params, support, query, _keys.fold(key, index))
 
-def adapt_and_predict(learner: Learner, num_steps: int | None) -> Callable[..., Any]:
-    def outputs(params: Params, support: Examples, inputs: Any, mask: Any, key: Any) -> Any:
-        adapt_key, predict_key = _rng.split(key, 2)
-        adapted = learner.adapt(params, support, num_steps=num_steps, key=adapt_key)
-        return learner.predict(adapted, inputs, mask=mask, key=predict_key)
-
-    return outputs
-
-
-@functools.partial(jax.jit, static_argnames=("learner", "num_steps", "metric", "side_by_side"))
-def _scores(
-    params: Params, episodes: Episode, key: Any, start: Any, *,
-    learner: Learner, num_steps: int | None, metric: _metrics.Metric, side_by_side: bool,
-) -> jax.Array:  # fmt: skip
-    """`[batch]` scores of the episodes `start` and on. What is adapted stays inside the loop over tasks."""
-    outputs = adapt_and_predict(learner, num_steps)
-
-    def one(task: tuple[jax.Array, Episode]) -> jax.Array:
-        index, (support, query) = task
-        found = outputs(params, support, query.inputs, query.mask, _rng.fold(key, index))
-        return _metrics.score(metric, found, query)
-
-    tasks = (start + jnp.arange(episodes.support.mask.shape[0]), episodes)
+    tasks = (start + jnp.arange(support.mask.shape[0]), support, query)
     return jax.vmap(one)(tasks) if side_by_side else jax.lax.map(one, tasks)
 
 
@@ -370,13 +427,13 @@ def is_transductive(learner: Learner, params: Params, episode: Episode, num_step
     moved = jax.tree.map(lambda leaf: np.asarray(leaf)[source], inputs)
 
     as_is, other = (
-        np.asarray(predict(learner, params, support, values, mask=mask, num_steps=num_steps, key=_rng.fold(key, 0)))
+        np.asarray(predict(learner, params, support, values, mask=mask, num_steps=num_steps, key=_keys.fold(key, 0)))
         for values in (inputs, moved)
     )
-    epsilon = float(jnp.finfo(as_is.dtype).eps)
+    epsilon, absent = float(jnp.finfo(as_is.dtype).eps), _losses.absent_logit(as_is.dtype)
     as_is, other = as_is[kept].astype(np.float64), other[kept].astype(np.float64)
     if not (np.isfinite(as_is).all() and np.isfinite(other).all()):
         return None
-    present = np.abs(as_is[as_is > _losses.ABSENT / 2])  # the logit of an absent class is no scale
+    present = np.abs(as_is[as_is > absent / 2])  # the logit of an absent class is no scale
     scale = float(np.max(present)) if present.size else 1.0
     return bool(np.max(np.abs(as_is - other)) > np.sqrt(epsilon) * scale)

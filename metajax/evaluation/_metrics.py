@@ -1,61 +1,10 @@
-"""Scores of one episode, and the mean and interval over many."""
+"""The mean and interval over episodes, and what else is computed on the host."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-
-from metajax.core import _losses
-from metajax.core._types import Examples
-
-Metric = Literal["accuracy", "mse"]
-
-
-def metric_of(targets: Any) -> Metric:
-    """What judges a task: "accuracy" where the targets are class labels, "mse" where they are real numbers.
-
-    >>> import numpy as np
-    >>> metric_of(np.array([1, 0])), metric_of(np.array([0.5]))
-    ('accuracy', 'mse')
-    """
-    return "accuracy" if _losses.is_integer(targets) else "mse"
-
-
-def score(metric: Metric, outputs: Any, query: Examples) -> jax.Array:
-    """The score of one episode: a scalar over the kept examples of its query set.
-
-    Accuracy is the fraction of right predictions; a prediction that holds a NaN, or whose largest output is not
-    finite, is wrong. The mean squared error of outputs that are not finite is not finite.
-
-    Args:
-      metric: "accuracy" or "mse".
-      outputs: `[n, ..., c]` logits, `[n, length, 2]` logits of spans, or `[n, ...]` regression outputs.
-      query: with targets `[n, ...]`.
-
-    Raises:
-      ValueError: the shapes of outputs and targets do not match.
-
-    >>> import numpy as np
-    >>> query = Examples(np.zeros(2), np.array([0, 1]), np.ones(2, bool))
-    >>> float(score("accuracy", jnp.array([[2.0, 1.0], [0.0, np.nan]]), query))
-    0.5
-    """
-    if metric == "mse":
-        return _losses.mean_loss(_losses.squared_error, outputs, query)
-    outputs = _losses.by_target(outputs, query.targets)
-    if outputs.shape[:-1] != query.targets.shape:
-        raise ValueError(
-            f"outputs must have one row of logits for each of the targets {query.targets.shape}, got {outputs.shape}"
-        )
-    usable = jnp.isfinite(jnp.max(outputs, axis=-1, keepdims=True))  # the maximum of a row with a NaN is NaN
-    # one class more, which no target names and which a row that is not usable picks
-    width = outputs.shape[-1]
-    nowhere = jax.nn.one_hot(width, width + 1, dtype=outputs.dtype)
-    lowest = jnp.full((*outputs.shape[:-1], 1), -jnp.inf, outputs.dtype)
-    return _losses.accuracy(jnp.where(usable, jnp.concatenate([outputs, lowest], axis=-1), nowhere), query)
 
 
 def mean_and_interval(values: Any) -> tuple[float, float]:

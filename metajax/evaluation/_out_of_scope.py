@@ -2,94 +2,44 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metajax.core import _losses, _rng, _validate
-from metajax.core._types import Episode, Learner, Params
-from metajax.data._episodes import check_source, episode_batch
-from metajax.data._sources import ClassSource, Source, cut_to, read
-from metajax.data._spec import EpisodeSpec
-from metajax.evaluation import _fewshot, _metrics
+from metajax.core import _validate
+from metajax.core._types import Episode, Examples, Learner, Metric, Params
+from metajax.data._sources import ClassSource, cut_to, read
+from metajax.evaluation import _metrics
+from metajax.evaluation._judges import Judge, Prepared, adapt_and_predict
+from metajax.tasks import classification
+from metajax.tasks._lookup import require_same
 
 Score = Literal["probability", "logit"]
 _STREAM = 1  # of random numbers; shuffled support labels have another
 
 
-class OutOfScope(NamedTuple):
-    """What `evaluate_out_of_scope` found; its `str` is one line.
+def out_of_scope(outside: ClassSource, *, score: Score = "probability") -> Judge:
+    """Judges how well an adapted learner tells queries of its classes from inputs of none of them.
 
-    Attributes:
-      score: "probability" or "logit", of which the largest tells queries from the rest.
-      mean: mean AUROC over episodes.
-      ci95: half width of the 95 % interval, `1.96 s / sqrt(n)` with the sample standard deviation s.
-      values: `[episodes]`, the AUROC of each episode.
-      episodes: how many.
-      seed: of the list of episodes.
-
-    >>> print(OutOfScope("logit", 0.9, 0.01, np.full(600, 0.9), 600, 0))
-    out-of-scope AUROC 90.00 +- 1.00 % (600 episodes, largest logit)
-    """
-
-    score: Score
-    mean: float
-    ci95: float
-    values: np.ndarray
-    episodes: int
-    seed: int
-
-    def __str__(self) -> str:
-        mean, ci95 = 100 * self.mean, 100 * self.ci95
-        return f"out-of-scope AUROC {mean:.2f} +- {ci95:.2f} % ({self.episodes} episodes, largest {self.score})"
-
-
-def evaluate_out_of_scope(
-    learner: Learner,
-    params: Params,
-    source: Source,
-    outside: ClassSource,
-    spec: EpisodeSpec,
-    *,
-    score: Score = "probability",
-    episodes: int = 600,
-    seed: int = 0,
-    num_steps: int | None = None,
-    batch: int = 20,
-    key: jax.Array | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> OutOfScope:
-    """How well an adapted learner tells queries of its classes from inputs of none of them.
-
-    The episodes are those of `evaluate`. Beside the query set of each stand as many inputs from outside of all classes,
-    drawn without replacement by `seed` and the number of the episode, and predicted in the same call.
+    Beside the query set of each episode stand as many inputs from outside of all classes, drawn without replacement by
+    the seed and the number of the episode, and predicted in the same call. The score of an episode is the area under
+    the ROC curve; it is NaN where an output is NaN.
 
     Args:
-      learner: what adapts.
-      params: its meta-parameters.
-      source: where episodes are drawn from, of classes.
       outside: inputs of no class; its labels do not matter.
-      spec: size of the episodes.
       score: what is high for queries of the classes: the largest "probability" (Hendrycks and Gimpel 2017), or the
         largest "logit" (Hendrycks et al. 2022), which is the nearest prototype of a prototypical network and stays low
         where all of them are far.
-      episodes: how many, at least 2.
-      seed: which list of episodes, 0 or above.
-      num_steps: inner steps, where the learner takes a number; None is the learner's own.
-      batch: episodes in one compiled call.
-      key: PRNG key for learners that draw (episode k folds in k); None is deterministic.
-      progress: called after each batch with the number of episodes that are done.
 
     Returns:
-      An `OutOfScope`. An episode with an output that is NaN has the AUROC NaN.
+      What `evaluate` takes as `judge`; its score is `out_of_scope_auroc`.
 
     Raises:
-      ValueError: an argument is out of range, the source is too small for `spec` or has no classes, or the most ways
-        of `spec` exceed the outputs of the model.
+      ValueError: an argument of another kind; or (when used) a source without classes.
 
     Source: Hendrycks and Gimpel 2017, arXiv:1610.02136; Hendrycks et al. 2022, arXiv:1911.11132; the protocol with
       texts of no intent is that of Larson et al. 2019, arXiv:1909.02027.
@@ -99,38 +49,56 @@ def evaluate_out_of_scope(
     >>> source = ClassSource("toy", "test", inputs, np.array([0, 0, 1, 1]), ("up", "right"))
     >>> outside = ClassSource("toy", "test", np.full([9, 2], 5.0), np.zeros(9, int), ("none",))
     >>> learner = metajax.learners.prototypical(metajax.Model(lambda key, x: (), lambda params, x: x))
-    >>> evaluate_out_of_scope(learner, (), source, outside, EpisodeSpec(2, 1, 1), score="logit", episodes=10).mean
-    1.0
+    >>> judge, spec = out_of_scope(outside, score="logit"), metajax.data.EpisodeSpec(2, 1, 1)
+    >>> metajax.evaluation.evaluate(learner, (), source, spec, episodes=10, judge=judge).summary()
+    'out of scope auroc 100.00 +- 0.00 % (10 episodes)'
     """
-    _validate.instance("learner", learner, Learner)
-    check_source(source, spec)
     _validate.instance("outside", outside, ClassSource)
     _validate.one_of("score", score, ("probability", "logit"))
-    _validate.int_at_least("episodes", episodes, 2)
-    _validate.int_at_least("seed", seed, 0)
-    batch = min(_validate.positive_int("batch", batch), episodes)
-    params = jax.tree.map(_fewshot.settled, params)
-    values: list[float] = []
-    for start in range(0, episodes, batch):
-        chunk = episode_batch(source, spec, seed=seed, start=start, count=batch)
-        if not _losses.is_integer(chunk.query.targets):
-            raise ValueError(f"source must have classes, got {source.name} ({source.split}) of real targets")
-        chunk, others = _beside(chunk, outside, seed, start)
-        first: Episode = jax.tree.map(lambda leaf: leaf[0], chunk)
-        found = _confidences(
-            params, chunk, others, key, start,
-            learner=learner, num_steps=num_steps, score=score, side_by_side=_fewshot.side_by_side(first),
-        )  # fmt: skip
-        slots = chunk.query.mask.shape[1]
-        for line, mask in zip(np.asarray(found), chunk.query.mask, strict=True):
+    return _OutOfScope(score, outside)
+
+
+@dataclasses.dataclass(frozen=True)
+class _OutOfScope:
+    confidence: Score
+    outside: ClassSource = dataclasses.field(compare=False)  # whatever it is, the program is the same
+    before: bool = False
+
+    @property
+    def metric(self) -> Metric:
+        return Metric("out_of_scope_auroc", lambda outputs, targets: outputs)
+
+    def check(self, source: Any) -> None:
+        if source.task is not None:
+            require_same(source.task, classification, name="source", other_name="out_of_scope()")
+
+    def prepare(self, source: Any, chunk: Episode, seed: int, start: int) -> Prepared:
+        chunk, others = _beside(chunk, self.outside, seed, start)
+        return Prepared(chunk.support, (chunk.query.inputs, chunk.query.mask, others), chunk.query.mask)
+
+    def run(self, learner: Learner, num_steps: int | None) -> Callable[[Params, Examples, Any, Any], Any]:
+        outputs = adapt_and_predict(learner, num_steps)
+
+        def confidences(params: Params, support: Examples, query: Any, key: Any) -> jax.Array:
+            """`[n + m]`: the largest logit, or log-odds, of each query, then of each input from outside."""
+            inputs, mask, beyond = query
+            joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), inputs, beyond)
+            size = jax.tree.leaves(beyond)[0].shape[0]
+            logits = outputs(params, support, joined, jnp.concatenate([mask, jnp.ones(size, bool)]), key)
+            return _log_odds(logits) if self.confidence == "probability" else jnp.max(logits, axis=-1)
+
+        return confidences
+
+    def score(self, source: Any, values: Any, notes: Any) -> dict[str, np.ndarray]:
+        slots, found = notes.shape[1], []
+        for line, mask in zip(values, notes, strict=True):
             inside, beyond = line[:slots][mask], line[slots:]
             positive = np.arange(len(inside) + len(beyond)) < len(inside)
-            values.append(_metrics.auroc(np.concatenate([inside, beyond]), positive))
-        if progress is not None:
-            progress(min(start + batch, episodes))
-    kept = np.array(values[:episodes])
-    mean, ci95 = _metrics.mean_and_interval(kept)
-    return OutOfScope(score, mean, ci95, kept, episodes, seed)
+            found.append(_metrics.auroc(np.concatenate([inside, beyond]), positive))
+        return {self.metric.name: np.array(found)}
+
+    def rows(self, source: Any) -> dict[str, str]:
+        return {"out of scope": f"{len(self.outside.labels)} inputs, told by the largest {self.confidence}"}
 
 
 def _beside(chunk: Episode, outside: ClassSource, seed: int, start: int) -> tuple[Episode, Any]:
@@ -164,26 +132,6 @@ def _beside(chunk: Episode, outside: ClassSource, seed: int, start: int) -> tupl
     query = chunk.query._replace(inputs=jax.tree.map(pad, outside.inputs, chunk.query.inputs))
     others = jax.tree.map(lambda leaf: read(cut_to(outside, leaf, leaf, length), rows), outside.inputs)
     return chunk._replace(query=query), others
-
-
-@functools.partial(jax.jit, static_argnames=("learner", "num_steps", "score", "side_by_side"))
-def _confidences(
-    params: Params, episodes: Episode, others: Any, key: Any, start: Any, *,
-    learner: Learner, num_steps: int | None, score: Score, side_by_side: bool,
-) -> jax.Array:  # fmt: skip
-    """`[batch, n + m]`: the largest logit, or log-odds, of each query, then of each input from outside."""
-    outputs = _fewshot.adapt_and_predict(learner, num_steps)
-
-    def one(task: tuple[jax.Array, Episode, Any]) -> jax.Array:
-        index, (support, query), beyond = task
-        inputs = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), query.inputs, beyond)
-        size = jax.tree.leaves(beyond)[0].shape[0]
-        mask = jnp.concatenate([query.mask, jnp.ones(size, bool)])
-        logits = outputs(params, support, inputs, mask, _rng.fold(key, index))
-        return _log_odds(logits) if score == "probability" else jnp.max(logits, axis=-1)
-
-    tasks = (start + jnp.arange(episodes.support.mask.shape[0]), episodes, others)
-    return jax.vmap(one)(tasks) if side_by_side else jax.lax.map(one, tasks)
 
 
 def _log_odds(logits: jax.Array) -> jax.Array:

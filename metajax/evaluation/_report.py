@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
-from metajax.core import _losses
-from metajax.core._types import Episode
+from metajax import tasks
+from metajax.core._types import Episode, TaskType
 from metajax.evaluation._fewshot import Evaluation, Outputs
-from metajax.evaluation._spans import AnswerEvaluation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,10 +36,11 @@ def report(
     path: str | os.PathLike[str],
     *,
     history: Sequence[Mapping[str, Any]],
-    evaluation: Evaluation | AnswerEvaluation | None,
+    evaluation: Evaluation | None,
     episode: Episode,
     outputs: Outputs | Any,
     title: str,
+    task: TaskType | None = None,
 ) -> None:
     """Draws the learning curve of a run and one episode with its predictions, as a PNG file.
 
@@ -56,6 +56,7 @@ def report(
       episode: one task, without a task axis.
       outputs: of its query set: `Outputs`, or only those after adaptation.
       title: stands above the picture.
+      task: the task type; None is that of the evaluation, or classification without one.
 
     Raises:
       ValueError: outputs and query targets disagree in their number.
@@ -66,7 +67,7 @@ def report(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = pathlib.Path(folder) / "report.png"
     ...     report(path, history=[], evaluation=None, episode=metajax.Episode(wave, wave),
-    ...            outputs=np.cos(x), title="sine")
+    ...            outputs=np.cos(x), title="sine", task=metajax.tasks.regression)
     ...     path.read_bytes()[1:4]
     b'PNG'
     """
@@ -74,6 +75,8 @@ def report(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    if task is None:
+        task = tasks.classification if evaluation is None else evaluation.task
     outputs = jax.tree.map(np.asarray, outputs if isinstance(outputs, Outputs) else Outputs(None, outputs))
     number, targets = len(outputs.after), len(jax.tree.leaves(episode.query.targets)[0])
     if number != targets:
@@ -85,7 +88,7 @@ def report(
         if evaluation is not None:
             figure.text(0.045, 0.893, _subtitle(evaluation), fontsize=10, color=INK, va="center")
         _learning_curve(figure, history)
-        _draw_episode(figure, episode, outputs)
+        _draw_episode(figure, episode, outputs, task)
         _write(pathlib.Path(path), canvas)
 
 
@@ -101,8 +104,8 @@ def _write(path: pathlib.Path, canvas: Any) -> None:
         raise
 
 
-def _subtitle(evaluation: Evaluation | AnswerEvaluation) -> str:
-    kind = {True: "transductive", False: "inductive", None: "outputs not finite"}[evaluation.transductive]
+def _subtitle(evaluation: Evaluation) -> str:
+    kind = {True: "transductive", False: "inductive", None: "not measured"}[evaluation.transductive]
     policy = evaluation.normalisation or "not stated"
     found = evaluation.summary().replace("+-", "±").replace(" (", "  (")
     source = pathlib.PurePath(evaluation.source).name  # of a folder of images, not the whole path
@@ -196,25 +199,36 @@ def _along(xs: np.ndarray, ys: np.ndarray, x: Any) -> Any:
 # --- the episode
 
 
-def _draw_episode(figure: Figure, episode: Episode, outputs: Outputs) -> None:
+def _draw_episode(figure: Figure, episode: Episode, outputs: Outputs, task: TaskType) -> None:
     axes = figure.add_axes((0.425, 0.035, 0.56, 0.75))
-    query, support = episode.query, episode.support
-    if _losses.by_target(outputs.after, query.targets) is not outputs.after:  # logits of spans
-        outputs = Outputs(*(None if logits is None else logits.argmax(axis=1) for logits in outputs))
-        axes.set_position((0.45, 0.20, 0.52, 0.585))
-        _draw_scatter(axes, episode, outputs)
-        axes.set_xlabel("first and last token of the true answer")
-        return
-    if not _losses.is_integer(query.targets):
-        axes.set_position((0.45, 0.20, 0.52, 0.585))
-        one = np.size(query.targets) == np.size(query.inputs) == len(query.targets)
-        (_draw_curve if one else _draw_scatter)(axes, episode, outputs)
-        return
+    _DRAWINGS.get(task.name, _draw_values)(axes, episode, outputs)
+
+
+def _draw_labels(axes: Axes, episode: Episode, outputs: Outputs) -> None:
+    support = episode.support
     if outputs.after.ndim == 2 and np.ndim(support.inputs) == 4 and support.inputs.shape[-1] in (1, 3):
         _draw_images(axes, episode, outputs.after)
         return
     axes.set_position((0.5, 0.13, 0.4, 0.655))
     _draw_confusion(axes, episode, outputs.after)
+
+
+def _draw_ends(axes: Axes, episode: Episode, outputs: Outputs) -> None:
+    """The ends of spans `[n, length, 2]`."""
+    axes.set_position((0.45, 0.20, 0.52, 0.585))
+    _draw_scatter(axes, episode, Outputs(*(None if logits is None else logits.argmax(axis=1) for logits in outputs)))
+    axes.set_xlabel("first and last token of the true answer")
+
+
+def _draw_values(axes: Axes, episode: Episode, outputs: Outputs) -> None:
+    query = episode.query
+    axes.set_position((0.45, 0.20, 0.52, 0.585))
+    if np.size(outputs.after) != np.size(query.targets):
+        axes.set_axis_off()
+        axes.text(0.5, 0.5, "outputs and targets have different forms", ha="center", color=FAINT)
+        return
+    one = np.size(query.targets) == np.size(query.inputs) == len(query.targets)
+    (_draw_curve if one else _draw_scatter)(axes, episode, outputs)
 
 
 def _draw_curve(axes: Axes, episode: Episode, outputs: Outputs) -> None:
@@ -376,3 +390,11 @@ def _show(axes: Axes, image: Any, left: float, top: float, dark: bool) -> None:
         np.clip(1 - pixels if dark else pixels, 0, 1), extent=(left, left + 1, top + 1, top),
         interpolation="nearest" if len(pixels) < 16 else "antialiased", aspect="auto",
     )  # fmt: skip
+
+
+_DRAWINGS = {
+    tasks.spans.name: _draw_ends,
+    **dict.fromkeys(
+        (tasks.classification.name, tasks.multiple_choice.name, tasks.next_token_prediction.name), _draw_labels
+    ),
+}

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metajax.core import _inner, _tree, _validate
+from metajax.core import _inner, _keys, _tree, _validate
 from metajax.core._types import Episode, Examples, Hypergrad, InnerProblem, Learner, Params
 
 
@@ -53,7 +53,9 @@ def check_rule(problem: InnerProblem | None, meta_params: Params, support: Examp
     if problem is None:
         return
     _validate.positive_int("num_steps", problem.num_steps)
-    shapes = jax.eval_shape(lambda meta_params: (problem.init(meta_params, support, None), meta_params), meta_params)
+    shapes = jax.eval_shape(
+        lambda meta_params: (_first_params(problem, meta_params, support), meta_params), meta_params
+    )
     leaves, structure = jax.tree.flatten(shapes)
     seen = (structure, *((leaf.shape, leaf.dtype) for leaf in leaves))
     if seen in _passed.get(problem.optimizer, ()):
@@ -72,13 +74,19 @@ def check_rule(problem: InnerProblem | None, meta_params: Params, support: Examp
     _passed.setdefault(problem.optimizer, set()).add(seen)
 
 
+def _first_params(problem: InnerProblem, meta_params: Params, support: Examples) -> Params:
+    keys = _keys.of_adaptation(None)
+    context = _inner.context_of(problem, meta_params, support, keys)
+    return _inner.params_of(problem, meta_params, support, keys, context)
+
+
 def checking(estimator: Hypergrad) -> Hypergrad:
     """An exact estimator that refuses an update rule that it cannot differentiate, before all else."""
 
     def value_and_grad(
         learner: Learner, meta_params: Params, state: Any, episode: Episode, *, key: Any = None, frozen: Params = None
     ) -> tuple[Any, Params, Any]:
-        check_rule(learner.problem, _tree.merge(meta_params, frozen), episode.support)
+        check_rule(learner.problem, _tree.fill(meta_params, frozen), episode.support)
         return estimator.value_and_grad(learner, meta_params, state, episode, key=key, frozen=frozen)
 
     return Hypergrad(estimator.init, value_and_grad)
@@ -147,7 +155,7 @@ def _outcomes(problem: InnerProblem, params: Any, meta_params: Any, side: int | 
     def update(grads: Params, params: Params) -> tuple[Params, Any]:
         state = problem.optimizer(meta_params).init(params)
         start = _inner.InnerState(params, state, jnp.zeros([], jnp.int32))
-        end = _inner.apply_gradient(problem, start, grads, jnp.ones([]), arguments)
+        end = _inner.apply_gradient(problem, start, grads, jnp.ones([]), (), arguments)
         return end.params, [leaf for leaf in jax.tree.leaves(end.opt_state) if _is_integer(leaf)]
 
     def differentiate(grads: Params, direction: Params) -> _Outcome:

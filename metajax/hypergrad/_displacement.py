@@ -6,9 +6,10 @@ from typing import Any
 
 import jax
 
-from metajax.core import _inner, _rng, _tree
+from metajax.core import _inner, _keys, _tree
+from metajax.core._objective import judge
 from metajax.core._types import Episode, Hypergrad, Learner, Params
-from metajax.hypergrad._parts import inner_problem, stateless
+from metajax.hypergrad._parts import inner_problem, query_only, stateless, with_inner_loss
 
 
 def displacement() -> Hypergrad:
@@ -19,7 +20,7 @@ def displacement() -> Hypergrad:
     examples that the task may learn from.
 
     Raises (when called):
-      ValueError: the learner has no inner problem.
+      ValueError: the learner has no inner problem, or an objective of inner losses.
 
     Source: Nichol, Achiam and Schulman 2018, On First-Order Meta-Learning Algorithms, arXiv:1803.02999.
 
@@ -32,16 +33,22 @@ def displacement() -> Hypergrad:
         learner: Learner, meta_params: Params, state: Any, episode: Episode, *, key: Any = None, frozen: Params = None
     ) -> tuple[Any, Params, Any]:
         problem = inner_problem("displacement()", learner)
-        adapt_key, loss_key = _rng.split(key, 2)
-        result = _inner.unroll(problem, meta_params, episode.support, key=adapt_key, frozen=frozen)
-        full = _tree.merge(meta_params, frozen)
-        loss, aux = learner.outer_loss(result.adapted, full, episode.query, key=loss_key)
-        moved = jax.tree.map(lambda start, end: start - end, result.initial, result.params)
-        init_key = _rng.split(adapt_key, 3)[0]  # the key that unroll gave to init
-        _, pull_back = jax.vjp(
-            lambda meta_params: problem.init(_tree.merge(meta_params, frozen), episode.support, init_key), meta_params
+        query_only("displacement()", learner)
+        keys, full = _keys.of_task(key), _tree.fill(meta_params, frozen)
+        result = _inner.unroll(problem, meta_params, episode.support, key=keys.adapt, frozen=frozen)
+        loss, aux = judge(
+            learner, result.adapted, full, episode, _keys.fold(keys.outer, problem.num_steps), result.losses
         )
+        moved = jax.tree.map(lambda start, end: start - end, result.initial, result.params)
+        adapt_keys = _keys.of_adaptation(keys.adapt)
+
+        def start(meta_params: Params) -> Params:
+            full, support = _tree.fill(meta_params, frozen), episode.support
+            context = _inner.context_of(problem, full, support, adapt_keys)
+            return _inner.params_of(problem, full, support, adapt_keys, context)
+
+        _, pull_back = jax.vjp(start, meta_params)
         (grads,) = pull_back(moved)
-        return (loss, {**aux, "inner_loss": result.losses}), grads, state
+        return (loss, with_inner_loss(aux)), grads, state
 
     return stateless(value_and_grad)

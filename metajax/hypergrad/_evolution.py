@@ -10,10 +10,10 @@ import jax.numpy as jnp
 
 from metajax.core import _chunks, _inner, _tree, _validate
 from metajax.core._inner import InnerState
-from metajax.core._types import Episode, Hypergrad, Learner, Params
-from metajax.hypergrad._explicit import outer_objective
-from metajax.hypergrad._parts import inner_problem, stateless
-from metajax.hypergrad._truncated import Carried, carry, check_horizon, resume, segment
+from metajax.core._objective import outer_objective
+from metajax.core._types import Aux, Episode, Hypergrad, Learner, Params
+from metajax.hypergrad._parts import inner_problem, stateless, with_inner_loss
+from metajax.hypergrad._truncated import Carried, carry, carry_on, check_horizon, resume, segment
 
 
 def evolution(*, sigma: float, pairs: int, antithetic: bool = True, chunk: int | None = None) -> Hypergrad:
@@ -63,7 +63,7 @@ def evolution(*, sigma: float, pairs: int, antithetic: bool = True, chunk: int |
     ) -> tuple[Any, Params, Any]:
         noise_key, task_key = _split("evolution()", key)
 
-        def objective(meta_params: Params) -> tuple[jax.Array, dict[str, Any]]:
+        def objective(meta_params: Params) -> tuple[jax.Array, Aux]:
             return outer_objective(learner, meta_params, episode, key=task_key, frozen=frozen, loop=_inner.scan_loop())
 
         loss, aux = objective(meta_params)
@@ -78,7 +78,7 @@ def evolution(*, sigma: float, pairs: int, antithetic: bool = True, chunk: int |
             return _times(noise, slope), ()
 
         grads, _ = _mean_over_pairs(one, (jax.random.split(noise_key, pairs),), meta_params, pairs, chunk)
-        return (loss, aux), grads, state
+        return (loss, with_inner_loss(aux)), grads, state
 
     return stateless(value_and_grad)
 
@@ -98,7 +98,7 @@ class Population(NamedTuple):
 
 
 def persistent_evolution(
-    *, sigma: float, pairs: int, steps: int, chunk: int | None = None, stream: bool = False
+    *, sigma: float, pairs: int, steps: int, chunk: int | None = None, fresh_data: bool = False
 ) -> Hypergrad:
     """Persistent evolution strategies: unbiased from segments of an inner loop (Vicol et al. 2021).
 
@@ -108,8 +108,8 @@ def persistent_evolution(
     truncation sees those of the segment only. While the meta-parameters stand still, the `num_steps / steps` estimates
     of an inner loop sum up to the hypergradient of the sum of its losses. The variance grows with their number.
 
-    The unperturbed inner loop is carried too: loss and `aux` are its, after the segment, and `aux["inner_loss"]` is
-    `[steps]`. For what the kept episode means see `persistent_truncation`.
+    The unperturbed inner loop is carried too: loss and `aux` are its, after the segment, and
+    `aux.metrics["inner_loss"]` is `[steps]`. For the kept episode, streams and carries see `persistent_truncation`.
 
     Args:
       sigma: standard deviation of a perturbation.
@@ -117,7 +117,7 @@ def persistent_evolution(
       steps: inner steps of each outer step; a divisor of the number of inner steps, after which a new inner loop
         starts.
       chunk: how many pairs are run together (vmapped); a divisor of `pairs`. None runs all.
-      stream: whether each outer step brings new data of the same inner problem, so that no episode is kept.
+      fresh_data: whether each outer step brings new data of the same inner problem, so that no episode is kept.
 
     Raises:
       ValueError: an argument is not as above; or (when used) there is no key, the learner has no inner problem, or
@@ -148,9 +148,9 @@ def persistent_evolution(
     _validate.positive_int("steps", steps)
     name = "persistent_evolution()"
 
-    def init(learner: Learner, meta_params: Params, episode: Episode, key: Any) -> Population:
-        noise_key, _ = _split(name, key)
-        carried = carry(name, learner, meta_params, episode, key, stream=stream)
+    def init(learner: Learner, meta_params: Params, episode: Episode, key: Any, *, frozen: Params = None) -> Population:
+        noise_key, task_key = _split(name, key)
+        carried = carry(name, learner, meta_params, episode, task_key, frozen, fresh_data=fresh_data)
         inner = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (pairs, 2, *leaf.shape)), carried.inner)
         return Population(carried, inner, jax.random.key_data(noise_key))
 
@@ -161,15 +161,15 @@ def persistent_evolution(
         noise_key, task_key = _split(name, key)
         problem = inner_problem(name, learner)
         check_horizon("steps", steps, problem)
-        restart, episode = resume(problem, state.carried, episode, reset=True)
+        restart, episode, loop_key = resume(name, problem, state.carried, episode, task_key, reset=True)
         noise = jnp.where(restart, jax.random.key_data(noise_key), state.noise)
         population_key = jax.random.wrap_key_data(noise, impl=jax.random.key_impl(key))
         number = jnp.where(restart, 0, state.carried.inner.step // steps)
 
-        def run(meta_params: Params, inner: InnerState) -> tuple[jax.Array, tuple[dict[str, Any], InnerState]]:
+        def run(meta_params: Params, inner: InnerState) -> tuple[jax.Array, tuple[Aux, InnerState]]:
             return segment(
-                problem, learner.outer_loss, meta_params, frozen, inner, episode, task_key,
-                restart=restart, num_steps=steps, loop=_inner.scan_loop(),
+                learner, meta_params, frozen, inner, episode, loop_key,
+                restart=restart, num_steps=steps, loop=_inner.scan_loop(), fresh_data=fresh_data,
             )  # fmt: skip
 
         def one(pair: jax.Array, inner: InnerState) -> tuple[Params, InnerState]:
@@ -184,7 +184,7 @@ def persistent_evolution(
 
         loss, (aux, end) = run(meta_params, state.carried.inner)
         grads, inner = _mean_over_pairs(one, (jnp.arange(pairs), state.inner), meta_params, pairs, chunk)
-        carried = Carried(end, () if stream else episode, jnp.ones_like(state.carried.started))
+        carried = carry_on(end, episode, loop_key, fresh_data=fresh_data)
         return (loss, aux), grads, Population(carried, inner, noise)
 
     return Hypergrad(init, value_and_grad)

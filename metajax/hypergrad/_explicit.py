@@ -12,11 +12,12 @@ from typing import Any
 
 import jax
 
-from metajax.core import _inner, _rng, _tree, _validate
-from metajax.core._types import Episode, Hypergrad, Learner, Params
+from metajax.core import _inner, _validate
+from metajax.core._objective import outer_objective
+from metajax.core._types import Aux, Episode, Hypergrad, Learner, Params
 from metajax.hypergrad._checks import checking
 from metajax.hypergrad._mixed import EVERY, mixed_loop
-from metajax.hypergrad._parts import stateless
+from metajax.hypergrad._parts import stateless, with_inner_loss
 
 Remat = bool | Callable[..., Any]
 
@@ -68,13 +69,15 @@ def mixed_mode(*, every: int = EVERY, step_weights: Sequence[float] | None = Non
     one Jacobian-vector product of the inner gradient, which keeps no second set of activations. Of each step its inner
     gradient is kept; fast weights and optimizer state are replayed from the gradients, which takes no model.
 
-    The support set is taken as data: no gradient flows to it. The inner losses are metrics: what an inner optimizer
-    makes of their value (`optax.contrib.reduce_on_plateau`) is not differentiated.
+    The support set is taken as data: no gradient flows to it. Everything else is differentiated: fast weights,
+    optimizer state, the carry and the context of the inner problem, a stream that depends on the meta-parameters, and
+    the inner losses, in an objective of them and in what an optimizer makes of their value.
 
     Args:
       every: how many steps lie between kept states. A step so costs 1 + n/every copies of the fast weights, where n
         counts the parameters and what the optimizer has like them (3 for Adam), and (every - 1)/2 more updates by the
-        optimizer alone. With 1 nothing is replayed.
+        optimizer alone. A carry is kept as seldom, and computed once more for the steps between, which takes one more
+        inner loss a step. With 1 nothing is replayed.
       step_weights: as for `unrolled`.
       unroll: likewise.
 
@@ -96,8 +99,9 @@ def mixed_mode(*, every: int = EVERY, step_weights: Sequence[float] | None = Non
 def first_order(*, step_weights: Sequence[float] | None = None) -> Hypergrad:
     """First-order MAML: the inner gradient counts as a constant (Finn et al. 2017).
 
-    The gradient is exact at zero inner curvature. Learned inner rates still get their gradient, since only the
-    inner gradient is stopped, not the update rule.
+    The gradient is exact at zero inner curvature. Learned inner rates still get their gradient, since only what the
+    update rule reads of the inner loss is stopped, not the rule; the carry is differentiated, and so are inner losses
+    that are terms of the objective.
 
     Args:
       step_weights: as for `unrolled`.
@@ -111,13 +115,29 @@ def first_order(*, step_weights: Sequence[float] | None = None) -> Hypergrad:
     >>> metajax.hypergrad.first_order().init(None, None, None, None)
     ()
     """
-    return explicit(_inner.scan_loop(stopped_gradient), step_weights)
+    plain, scored = (explicit(_inner.scan_loop(stopped_gradient(recorded)), step_weights) for recorded in (False, True))
+
+    def value_and_grad(learner: Learner, *arguments: Any, **keywords: Any) -> tuple[Any, Params, Any]:
+        # where no objective asks for the inner losses, their activations are not kept
+        estimator = plain if learner.objective == "query" else scored
+        return estimator.value_and_grad(learner, *arguments, **keywords)
+
+    return Hypergrad(plain.init, value_and_grad)
 
 
-def stopped_gradient(loss: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, Params]]:
-    """The inner gradient as a constant."""
-    gradient = jax.value_and_grad(loss)
-    return lambda *arguments: jax.lax.stop_gradient(gradient(*arguments))
+def stopped_gradient(recorded: bool) -> _inner.Gradient:
+    """The inner gradient, and the loss as the update rule reads it, as constants; not so the loss that is `recorded`."""
+
+    def gradient(loss: Callable[..., Any]) -> Callable[..., Any]:
+        run = _inner.plain_gradient(loss)
+
+        def stopped(*inputs: Any) -> Any:
+            (value, carry), told = run(*inputs)
+            return (value if recorded else jax.lax.stop_gradient(value), carry), jax.lax.stop_gradient(told)
+
+        return stopped
+
+    return gradient
 
 
 def explicit(loop: _inner.Loop, step_weights: Sequence[float] | None = None) -> Hypergrad:
@@ -127,11 +147,11 @@ def explicit(loop: _inner.Loop, step_weights: Sequence[float] | None = None) -> 
     def value_and_grad(
         learner: Learner, meta_params: Params, state: Any, episode: Episode, *, key: Any = None, frozen: Params = None
     ) -> tuple[Any, Params, Any]:
-        def objective(meta_params: Params) -> tuple[jax.Array, dict[str, Any]]:
+        def objective(meta_params: Params) -> tuple[jax.Array, Aux]:
             return outer_objective(learner, meta_params, episode, key=key, frozen=frozen, loop=loop, weights=weights)
 
-        value, grads = jax.value_and_grad(objective, has_aux=True)(meta_params)
-        return value, grads, state
+        (loss, aux), grads = jax.value_and_grad(objective, has_aux=True)(meta_params)
+        return (loss, with_inner_loss(aux)), grads, state
 
     return stateless(value_and_grad)
 
@@ -144,41 +164,3 @@ def checked_weights(step_weights: Sequence[float] | None) -> tuple[float, ...] |
     if not any(weights):
         raise ValueError(f"step_weights must hold a positive number, got {weights}")
     return weights
-
-
-def outer_objective(
-    learner: Learner,
-    meta_params: Params,
-    episode: Episode,
-    *,
-    key: Any,
-    frozen: Params,
-    loop: _inner.Loop,
-    weights: tuple[float, ...] | None = None,
-) -> tuple[jax.Array, dict[str, Any]]:
-    """The outer loss of a task as a function of the meta-parameters, and what describes it."""
-    adapt_key, loss_key = _rng.split(key, 2)
-    full = _tree.merge(meta_params, frozen)
-    if learner.problem is None:
-        adapted = learner.adapt(full, episode.support, key=adapt_key)
-        return learner.outer_loss(adapted, full, episode.query, key=loss_key)
-    problem = learner.problem
-    visit: _inner.Visit | None = None
-    if weights is not None:
-        if len(weights) != problem.num_steps:
-            raise ValueError(f"step_weights must have one for each of {problem.num_steps} inner steps, got {weights}")
-        finish_key = _rng.split(adapt_key, 3)[2]  # the key that unroll gives to finish
-
-        def weighed(params: Params, arguments: _inner.Arguments, step: jax.Array) -> jax.Array:
-            adapted = problem.finish(params, arguments.full, arguments.support, finish_key)
-            loss, _ = learner.outer_loss(adapted, arguments.full, arguments.data, key=loss_key)
-            return jax.numpy.asarray(weights, loss.dtype)[step - 1] * loss
-
-        visit = weighed
-
-    result = _inner.unroll(
-        problem, meta_params, episode.support,
-        key=adapt_key, frozen=frozen, loop=loop, visit=visit, data=None if weights is None else episode.query,
-    )  # fmt: skip
-    loss, aux = learner.outer_loss(result.adapted, full, episode.query, key=loss_key)
-    return loss if weights is None else result.visits.sum(), {**aux, "inner_loss": result.losses}

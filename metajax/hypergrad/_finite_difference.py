@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metajax.core import _inner, _validate
-from metajax.core._inner import Arguments, InnerState
+from metajax.core import _inner, _tree, _validate
+from metajax.core._inner import Arguments, InnerState, Steps
 from metajax.core._types import Hypergrad, InnerProblem, Learner, Params
 from metajax.hypergrad._explicit import explicit, stopped_gradient
-from metajax.hypergrad._parts import inner_problem, refuse_zero, watch
+from metajax.hypergrad._parts import inner_problem, no_carry, query_only, refuse_zero, watch
 
 
 def finite_difference(*, epsilon: float = 0.01) -> Hypergrad:
@@ -44,7 +44,7 @@ def finite_difference(*, epsilon: float = 0.01) -> Hypergrad:
       inside the inner loop gives NaN.
 
     Raises:
-      ValueError: `epsilon` is not a finite number above 0.
+      ValueError: `epsilon` is not a finite number above 0, or (when used) the objective is one of inner losses.
 
     Source: Liu, Simonyan and Yang 2019, DARTS: Differentiable Architecture Search, arXiv:1806.09055.
 
@@ -55,16 +55,21 @@ def finite_difference(*, epsilon: float = 0.01) -> Hypergrad:
     _validate.positive_float("epsilon", epsilon)
 
     def loop(
-        problem: InnerProblem, start: InnerState, arguments: Arguments, num_steps: int,
+        problem: InnerProblem, start: InnerState, arguments: Arguments, steps: Steps, num_steps: int,
         visit: _inner.Visit | None = None,
     ) -> tuple[InnerState, tuple[jax.Array, Any]]:  # fmt: skip
-        state, outputs = _inner.scan_loop(stopped_gradient)(problem, start, arguments, max(num_steps - 1, 0), visit)
+        before, last = max(num_steps - 1, 0), slice(max(num_steps - 1, 0), num_steps)
+        first = jax.tree.map(lambda leaf: leaf[:before], steps)
+        state, outputs = _inner.scan_loop(stopped_gradient(recorded=False))(
+            problem, start, arguments, first, before, visit
+        )
         if num_steps == 0:
             return state, outputs
-        state, last = _inner.scan_loop(_differenced_gradient(epsilon))(problem, state, arguments, 1, visit)
-        return state, jax.tree.map(lambda *parts: jnp.concatenate(parts), outputs, last)
+        steps = jax.tree.map(lambda leaf: leaf[last], steps)
+        state, more = _inner.scan_loop(_differenced_gradient(epsilon))(problem, state, arguments, steps, 1, visit)
+        return state, jax.tree.map(lambda *parts: jnp.concatenate(parts), outputs, more)
 
-    return explicit(loop)
+    return _of_queries("finite_difference()", explicit(loop))
 
 
 def sama(*, alpha: float = 1.0) -> Hypergrad:
@@ -94,8 +99,9 @@ def sama(*, alpha: float = 1.0) -> Hypergrad:
       fast weights in float32 or better.
 
     Raises:
-      ValueError: `alpha` is not a finite number above 0, or (when called) the learner has no inner problem, takes no
-        inner step, or has an inner loss that does not depend on the meta-parameters, so that all would be zero.
+      ValueError: `alpha` is not a finite number above 0, or (when called) the learner has no inner problem, a carry or
+        an objective of inner losses, takes no inner step, or has an inner loss that does not depend on the
+        meta-parameters, so that all would be zero.
 
     Source: Choe et al. 2023, Making Scalable Meta Learning Practical, arXiv:2310.05674.
 
@@ -106,23 +112,28 @@ def sama(*, alpha: float = 1.0) -> Hypergrad:
     _validate.positive_float("alpha", alpha)
 
     def loop(
-        problem: InnerProblem, start: InnerState, arguments: Arguments, num_steps: int,
+        problem: InnerProblem, start: InnerState, arguments: Arguments, steps: Steps, num_steps: int,
         visit: _inner.Visit | None = None,
     ) -> tuple[InnerState, tuple[jax.Array, Any]]:  # fmt: skip
         del visit
         if num_steps == 0:
             raise ValueError("hypergrad: sama() needs num_steps of at least 1, got 0")
-        loss = _inner.split_loss(problem)
+        no_carry("sama()", problem)
+        loss = _inner.step_loss(problem)
         fixed, start = jax.lax.stop_gradient((arguments, start))
-        state, (losses, _) = _inner.scan_loop()(problem, start, fixed, num_steps - 1)
-        value, grads = jax.value_and_grad(loss)(*_inner.loss_arguments(state, fixed))
-        end = _inner.apply_gradient(problem, state, grads, value, fixed)
+        before, last = (jax.tree.map(part, steps) for part in (lambda leaf: leaf[:-1], lambda leaf: leaf[-1]))
+        state, (losses, _) = _inner.scan_loop()(problem, start, fixed, before, num_steps - 1)
+        (value, _), (grads, _) = _inner.plain_gradient(loss)(*_inner.loss_inputs(state, fixed, last))
+        end = _inner.apply_gradient(problem, state, grads, value, (), fixed, last.valid)
         # zero, but its derivative is that of the inner gradient at the end
-        change = _change_of_gradient(loss, alpha)(*_inner.loss_arguments(state._replace(params=end.params), arguments))
-        state = _inner.apply_gradient(problem, state, jax.tree.map(jnp.add, grads, change), value, arguments)
+        change = _change_of_gradient(loss, alpha)(
+            *_inner.loss_inputs(state._replace(params=end.params), arguments, last)
+        )
+        grads = jax.tree.map(jnp.add, grads, change)
+        state = _inner.apply_gradient(problem, state, grads, value, (), arguments, last.valid)
         return state, (jnp.append(losses, value), ())
 
-    estimator = explicit(loop)
+    estimator = _of_queries("sama()", explicit(loop))
 
     def value_and_grad(learner: Learner, *arguments: Any, **keywords: Any) -> tuple[Any, Params, Any]:
         inner_problem("sama()", learner)
@@ -131,38 +142,69 @@ def sama(*, alpha: float = 1.0) -> Hypergrad:
     return Hypergrad(estimator.init, value_and_grad)
 
 
+def _of_queries(name: str, estimator: Hypergrad) -> Hypergrad:
+    """The estimator, for objectives of the query set alone."""
+
+    def value_and_grad(learner: Learner, *arguments: Any, **keywords: Any) -> tuple[Any, Params, Any]:
+        query_only(name, learner)
+        return estimator.value_and_grad(learner, *arguments, **keywords)
+
+    return Hypergrad(estimator.init, value_and_grad)
+
+
 def _differenced_gradient(epsilon: float) -> _inner.Gradient:
-    """The inner gradient, with a central difference for its own derivative."""
+    """The inner gradient, with a central difference for its own derivative. A stream counts as data."""
 
-    def gradient(loss: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, Params]]:
-        value_and_slope = jax.value_and_grad(loss)
+    def gradient(loss: Callable[..., Any]) -> Callable[..., Any]:
+        def backward(inputs: Any, cotangents: Any) -> tuple[Any, ...]:
+            params, meta_params, context, carry, *rest = inputs
+            (of_loss, of_carry), (of_slope, of_told) = cotangents
+            context_floats, context_rest = _tree.split_floats(context)
+            carry_floats, carry_rest = _tree.split_floats(carry)
 
-        def backward(arguments: Any, cotangents: Any) -> tuple[Any, ...]:
-            params, *rest = arguments
-            _, of_slope = cotangents  # the losses are metrics: nothing differentiates them
-            slopes = lambda params: jax.grad(loss, argnums=(0, 1))(params, *rest)  # noqa: E731
-            return *_central_difference(slopes, params, of_slope, epsilon), None, None, None, None
+            def pulled(params: Params, *seeds: Any) -> Any:
+                def lossy(params: Any, meta_params: Any, context: Any, carry: Any) -> Any:
+                    value, after = loss(
+                        params, meta_params, _tree.fill(context, context_rest), _tree.fill(carry, carry_rest), *rest
+                    )
+                    return value, _tree.split_floats(after)[0]
 
-        run = jax.custom_vjp(lambda *arguments: value_and_slope(*arguments))
-        run.defvjp(lambda *arguments: (value_and_slope(*arguments), arguments), backward)
+                return jax.vjp(lossy, params, meta_params, context_floats, carry_floats)[1](seeds)
+
+            seeds = jnp.ones_like(of_loss), jax.tree.map(jnp.zeros_like, carry_floats)
+            second = _central_difference(lambda params: pulled(params, *seeds), params, of_slope, epsilon)
+            first = pulled(params, of_loss + of_told, _floats_of(carry, of_carry))
+            return *jax.tree.map(jnp.add, first, second), *[None] * len(rest)
+
+        run = jax.custom_vjp(_inner.plain_gradient(loss))
+        run.defvjp(lambda *inputs: (_inner.plain_gradient(loss)(*inputs), inputs), backward)
         return run
 
     return gradient
 
 
-def _change_of_gradient(loss: Callable[..., jax.Array], alpha: float) -> Callable[..., Params]:
-    """Zero for the inner gradient at given fast weights, whose derivative in the meta-parameters is a difference."""
+def _floats_of(tree: Any, cotangents: Any) -> Any:
+    """The cotangents of the leaves that can be differentiated, None for the others."""
+    return jax.tree.map(lambda leaf, cotangent: cotangent if _tree.is_float(leaf) else None, tree, cotangents)
 
-    def backward(arguments: Any, of_slope: Params) -> tuple[Any, ...]:
-        params, meta_params, *rest = arguments
+
+def _change_of_gradient(loss: Callable[..., Any], alpha: float) -> Callable[..., Params]:
+    """Zero for the inner gradient at given fast weights, whose derivative in all else is a difference."""
+
+    def backward(inputs: Any, of_slope: Params) -> tuple[Any, ...]:
+        params, meta_params, context, *rest = inputs
+        floats, others = _tree.split_floats(context)
         watched, reached = watch()
 
-        def slope(params: Params) -> Params:
-            return jax.grad(lambda meta_params: watched(loss(params, meta_params, *rest)))(meta_params)
+        def slope(params: Params) -> Any:
+            return jax.grad(
+                lambda meta_params, floats: watched(loss(params, meta_params, _tree.fill(floats, others), *rest)[0]),
+                argnums=(0, 1),
+            )(meta_params, floats)
 
         product = _central_difference(slope, params, of_slope, alpha)
         refuse_zero("sama()", reached)
-        return None, product, None, None, None, None
+        return None, *product, *[None] * len(rest)
 
     run = jax.custom_vjp(lambda params, *rest: jax.tree.map(jnp.zeros_like, params))
     run.defvjp(lambda params, *rest: (jax.tree.map(jnp.zeros_like, params), (params, *rest)), backward)

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from metajax.core import _inner, _tree, _validate
-from metajax.core._types import Episode, Hypergrad, Learner, Params
+from metajax.core._objective import outer_objective
+from metajax.core._types import Aux, Episode, Hypergrad, Learner, Params
 from metajax.hypergrad._checks import check_rule
-from metajax.hypergrad._explicit import checked_weights, outer_objective
-from metajax.hypergrad._parts import stateless
+from metajax.hypergrad._explicit import checked_weights
+from metajax.hypergrad._parts import stateless, with_inner_loss
 
 
 def forward_mode(
@@ -63,16 +64,16 @@ def forward_mode(
                 f"max_params must be at least the number of trained meta-parameters, {count}, got {max_params}: "
                 "choose fewer with trainable, or an estimator in reverse mode"
             )
-        check_rule(learner.problem, _tree.merge(meta_params, frozen), episode.support)
+        check_rule(learner.problem, _tree.fill(meta_params, frozen), episode.support)
         flat, unravel = ravel_pytree(meta_params)
         indices, axes = jnp.arange(count), _tree.varying_axes(meta_params)
 
-        def objective(meta_params: Params) -> tuple[jax.Array, dict[str, Any]]:
+        def objective(meta_params: Params) -> tuple[jax.Array, Aux]:
             return outer_objective(
                 learner, meta_params, episode, key=key, frozen=frozen, loop=_inner.scan_loop(), weights=weights
             )
 
-        def push(index: jax.Array) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+        def push(index: jax.Array) -> tuple[jax.Array, jax.Array, Aux]:
             tangent = _tree.vary(unravel((indices == index).astype(flat.dtype)), axes)
             return jax.jvp(objective, (meta_params,), (tangent,), has_aux=True)
 
@@ -81,6 +82,6 @@ def forward_mode(
         else:
             loss, aux = objective(meta_params)
             slopes = jax.lax.map(lambda index: push(index)[1], indices, batch_size=chunk)
-        return (loss, aux), unravel(slopes.astype(flat.dtype)), state
+        return (loss, with_inner_loss(aux)), unravel(slopes.astype(flat.dtype)), state
 
     return stateless(value_and_grad)

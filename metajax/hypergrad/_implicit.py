@@ -9,9 +9,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metajax.core import _inner, _rng, _tree, _validate
-from metajax.core._types import Episode, Hypergrad, Learner, Params
-from metajax.hypergrad._parts import inner_problem, refuse_zero, stateless, watch
+from metajax.core import _inner, _keys, _tree, _validate
+from metajax.core._objective import judge
+from metajax.core._types import Aux, Episode, Hypergrad, Learner, Params
+from metajax.hypergrad._parts import (
+    context_and_pullback,
+    inner_problem,
+    no_carry,
+    query_only,
+    refuse_zero,
+    stateless,
+    watch,
+    with_inner_loss,
+)
 
 Product = Callable[[Params], Params]
 
@@ -49,9 +59,9 @@ def implicit(
         `optax.apply_if_finite` skips the step; None accepts any.
 
     Returns:
-      A `Hypergrad`. Its `aux` also has two scalars: `solver_residual`, the norm of what is left of the system relative
-      to that of its right-hand side, and `inner_grad_norm`, the norm of the inner gradient at the end. The system is
-      solved in float32 at least.
+      A `Hypergrad`. Its `aux.metrics` also have two scalars: `solver_residual`, the norm of what is left of the system
+      relative to that of its right-hand side, and `inner_grad_norm`, the norm of the inner gradient at the end. The
+      system is solved in float32 at least.
 
     Raises:
       ValueError: an argument is not as above, or (when used) as the table says.
@@ -67,6 +77,8 @@ def implicit(
     | NaN inside the inner loop | loss, gradient and residual are NaN |
     | a learner without an inner problem | refused |
     | an inner loss that does not depend on what is trained | refused: it would be zero, silently |
+    | a stream | the inner loss is that of the last step's data |
+    | a carry, or an objective of inner losses | refused |
 
     Source: Rajeswaran et al. 2019, Meta-Learning with Implicit Gradients, arXiv:1909.04630; Lorraine, Vicol and
     Duvenaud 2020, Optimizing Millions of Hyperparameters by Implicit Differentiation, arXiv:1911.02590.
@@ -78,8 +90,8 @@ def implicit(
     >>> examples = metajax.Examples(jnp.eye(3), jnp.ones([3, 1]), jnp.ones(3, bool))
     >>> fn = metajax.hypergrad.value_and_grad(learner, metajax.hypergrad.implicit())
     >>> (loss, aux), grads = fn(jnp.zeros([3, 1]), metajax.Episode(examples, examples))
-    >>> bool(aux["solver_residual"] < 1e-5), bool(aux["inner_grad_norm"] < 1e-5)
-    (True, True)
+    >>> [bool(aux.metrics[name] < 1e-5) for name in ("solver_residual", "inner_grad_norm")]
+    [True, True]
     """
     _validate.one_of("solver", solver, ("cg", "neumann", "gmres"))
     _validate.positive_int("steps", steps)
@@ -103,25 +115,35 @@ def implicit(
         learner: Learner, meta_params: Params, state: Any, episode: Episode, *, key: Any = None, frozen: Params = None
     ) -> tuple[Any, Params, Any]:
         problem = inner_problem("implicit()", learner)
-        adapt_key, loss_key = _rng.split(key, 2)
-        result = _inner.unroll(problem, meta_params, episode.support, key=adapt_key, frozen=frozen)
-        _, loop_key, finish_key = _rng.split(adapt_key, 3)  # the keys that unroll gave to the loop and to finish
+        query_only("implicit()", learner)
+        no_carry("implicit()", problem)
+        keys, full = _keys.of_task(key), _tree.fill(meta_params, frozen)
+        result = _inner.unroll(problem, meta_params, episode.support, key=keys.adapt, frozen=frozen)
+        adapt_keys, outer_key = _keys.of_adaptation(keys.adapt), _keys.fold(keys.outer, problem.num_steps)
 
-        def outer(params: Params, meta_params: Params) -> tuple[jax.Array, dict[str, Any]]:
-            full = _tree.merge(meta_params, frozen)
-            adapted = problem.finish(params, full, episode.support, finish_key)
-            return learner.outer_loss(adapted, full, episode.query, key=loss_key)
+        context, pull_back = context_and_pullback(problem, meta_params, frozen, episode.support, adapt_keys)
+        shared = (meta_params, context)
+
+        def arguments_of(meta_params: Params, context: Any) -> _inner.Arguments:
+            return _inner.Arguments(meta_params, frozen, episode.support, adapt_keys.step, context)
+
+        def outer(params: Params, shared: Any) -> tuple[jax.Array, Aux]:
+            arguments = arguments_of(*shared)
+            adapted = _inner.finalize(problem, params, (), arguments, adapt_keys, problem.num_steps)
+            return judge(learner, adapted, arguments.full, episode, outer_key, result.losses)
 
         value_and_slopes = jax.value_and_grad(outer, argnums=(0, 1), has_aux=True)
-        (loss, aux), (slope, direct) = value_and_slopes(result.params, meta_params)
+        (loss, aux), (slope, direct) = value_and_slopes(result.params, shared)
+        steps = _inner.steps_of(problem, full, episode.support, adapt_keys, max(problem.num_steps, 1))
+        last = max(problem.num_steps - 1, 0)
 
-        arguments = _inner.Arguments(meta_params, frozen, episode.support, loop_key)
-        last = jnp.asarray(max(problem.num_steps - 1, 0), jnp.int32)
-        inner_loss = _inner.split_loss(problem)
+        def inner_loss(params: Params, shared: Any) -> jax.Array:
+            here = _inner.InnerState(params, None, jnp.asarray(last, jnp.int32))
+            inputs = jax.tree.map(lambda leaf: leaf[last], steps)
+            return _inner.step_loss(problem)(*_inner.loss_inputs(here, arguments_of(*shared), inputs))[0]
 
         def inner_slope(params: Params, argnum: int) -> Params:
-            here = _inner.loss_arguments(_inner.InnerState(params, None, last), arguments)
-            return jax.grad(inner_loss, argnums=argnum)(*here)
+            return jax.grad(inner_loss, argnums=argnum)(params, shared)
 
         def along(function: Product, vector: Params) -> Params:
             """The derivative of a function of the fast weights along a vector, both at the precision of the system."""
@@ -138,17 +160,15 @@ def implicit(
         watched, reached = watch()
         mixed = along(lambda params: watched(inner_slope(params, 1)), solution)
         refuse_zero("implicit()", reached)
-        grads = jax.tree.map(jnp.subtract, direct, mixed)
+        of_meta_params, of_context = jax.tree.map(jnp.subtract, direct, mixed)
+        grads = jax.tree.map(jnp.add, of_meta_params, pull_back(of_context))
         size = optax.tree.norm(target)
         left = optax.tree.norm(optax.tree.sub(target, product(solution)))
         residual = left / jnp.where(size == 0, 1, size)
         if max_residual is not None:
             grads = jax.tree.map(lambda leaf: jnp.where(residual <= max_residual, leaf, jnp.nan), grads)
-        aux = {
-            **aux, "inner_loss": result.losses, "solver_residual": residual,
-            "inner_grad_norm": optax.tree.norm(inner_slope(result.params, 0)),
-        }  # fmt: skip
-        return (loss, aux), grads, state
+        size = optax.tree.norm(inner_slope(result.params, 0))
+        return (loss, with_inner_loss(aux, solver_residual=residual, inner_grad_norm=size)), grads, state
 
     return stateless(value_and_grad)
 

@@ -2,102 +2,236 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from metajax.core import _inner, _tree
-from metajax.core._inner import Arguments, InnerState
-from metajax.core._types import InnerProblem, Params
+from metajax.core._inner import Arguments, InnerState, Steps
+from metajax.core._types import InnerProblem
 
 EVERY = 8  # steps between kept states
+
+
+class _Shared(NamedTuple):
+    """What every step depends on, and an estimator differentiates: its float leaves, or their cotangents."""
+
+    meta_params: Any
+    context: Any
+
+
+class _Residuals(NamedTuple):
+    """What the backward pass needs. `context` and `data` hold the leaves that are differentiated alone."""
+
+    start: InnerState
+    arguments: Arguments
+    steps: Steps
+    values: jax.Array
+    grads: Any
+    carries: Any
+    context: Any
+    data: Any
+
+
+class _Cotangents(NamedTuple):
+    """What goes back from step to step."""
+
+    state: Any  # of fast weights and optimizer state
+    carry: Any
+    shared: _Shared
+    data: Any  # leaves [num_steps, ...]
 
 
 def mixed_loop(every: int = EVERY, unroll: int = 1) -> _inner.Loop:
     """An inner loop with its own backward pass.
 
-    The forward pass keeps the inner gradient of each step. The backward pass goes through the steps in reverse, and
-    replays fast weights and optimizer state from the kept gradients, which takes no model. A Hessian-vector and a
-    mixed product of each step come from one Jacobian-vector product of the inner gradient.
+    The forward pass keeps the inner gradient of each step, and the carry of every so many steps. The backward pass goes
+    through the steps in reverse, and replays fast weights and optimizer state from the kept gradients, which takes no
+    model; carries are computed again, which takes one inner loss a step. All products of a step come from one
+    Jacobian-vector product of the pullback of its inner loss.
     """
 
     def loop(
-        problem: InnerProblem, start: InnerState, arguments: Arguments, num_steps: int,
+        problem: InnerProblem, start: InnerState, arguments: Arguments, steps: Steps, num_steps: int,
         visit: _inner.Visit | None = None,
     ) -> tuple[InnerState, tuple[jax.Array, Any]]:  # fmt: skip
-        loss = _inner.split_loss(problem)
-
-        def forward(start: InnerState, arguments: Arguments) -> tuple[Any, Any]:
-            def step(state: InnerState, _: Any) -> tuple[InnerState, Any]:
-                value, grads = jax.value_and_grad(loss)(*_inner.loss_arguments(state, arguments))
-                state = _inner.apply_gradient(problem, state, grads, value, arguments)
-                return state, (value, visit(state.params, arguments, state.step) if visit else (), grads)
-
-            end, (values, visits, grads) = jax.lax.scan(step, start, length=num_steps, unroll=unroll)
-            return (end, (values, visits)), (start, arguments, values, grads)
-
-        def backward(kept: Any, cotangents: Any) -> tuple[Any, Any]:
-            start, arguments, values, grads = kept
-            of_end, (_, of_visits) = cotangents  # the losses are metrics: nothing differentiates them
-            meta_params = arguments.meta_params
-
-            def replay(state: InnerState, first: Any, count: Any) -> InnerState:
-                def step(index: Any, state: InnerState) -> InnerState:
-                    kept_grads = jax.tree.map(lambda leaf: leaf[first + index], grads)
-                    return _inner.apply_gradient(problem, state, kept_grads, values[first + index], arguments)
-
-                return jax.lax.fori_loop(0, count, step, state)
-
-            def segment(state: InnerState, number: Any) -> tuple[InnerState, InnerState]:
-                count = jnp.minimum(every, num_steps - number * every)
-                return replay(state, number * every, count), state
-
-            _, starts = jax.lax.scan(segment, start, jnp.arange(-(-num_steps // every)))
-
-            def step_back(carry: Any, inputs: Any) -> tuple[Any, None]:
-                of_state, of_meta = carry
-                index, of_visit = inputs
-                state = jax.tree.map(lambda leaf: leaf[index // every], starts)
-                state = replay(state, index - index % every, index % every)
-                floats, rest = split_floats(state)
-
-                def update(floats: InnerState, grads: Params, meta_params: Params) -> Any:
-                    here = arguments._replace(meta_params=meta_params)
-                    after = _inner.apply_gradient(problem, _tree.merge(floats, rest), grads, values[index], here)
-                    return split_floats(after)[0], visit(after.params, here, after.step) if visit else ()
-
-                def gradients(params: Params) -> tuple[Params, Params]:
-                    here = _inner.loss_arguments(state._replace(params=_tree.merge(params, rest.params)), arguments)
-                    return jax.grad(loss, argnums=(0, 1))(*here)
-
-                own = jax.tree.map(lambda leaf: leaf[index], grads)
-                _, pull_back = jax.vjp(update, floats, own, meta_params)
-                of_state, of_grads, of_rule = pull_back((of_state, of_visit))
-                _, (hessian_product, mixed_product) = jax.jvp(gradients, (floats.params,), (of_grads,))
-                of_params = jax.tree.map(jnp.add, of_state.params, hessian_product)
-                of_meta = jax.tree.map(lambda *parts: sum(parts), of_meta, of_rule, mixed_product)
-                return (of_state._replace(params=of_params), of_meta), None
-
-            zeros = jax.tree.map(lambda leaf: _tree.vary(jnp.zeros_like(leaf), _tree.varying_axes(leaf)), meta_params)
-            keep = lambda leaf, cotangent: None if leaf is None else cotangent  # noqa: E731
-            of_end = jax.tree.map(keep, split_floats(start)[0], of_end, is_leaf=lambda leaf: leaf is None)
-            (of_start, of_meta), _ = jax.lax.scan(
-                step_back, (of_end, zeros), (jnp.arange(num_steps), of_visits), reverse=True, unroll=unroll
-            )
-            return of_start, Arguments(of_meta, None, None, None)  # type: ignore[arg-type]
-
-        run = jax.custom_vjp(lambda start, arguments: forward(start, arguments)[0])
-        run.defvjp(forward, backward)
         if num_steps == 0:
-            return _inner.scan_loop()(problem, start, arguments, 0, visit)
-        return run(start, arguments)
+            return _inner.scan_loop()(problem, start, arguments, steps, 0, visit)
+        run = jax.custom_vjp(lambda *inputs: _forward(problem, *inputs, num_steps, visit, size, unroll)[0])
+        segments = -(-num_steps // every)  # of equal length, but for the last one
+        size = -(-num_steps // segments)
+
+        def forward(*inputs: Any) -> tuple[Any, _Residuals]:
+            is_primal = lambda leaf: hasattr(leaf, "perturbed")  # noqa: E731
+            start, arguments, steps = jax.tree.map(lambda leaf: leaf.value, inputs, is_leaf=is_primal)
+            moving = lambda tree: jax.tree.map(  # noqa: E731
+                lambda leaf: leaf.value if leaf.perturbed and _tree.is_float(leaf.value) else None,
+                tree,
+                is_leaf=is_primal,
+            )
+            outputs, kept = _forward(problem, start, arguments, steps, num_steps, visit, size, unroll)
+            differentiated = moving(inputs[1].context), moving(inputs[2].data)
+            return outputs, _Residuals(start, arguments, steps, *kept, *differentiated)
+
+        def backward(kept: _Residuals, cotangents: Any) -> tuple[Any, Any, Any]:
+            return _backward(problem, kept, cotangents, num_steps, visit, size, unroll)
+
+        run.defvjp(forward, backward, symbolic_zeros=True)
+        return run(start, arguments, steps)
 
     return loop
 
 
-def split_floats(tree: Any) -> tuple[Any, Any]:
-    """Splits a tree into what can be differentiated and the rest, with None where the other has a leaf."""
-    is_float = lambda leaf: jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)  # noqa: E731
-    floats = jax.tree.map(lambda leaf: leaf if is_float(leaf) else None, tree)
-    return floats, jax.tree.map(lambda leaf: None if is_float(leaf) else leaf, tree)
+def _forward(
+    problem: InnerProblem, start: InnerState, arguments: Arguments, steps: Steps, num_steps: int,
+    visit: _inner.Visit | None, size: int, unroll: int,
+) -> tuple[Any, tuple[jax.Array, Any, Any]]:  # fmt: skip
+    """The loop, and what is kept of it: losses and inner gradients of all steps, the carry of each `size`th."""
+    gradient = _inner.plain_gradient(_inner.step_loss(problem))
+
+    def step(carried: tuple[InnerState, Any], inputs: tuple[jax.Array, Steps]) -> tuple[Any, Any]:
+        (state, carries), (index, inputs_now) = carried, inputs
+        place = index // size
+        carries = jax.tree.map(
+            lambda kept, now: kept.at[place].set(jnp.where(index % size == 0, now, kept[place])), carries, state.carry
+        )
+        (value, carry), (grads, _) = gradient(*_inner.loss_inputs(state, arguments, inputs_now))
+        state = _inner.apply_gradient(problem, state, grads, value, carry, arguments, inputs_now.valid)
+        seen = visit(state.params, carry, arguments, state.step) if visit else ()
+        return (state, carries), (value, seen, grads)
+
+    carries = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (-(-num_steps // size), *leaf.shape)), start.carry)
+    (end, carries), (values, visits, grads) = jax.lax.scan(
+        step, (start, carries), (jnp.arange(num_steps), steps), length=num_steps, unroll=unroll
+    )
+    return (end, (values, visits)), (values, grads, carries)
+
+
+def _backward(
+    problem: InnerProblem, kept: _Residuals, cotangents: Any, num_steps: int, visit: _inner.Visit | None, size: int,
+    unroll: int,
+) -> tuple[Any, Any, Any]:  # fmt: skip
+    """Cotangents of start, arguments and steps."""
+    start, arguments, steps, values, grads, carries, context, data = kept
+    loss, segments = _inner.step_loss(problem), -(-num_steps // size)
+    bare = start._replace(carry=())
+
+    def at(tree: Any, index: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf[index], tree)
+
+    def apply(state: InnerState, grads: Any, value: Any, here: Arguments, index: Any) -> InnerState:
+        return _inner.apply_gradient(problem, state, grads, value, (), here, at(steps.valid, index))
+
+    def replay(state: InnerState, first: Any, count: Any) -> InnerState:
+        """The state so many steps on, its carry apart."""
+        return jax.lax.fori_loop(
+            0, count, lambda j, now: apply(now, at(grads, first + j), values[first + j], arguments, first + j), state
+        )
+
+    def replay_carries(state: InnerState, carry: Any, first: Any, count: Any) -> Any:
+        """The carries of a segment, leaves `[size, ...]`."""
+
+        def step(j: Any, carried: Any) -> Any:
+            state, carry, seen = carried
+            seen = jax.tree.map(lambda leaf, now: leaf.at[j].set(now), seen, carry)
+            inputs = _inner.loss_inputs(state._replace(carry=carry), arguments, at(steps, first + j))
+            return apply(state, at(grads, first + j), values[first + j], arguments, first + j), loss(*inputs)[1], seen
+
+        seen = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (size, *leaf.shape)), carry)
+        return jax.lax.fori_loop(0, count, step, (state, carry, seen))[2]
+
+    def step_back(now: InnerState, carry: Any, index: Any, later: _Cotangents) -> _Cotangents:
+        """Cotangents before a step from those after it."""
+        inputs = at(steps, index)
+        floats, rest = _tree.split_floats(now)
+        carry_floats, carry_rest = _tree.split_floats(carry)
+        own, value = at(grads, index), values[index]
+
+        def lossy(params: Any, carry_floats: Any, shared: _Shared, moving: Any) -> tuple[jax.Array, Any]:
+            here = arguments._replace(
+                meta_params=shared.meta_params, context=_tree.fill(shared.context, arguments.context)
+            )
+            state = now._replace(params=params, carry=_tree.fill(carry_floats, carry_rest))
+            found, after = loss(*_inner.loss_inputs(state, here, inputs._replace(data=_tree.fill(moving, inputs.data))))
+            return found, _tree.split_floats(after)[0]
+
+        def update(floats: Any, grads: Any, value: Any, shared: _Shared, next_floats: Any) -> Any:
+            here = arguments._replace(
+                meta_params=shared.meta_params, context=_tree.fill(shared.context, arguments.context)
+            )
+            after = apply(_tree.fill(floats, rest), grads, value, here, index)
+            seen = visit(after.params, _tree.fill(next_floats, next_rest), here, after.step) if visit else ()
+            return _tree.split_floats(after)[0], seen
+
+        shared, moving = _Shared(arguments.meta_params, context), at(data, index)
+        next_floats, next_rest = carry_floats, carry_rest  # where no visit looks at them
+        if visit is not None and jax.tree.leaves(carry):
+            after = loss(*_inner.loss_inputs(now._replace(carry=carry), arguments, inputs))[1]
+            next_floats, next_rest = _tree.split_floats(after)
+        _, pull_back = jax.vjp(update, floats, own, value, shared, next_floats)
+        of_state, of_grads, of_value, of_shared, of_next = pull_back((later.state, at(of_visits, index)))
+        of_value, of_next = of_value + at(of_values, index), jax.tree.map(jnp.add, later.carry, of_next)
+
+        def pulled(params: Any, of_loss: Any, of_carry: Any) -> Any:
+            return jax.vjp(lossy, params, carry_floats, shared, moving)[1]((of_loss, of_carry))
+
+        # its derivative along the cotangents: the second derivatives of the loss that the inner gradient asks for, and
+        # the first ones that loss and carry ask for
+        _, (of_params, of_carry, more, of_data) = jax.jvp(
+            pulled,
+            (floats.params, jnp.ones_like(value), jax.tree.map(jnp.zeros_like, carry_floats)),
+            (of_grads, of_value, of_next),
+        )
+        return _Cotangents(
+            of_state._replace(params=jax.tree.map(jnp.add, of_state.params, of_params)),
+            of_carry,
+            jax.tree.map(lambda *parts: sum(parts), later.shared, of_shared, more),
+            jax.tree.map(lambda leaf, part: leaf.at[index].set(part), later.data, of_data),
+        )
+
+    def segment_back(later: _Cotangents, segment: tuple[Any, InnerState, Any]) -> tuple[_Cotangents, None]:
+        number, first, carry = segment
+        begin = number * size
+        whole = num_steps % size == 0
+        count = size if whole else jnp.minimum(size, num_steps - begin)
+        seen = replay_carries(first, carry, begin, count) if jax.tree.leaves(carry) and size > 1 else None
+
+        def back(j: Any, later: _Cotangents) -> _Cotangents:
+            place = count - 1 - j
+            now = replay(first, begin, place)
+            return step_back(now, carry if seen is None else at(seen, place), begin + place, later)
+
+        # with another number of steps in the last segment the length is known at run time alone
+        return jax.lax.fori_loop(0, count, back, later, unroll=unroll if whole else None), None
+
+    of_end, (of_values, of_visits) = jax.tree.map(
+        _instantiated, cotangents, is_leaf=lambda leaf: isinstance(leaf, SymbolicZero)
+    )
+    keep = lambda leaf, cotangent: None if leaf is None else cotangent  # noqa: E731
+    floats = jax.tree.map(keep, _tree.split_floats(start)[0], of_end, is_leaf=lambda leaf: leaf is None)
+    varying = _tree.varying_axes((start, arguments.meta_params))
+    zeros = lambda tree: jax.tree.map(  # noqa: E731
+        lambda leaf: _tree.vary(jnp.zeros_like(leaf), _tree.varying_axes(leaf)), tree
+    )
+    later = _Cotangents(
+        _tree.vary(floats._replace(carry=()), varying), _tree.vary(floats.carry, varying),
+        zeros(_Shared(arguments.meta_params, context)), zeros(data),
+    )  # fmt: skip
+    if segments == 1:
+        later, _ = segment_back(later, (0, bare, at(carries, 0)))
+    else:
+
+        def ahead(state: InnerState, number: Any) -> tuple[InnerState, InnerState]:
+            return replay(state, number * size, jnp.minimum(size, num_steps - number * size)), state
+
+        _, starts = jax.lax.scan(ahead, bare, jnp.arange(segments))
+        later, _ = jax.lax.scan(segment_back, later, (jnp.arange(segments), starts, carries), reverse=True)
+    of_arguments = Arguments(later.shared.meta_params, None, None, None, later.shared.context)  # type: ignore[arg-type]
+    return later.state._replace(carry=later.carry), of_arguments, Steps(later.data)
+
+
+def _instantiated(cotangent: Any) -> Any:
+    """Zeros for a cotangent that is known to be zero."""
+    return jnp.zeros(cotangent.shape, cotangent.dtype) if isinstance(cotangent, SymbolicZero) else cotangent

@@ -8,14 +8,16 @@ from typing import Any
 import jax
 from jax.custom_derivatives import SymbolicZero
 
-from metajax.core._types import Episode, Hypergrad, InnerProblem, Learner, Params
+from metajax.core import _inner, _tree
+from metajax.core._keys import AdaptationKeys
+from metajax.core._types import Aux, Episode, Examples, Hypergrad, InnerProblem, Learner, Params
 
 
 def stateless(value_and_grad: Callable[..., tuple[Any, Params, Any]]) -> Hypergrad:
     """An estimator that keeps nothing from one outer step to the next."""
 
-    def init(learner: Learner, meta_params: Params, episode: Episode, key: Any) -> tuple[()]:
-        del learner, meta_params, episode, key
+    def init(learner: Learner, meta_params: Params, episode: Episode, key: Any, *, frozen: Params = None) -> tuple[()]:
+        del learner, meta_params, episode, key, frozen
         return ()
 
     return Hypergrad(init, value_and_grad)
@@ -26,6 +28,37 @@ def inner_problem(name: str, learner: Learner) -> InnerProblem:
     if learner.problem is None:
         raise ValueError(f"hypergrad: {name} needs a learner with an inner problem, got problem=None")
     return learner.problem
+
+
+def with_inner_loss(aux: Aux, **more: jax.Array) -> Aux:
+    """What describes the outer loss, with the inner losses of a loop and what else an estimator measures as metrics."""
+    losses = {} if aux.inner_losses is None else {"inner_loss": aux.inner_losses.values}
+    return aux._replace(metrics={**aux.metrics, **losses, **more})
+
+
+def query_only(name: str, learner: Learner) -> None:
+    """Refuses an objective that an estimator cannot differentiate: one of inner losses."""
+    if learner.objective != "query":
+        raise ValueError(
+            f"hypergrad: {name} needs an objective of the query set, got {learner.objective!r}, whose inner losses it "
+            "does not differentiate: take mixed_mode(), unrolled(), forward_mode(), truncated() or first_order()"
+        )
+
+
+def no_carry(name: str, problem: InnerProblem) -> None:
+    """Refuses an inner problem that has no fixed point, since each step changes a carry."""
+    if problem.carry is not None:
+        raise ValueError(f"hypergrad: {name} needs an inner problem without a carry, which has no solution to stand at")
+
+
+def context_and_pullback(
+    problem: InnerProblem, meta_params: Params, frozen: Params, support: Examples, keys: AdaptationKeys
+) -> tuple[Any, Callable[[Any], Params]]:
+    """The context of a task, and what takes its cotangent to the meta-parameters."""
+    context, pull_back = jax.vjp(
+        lambda meta_params: _inner.context_of(problem, _tree.fill(meta_params, frozen), support, keys), meta_params
+    )
+    return context, lambda of_context: pull_back(of_context)[0]
 
 
 def watch() -> tuple[Callable[[Any], Any], list[bool]]:

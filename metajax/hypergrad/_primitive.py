@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from metajax.core import _rng, _validate
-from metajax.core._types import Episode, Hypergrad, Learner, Params
+import jax
+
+from metajax.core import _keys, _validate
+from metajax.core._types import Aux, Episode, Hypergrad, Learner, Params
 
 
 def value_and_grad(learner: Learner, estimator: Hypergrad) -> Callable[..., tuple[Any, Params]]:
@@ -17,11 +19,12 @@ def value_and_grad(learner: Learner, estimator: Hypergrad) -> Callable[..., tupl
       estimator: any estimator that keeps no state.
 
     Returns:
-      `(meta_params, episode, *, key=None) -> ((loss, aux), grads)`. `aux` holds `outputs` (the predictions for
-      the query set) and, with an inner loop, `inner_loss` `[num_steps]`.
+      `(meta_params, episode, *, key=None, frozen=None) -> ((loss, aux), grads)`. `aux` is a `metajax.Aux`: `outputs`
+      are the predictions for the query set, and `metrics` hold, with an inner loop, `inner_loss` `[num_steps]`.
 
     Raises:
-      ValueError: a part of another type.
+      ValueError: a part of another type, or a learner that lacks one; or (when called) an estimator that keeps a state from one outer step to the
+        next, such as `persistent_truncation`, whose `init` and `value_and_grad` take and return it.
 
     >>> import jax.numpy as jnp, optax, metajax
     >>> model = metajax.Model(lambda key, x: jnp.zeros([3, 2]), lambda w, x: x @ w)
@@ -29,17 +32,24 @@ def value_and_grad(learner: Learner, estimator: Hypergrad) -> Callable[..., tupl
     >>> examples = metajax.Examples(jnp.eye(3)[:2], jnp.array([0, 1]), jnp.ones(2, bool))
     >>> fn = metajax.hypergrad.value_and_grad(learner, metajax.hypergrad.unrolled())
     >>> (loss, aux), grads = fn(jnp.zeros([3, 2]), metajax.Episode(examples, examples))
-    >>> aux["inner_loss"].shape, grads.shape
+    >>> aux.metrics["inner_loss"].shape, grads.shape
     ((2,), (3, 2))
     """
 
-    _validate.instance("learner", learner, Learner)
+    _validate.learner(learner, ("outer_loss",))
     _validate.instance("estimator", estimator, Hypergrad)
 
-    def fn(meta_params: Params, episode: Episode, *, key: Any = None) -> tuple[Any, Params]:
-        init_key, key = _rng.split(key, 2)
-        state = estimator.init(learner, meta_params, episode, init_key)
-        value, grads, _ = estimator.value_and_grad(learner, meta_params, state, episode, key=key)
+    def fn(
+        meta_params: Params, episode: Episode, *, key: Any = None, frozen: Params = None
+    ) -> tuple[tuple[jax.Array, Aux], Params]:
+        init_key, key = _keys.split(key, 2)
+        state = estimator.init(learner, meta_params, episode, init_key, frozen=frozen)
+        if jax.tree.leaves(state):
+            raise ValueError(
+                "estimator must keep no state, which each call would lose, got one that does: use its init and its "
+                "value_and_grad(learner, meta_params, state, episode, key=key) -> ((loss, aux), grads, state)"
+            )
+        value, grads, _ = estimator.value_and_grad(learner, meta_params, state, episode, key=key, frozen=frozen)
         return value, grads
 
     return fn

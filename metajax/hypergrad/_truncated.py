@@ -8,18 +8,25 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metajax.core import _inner, _rng, _tree, _validate
-from metajax.core._inner import Arguments, InnerState
-from metajax.core._types import Episode, Hypergrad, InnerProblem, Learner, Params
+from metajax.core import _inner, _keys, _tree, _validate
+from metajax.core._inner import Arguments, InnerState, Steps
+from metajax.core._objective import judge, outer_objective
+from metajax.core._types import Aux, Episode, Hypergrad, InnerProblem, Learner, Params
 from metajax.hypergrad._checks import checking
-from metajax.hypergrad._explicit import explicit, outer_objective
+from metajax.hypergrad._explicit import explicit
 from metajax.hypergrad._mixed import mixed_loop
-from metajax.hypergrad._parts import inner_problem, watch
+from metajax.hypergrad._parts import inner_problem, watch, with_inner_loss
 
 Start = Literal["identity", "constant"]
 
 
-def truncated(k: int, *, start: Start = "identity", step_weights: Sequence[float] | None = None) -> Hypergrad:
+def truncated(
+    k: int,
+    *,
+    start: Start = "identity",
+    losses: Start = "identity",
+    step_weights: Sequence[float] | None = None,
+) -> Hypergrad:
     """Hypergradient through the last `k` inner steps (Shaban et al. 2019).
 
     These are differentiated exactly, as by `mixed_mode`: through the fast weights and through what their inner losses
@@ -34,6 +41,10 @@ def truncated(k: int, *, start: Start = "identity", step_weights: Sequence[float
       start: "identity": the truncated steps pass a change of the start on as it is, which is first-order MAML for
         them and exact for the rest. "constant": they pass on nothing, as in the paper. Both are the same where the
         start does not depend on the meta-parameters.
+      losses: what the inner losses of the truncated steps count as, where they are terms of the objective. "identity":
+        each is differentiated at fast weights that depend on the meta-parameters as `start` says, in them and in what
+        it reads of the meta-parameters, at one more inner loss a step and a copy of the state. "constant": they are
+        not differentiated.
       step_weights: as for `unrolled`; 0 for the steps that are truncated.
 
     Raises:
@@ -56,17 +67,18 @@ def truncated(k: int, *, start: Start = "identity", step_weights: Sequence[float
     ()
     """
     _validate.positive_int("k", k)
-    _check_start(start)
+    for name, value in (("start", start), ("losses", losses)):
+        _check_start(value, name)
     if step_weights is not None and any(step_weights[:-k]):
         raise ValueError(f"step_weights must be 0 before the last {k} inner steps, got {tuple(step_weights)}")
-    estimator = explicit(_last_steps(k, start, mixed_loop()), step_weights)
-    # mixed mode cannot be differentiated forwards; which of the exact loops runs makes no difference here
-    plain = _last_steps(k, start, _inner.scan_loop())
 
     def value_and_grad(
         learner: Learner, meta_params: Params, state: Any, episode: Episode, *, key: Any = None, frozen: Params = None
     ) -> tuple[Any, Params, Any]:
+        scored: Start = "constant" if learner.objective == "query" else losses
         if start == "constant" and learner.problem is not None and learner.problem.num_steps > k:
+            # mixed mode cannot be differentiated forwards; which of the exact loops runs makes no difference here
+            plain = _last_steps(k, start, scored, _inner.scan_loop())
             _refuse_zero(
                 f"truncated({k})",
                 lambda meta_params: outer_objective(
@@ -74,33 +86,57 @@ def truncated(k: int, *, start: Start = "identity", step_weights: Sequence[float
                 )[0],
                 meta_params,
             )  # fmt: skip
+        estimator = explicit(_last_steps(k, start, scored, mixed_loop()), step_weights)
         return estimator.value_and_grad(learner, meta_params, state, episode, key=key, frozen=frozen)
 
-    return checking(Hypergrad(estimator.init, value_and_grad))
+    checked = explicit(mixed_loop(), step_weights)  # refuses weights that are none
+    return checking(Hypergrad(checked.init, value_and_grad))
 
 
-def _check_start(start: str) -> None:
-    _validate.one_of("start", start, ("identity", "constant"))
+def _check_start(start: str, name: str = "start") -> None:
+    _validate.one_of(name, start, ("identity", "constant"))
 
 
-def _last_steps(k: int, start: Start, last: _inner.Loop) -> _inner.Loop:
+def _last_steps(k: int, start: Start, losses: Start, last: _inner.Loop) -> _inner.Loop:
     """A loop whose last `k` steps are run by `last`, and whose other steps are not differentiated."""
 
     def loop(
-        problem: InnerProblem, begin: InnerState, arguments: Arguments, num_steps: int,
+        problem: InnerProblem, begin: InnerState, arguments: Arguments, steps: Steps, num_steps: int,
         visit: _inner.Visit | None = None,
     ) -> tuple[InnerState, tuple[jax.Array, Any]]:  # fmt: skip
         before = num_steps - k
         if before <= 0:
-            return last(problem, begin, arguments, num_steps, visit)
-        fixed = arguments._replace(meta_params=jax.lax.stop_gradient(arguments.meta_params))
-        state, (first, _) = _inner.scan_loop()(problem, jax.lax.stop_gradient(begin), fixed, before)
+            return last(problem, begin, arguments, steps, num_steps, visit)
+        first, rest = (jax.tree.map(lambda leaf: leaf[part], steps) for part in (slice(before), slice(before, None)))
+        fixed = arguments._replace(
+            meta_params=jax.lax.stop_gradient(arguments.meta_params), context=jax.lax.stop_gradient(arguments.context)
+        )
+        constant, begin_constant = jax.lax.stop_gradient((first, begin))
+        if losses == "constant":
+            state, (early, _) = _inner.scan_loop()(problem, begin_constant, fixed, constant, before)
+        else:
+            loss, gradient = _inner.step_loss(problem), _inner.plain_gradient(_inner.step_loss(problem))
+
+            @jax.checkpoint  # of a step, its state is kept
+            def step(
+                state: InnerState, inputs: tuple[Steps, Steps], begin: InnerState, arguments: Arguments
+            ) -> tuple[InnerState, jax.Array]:
+                moving, constant = inputs
+                (_, carry), (grads, told) = gradient(*_inner.loss_inputs(state, fixed, constant))
+                after = _inner.apply_gradient(problem, state, grads, told, carry, fixed, constant.valid)
+                params = _pass_on(begin.params, state.params) if start == "identity" else state.params
+                value, _ = loss(*_inner.loss_inputs(state._replace(params=params), arguments, moving))
+                return jax.lax.stop_gradient(after), value
+
+            state, early = jax.lax.scan(
+                lambda state, inputs: step(state, inputs, begin, arguments), begin_constant, (first, constant)
+            )
         if start == "identity":
             state = state._replace(params=_pass_on(begin.params, state.params))
-        state, (values, visits) = last(problem, state, arguments, k, visit)
+        state, (values, visits) = last(problem, state, arguments, rest, k, visit)
         if visit is not None:
             visits = jnp.concatenate([jnp.zeros([before], visits.dtype), visits])
-        return state, (jnp.concatenate([first, values]), visits)
+        return state, (jnp.concatenate([early, values]), visits)
 
     return loop
 
@@ -127,15 +163,19 @@ class Carried(NamedTuple):
     Attributes:
       inner: where the inner loop stands.
       episode: the episode that it runs on, `()` where each outer step brings its own.
+      key: key data of the inner loop, `()` without a key: its steps have the keys that they have in one loop.
       started: bool scalar, False before the first outer step.
     """
 
     inner: InnerState
     episode: Any
+    key: Any
     started: jax.Array
 
 
-def persistent_truncation(k: int, *, start: Start = "identity", reset: bool = True, stream: bool = False) -> Hypergrad:
+def persistent_truncation(
+    k: int, *, start: Start = "identity", reset: bool = True, fresh_data: bool = False
+) -> Hypergrad:
     """Truncation with carried inner state: each outer step runs `k` more inner steps and differentiates these only.
 
     Made for inner problems that last over many outer steps (hyper-parameters tuned while a model trains). The outer
@@ -144,15 +184,17 @@ def persistent_truncation(k: int, *, start: Start = "identity", reset: bool = Tr
     The state of a task is its inner state and its episode; `outer_update(...).init(..., num_tasks=...)` makes one for
     each task of a batch. For few-shot learning this means that an episode stays at its place in the batch for
     `num_steps / k` outer steps while those passed for this place are not looked at, and that its fast weights
-    started from older meta-parameters. `aux["episode"]` is the episode that loss and outputs speak of.
+    started from older meta-parameters. `aux.episode` is the episode that loss and outputs speak of. Of a stream, segment
+    s reads the data of the steps `s k` to `(s + 1) k - 1`; the carry goes on from segment to segment, and the objective
+    sees the inner losses of the segment.
 
     Args:
       k: inner steps of each outer step.
       start: what the steps before these count as, see `truncated`.
       reset: whether a new inner loop starts, on a new episode, when `problem.num_steps` are done; else it lasts for
         ever.
-      stream: whether each outer step brings new data of the same inner problem (minibatches of one data set), so that
-        no episode is kept.
+      fresh_data: whether each outer step brings new data of the same inner problem (minibatches of one data set), so
+        that no episode is kept; a stream then has the data of `k` steps.
 
     Raises:
       ValueError: an argument is not as above; or (when used) the learner has no inner problem, `k` does not divide
@@ -165,7 +207,7 @@ def persistent_truncation(k: int, *, start: Start = "identity", reset: bool = Tr
     | NaN in an inner step | loss and gradient are NaN until the inner loop starts anew |
     | a learner without an inner problem | refused |
 
-    `aux["inner_loss"]` is `[k]`.
+    `aux.metrics["inner_loss"]` is `[k]`.
 
     Source: truncated backpropagation through time (Williams and Peng 1990), as Vicol, Metz and Sohl-Dickstein 2021,
     arXiv:2112.13835, describe it for inner problems.
@@ -186,8 +228,8 @@ def persistent_truncation(k: int, *, start: Start = "identity", reset: bool = Tr
     _check_start(start)
     name, loop = f"persistent_truncation({k})", mixed_loop()
 
-    def init(learner: Learner, meta_params: Params, episode: Episode, key: Any) -> Carried:
-        return carry(name, learner, meta_params, episode, key, stream=stream)
+    def init(learner: Learner, meta_params: Params, episode: Episode, key: Any, *, frozen: Params = None) -> Carried:
+        return carry(name, learner, meta_params, episode, key, frozen, fresh_data=fresh_data)
 
     def value_and_grad(
         learner: Learner, meta_params: Params, state: Carried, episode: Episode, *, key: Any = None,
@@ -196,19 +238,19 @@ def persistent_truncation(k: int, *, start: Start = "identity", reset: bool = Tr
         problem = inner_problem(name, learner)
         if reset:
             check_horizon("k", k, problem)
-        restart, episode = resume(problem, state, episode, reset=reset)
+        restart, episode, loop_key = resume(name, problem, state, episode, key, reset=reset)
 
         def objective(meta_params: Params, loop: _inner.Loop, restart: Any) -> tuple[jax.Array, Any]:
             return segment(
-                problem, learner.outer_loss, meta_params, frozen, state.inner, episode, key,
-                restart=restart, num_steps=k, loop=loop, start=start,
+                learner, meta_params, frozen, state.inner, episode, loop_key,
+                restart=restart, num_steps=k, loop=loop, start=start, fresh_data=fresh_data,
             )  # fmt: skip
 
         if start == "constant" and not (reset and problem.num_steps == k):
             _refuse_zero(name, lambda meta_params: objective(meta_params, _inner.scan_loop(), False)[0], meta_params)
         value, grads = jax.value_and_grad(objective, has_aux=True)(meta_params, loop, restart)
         loss, (aux, inner) = value
-        return (loss, aux), grads, Carried(inner, () if stream else episode, jnp.ones_like(state.started))
+        return (loss, aux), grads, carry_on(inner, episode, loop_key, fresh_data=fresh_data)
 
     return checking(Hypergrad(init, value_and_grad))
 
@@ -219,29 +261,47 @@ def check_horizon(argument: str, steps: int, problem: InnerProblem) -> None:
         raise ValueError(f"{argument} must divide the number of inner steps {problem.num_steps}, got {steps}")
 
 
-def carry(name: str, learner: Learner, meta_params: Params, episode: Episode, key: Any, *, stream: bool) -> Carried:
+def carry(
+    name: str, learner: Learner, meta_params: Params, episode: Episode, key: Any, frozen: Params, *, fresh_data: bool
+) -> Carried:
     """The state before the first outer step, which gives the shapes."""
-    inner = _inner.inner_init(inner_problem(name, learner))(meta_params, episode.support, key=key)
-    kept = () if stream else jax.tree.map(jnp.asarray, episode)
-    return Carried(inner, kept, jnp.zeros([], bool))
+    full, problem = _tree.fill(meta_params, frozen), inner_problem(name, learner)
+    inner = _inner.inner_init(problem)(full, episode.support, key=_keys.of_task(key).adapt)
+    return carry_on(inner, jax.tree.map(jnp.asarray, episode), key, fresh_data=fresh_data)._replace(
+        started=jnp.zeros([], bool)
+    )
 
 
-def resume(problem: InnerProblem, state: Carried, episode: Episode, *, reset: bool) -> tuple[jax.Array, Episode]:
-    """Whether a new inner loop starts, and the episode that the next inner steps run on."""
+def carry_on(inner: InnerState, episode: Any, key: Any, *, fresh_data: bool) -> Carried:
+    """What is kept behind an outer step."""
+    data = () if key is None else jax.random.key_data(key)
+    return Carried(inner, () if fresh_data else episode, data, jnp.ones([], bool))
+
+
+def resume(
+    name: str, problem: InnerProblem, state: Carried, episode: Episode, key: Any, *, reset: bool
+) -> tuple[jax.Array, Episode, Any]:
+    """Whether a new inner loop starts, and the episode and the key of the next inner steps.
+
+    Raises:
+      ValueError: there is a key here and none in the state, or the other way around.
+    """
     restart = ~state.started
     if reset:
         restart |= state.inner.step >= problem.num_steps
-    return restart, episode if state.episode == () else select(restart, episode, state.episode)
-
-
-def select(condition: jax.Array, yes: Any, no: Any) -> Any:
-    """One of two trees."""
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
+    if (key is None) != (isinstance(state.key, tuple)):
+        raise ValueError(
+            f"hypergrad: {name} needs a key in init and in value_and_grad or in neither, got key={key!r} with a state "
+            f"{'without' if isinstance(state.key, tuple) else 'with'} one"
+        )
+    if key is not None:
+        data = _inner.select(restart, jax.random.key_data(key), state.key)
+        key = jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
+    return restart, episode if state.episode == () else _inner.select(restart, episode, state.episode), key
 
 
 def segment(
-    problem: InnerProblem,
-    outer_loss: Callable[..., tuple[jax.Array, dict[str, Any]]],
+    learner: Learner,
     meta_params: Params,
     frozen: Params,
     inner: InnerState,
@@ -251,18 +311,27 @@ def segment(
     restart: jax.Array | Literal[False],
     num_steps: int,
     loop: _inner.Loop,
+    fresh_data: bool,
     start: Start = "constant",
-) -> tuple[jax.Array, tuple[dict[str, Any], InnerState]]:
+) -> tuple[jax.Array, tuple[Aux, InnerState]]:
     """Some more inner steps and the outer loss after them: `(loss, (aux, where the inner loop stands))`."""
-    full = _tree.merge(meta_params, frozen)
-    init_key, loop_key, finish_key, loss_key = _rng.split(key, 4)
-    fresh = _inner.inner_init(problem)(full, episode.support, key=init_key)
+    problem, full, keys = learner.problem, _tree.fill(meta_params, frozen), _keys.of_task(key)
+    assert problem is not None
+    adapt_keys = _keys.of_adaptation(keys.adapt)
+    context = _inner.context_of(problem, full, episode.support, adapt_keys)
+    fresh = _inner.start_of(problem, full, episode.support, adapt_keys, context)
     if start == "identity":
         inner = inner._replace(params=_pass_on(fresh.params, inner.params))
     if restart is not False:
-        inner = select(restart, fresh, inner)
-    arguments = Arguments(meta_params, frozen, episode.support, loop_key)
-    end, (losses, _) = loop(problem, inner, arguments, num_steps)
-    adapted = problem.finish(end.params, full, episode.support, finish_key)
-    loss, aux = outer_loss(adapted, full, episode.query, key=loss_key)
-    return loss, ({**aux, "inner_loss": losses, "episode": episode}, end)
+        inner = _inner.select(restart, fresh, inner)
+    length = num_steps if fresh_data else problem.num_steps
+    steps = _inner.steps_of(problem, full, episode.support, adapt_keys, length)
+    if not fresh_data:  # those of the segment; an inner loop that never ends reads its stream again
+        first = inner.step % length
+        steps = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, num_steps), steps)
+    arguments = Arguments(meta_params, frozen, episode.support, adapt_keys.step, context)
+    end, (values, _) = loop(problem, inner, arguments, steps, num_steps)
+    adapted = _inner.finalize(problem, end.params, end.carry, arguments, adapt_keys, end.step)
+    losses = _inner.inner_losses(values, steps)
+    loss, aux = judge(learner, adapted, full, episode, _keys.fold(keys.outer, end.step), losses)
+    return loss, (with_inner_loss(aux)._replace(episode=episode), end)

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metajax.core import _inner, _losses, _rng, _tree, _validate
-from metajax.core._types import Examples, InnerProblem, Learner, Loss, Model, Params
+from metajax import tasks
+from metajax.core import _inner, _keys, _losses, _tree, _validate
+from metajax.core._types import Aux, Examples, InnerProblem, Learner, Loss, Model, Params, TaskType
 from metajax.learners._forward import Adapted, forward, masked, support_stats
 
 Average = Literal["probabilities", "outputs"]
@@ -29,7 +30,8 @@ def bayesian(
     samples: int = 1,
     predict_samples: int = 10,
     average: Average | None = None,
-    loss: Loss = _losses.cross_entropy,
+    task: TaskType | None = None,
+    loss: Loss | None = None,
 ) -> Learner:
     """Amortised Bayesian meta-learning (Ravi and Beatson 2019); over low-rank adapters, ABMLL (Zhang et al. 2025).
 
@@ -65,8 +67,10 @@ def bayesian(
       samples: draws of the weights in each inner step and in the outer loss.
       predict_samples: draws of the weights in `predict`.
       average: what `predict` averages over draws: "probabilities", returned as logarithms, or "outputs"; None takes
-        probabilities where `loss` is the cross-entropy.
-      loss: `(outputs, targets) -> [n]`, a negative log-likelihood up to constants.
+        probabilities where the loss of the task type is the cross-entropy.
+      task: the task type, None for classification.
+      loss: `(outputs, targets) -> [n]`, a negative log-likelihood up to constants, instead of that of the task type; see
+        `metajax.tasks.resolve`.
 
     Returns:
       A `Learner`. The `params` of what `adapt` returns are the posterior, `{"mean", "log_scale"}` like the prior, and
@@ -96,8 +100,9 @@ def bayesian(
     _validate.non_negative_float("beta", beta)
     _validate.non_negative_float("gamma", gamma)
     _validate.positive_float("scale", scale)
+    resolved = tasks.resolve(task, loss)
     if average is None:
-        average = "probabilities" if loss is _losses.cross_entropy else "outputs"
+        average = "probabilities" if resolved.loss is _losses.cross_entropy else "outputs"
     _validate.one_of("average", average, ("probabilities", "outputs"))
 
     def adapting(mean: Params) -> Params:
@@ -114,8 +119,8 @@ def bayesian(
         """Outputs `[count, n, ...]` of drawn weights; without a key `[1, n, ...]`, those of the mean."""
 
         def outputs(key: Any) -> Any:
-            weights_key, model_key = _rng.split(key, 2)
-            weights = _tree.merge(_draw(prior_of(adapted.params), weights_key), adapted.params["mean"])
+            weights_key, model_key = _keys.split(key, 2)
+            weights = _tree.fill(_draw(prior_of(adapted.params), weights_key), adapted.params["mean"])
             found, _ = forward(model, weights, inputs, mask=mask, key=model_key, stats=adapted.stats)
             return masked(found, adapted.class_mask)
 
@@ -124,10 +129,10 @@ def bayesian(
         return jax.vmap(outputs)(jax.random.split(key, count))
 
     def expected_loss(outputs: Any, examples: Examples) -> jax.Array:
-        return jnp.mean(jax.vmap(lambda drawn: _losses.mean_loss(loss, drawn, examples))(outputs))
+        return jnp.mean(jax.vmap(lambda drawn: _losses.mean_loss(resolved, drawn, examples))(outputs))
 
     def whole(params: Params, meta_params: Params) -> Params:
-        return {"mean": _tree.merge(params["mean"], meta_params["mean"]), "log_scale": params["log_scale"]}
+        return {"mean": _tree.fill(params["mean"], meta_params["mean"]), "log_scale": params["log_scale"]}
 
     def problem_init(meta_params: Params, support: Examples, key: Any) -> Params:
         del support, key
@@ -142,29 +147,27 @@ def bayesian(
             value += beta * _divergence(params, prior_of(meta_params))
         return value
 
-    def finish(params: Params, meta_params: Params, support: Examples, key: Any) -> Adapted:
+    def finalize(params: Params, meta_params: Params, support: Examples, key: Any) -> Adapted:
         posterior = whole(params, meta_params)
         return Adapted(posterior, support.class_mask, support_stats(model, posterior["mean"], support, key))
 
-    problem = InnerProblem(problem_init, inner_loss, lambda meta_params: inner, num_steps, finish)
+    problem = InnerProblem(problem_init, inner_loss, lambda meta_params: inner, num_steps, finalize)
 
     def predict(adapted: Adapted, inputs: Any, *, mask: Any = None, key: Any = None) -> Any:
         return _average(average, drawn_outputs(adapted, inputs, mask=mask, key=key, count=predict_samples))
 
-    def outer_loss(
-        adapted: Adapted, meta_params: Params, query: Examples, *, key: Any = None
-    ) -> tuple[jax.Array, dict[str, Any]]:
+    def outer_loss(adapted: Adapted, meta_params: Params, query: Examples, *, key: Any = None) -> tuple[jax.Array, Aux]:
         outputs = drawn_outputs(adapted, query.inputs, mask=query.mask, key=key, count=samples)
         value, prior = expected_loss(outputs, query), prior_of(meta_params)
         # a task without a query weighs nothing, its divergence included
-        weight = jnp.any(_losses.kept_examples(query)).astype(value.dtype)
+        weight = jnp.any(_losses.kept_examples(resolved, query)).astype(value.dtype)
         if beta:
             value += weight * beta * _divergence(prior_of(adapted.params), prior)
         if gamma:
             value += weight * gamma * _hyper_prior(prior)
-        return value, {"outputs": _average(average, outputs)}
+        return value, Aux(_average(average, outputs))
 
-    return Learner(init, _inner.adaptation(problem), predict, outer_loss, problem)
+    return Learner(init, _inner.adaptation(problem), predict, outer_loss, problem, resolved)
 
 
 def _draw(gaussian: Params, key: Any) -> Params:

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from metajax import tasks
 from metajax.core import _inner, _losses, _validate
-from metajax.core._types import Examples, InnerProblem, Learner, Loss, Model, Params
+from metajax.core._types import Examples, InnerProblem, Learner, Loss, Model, Params, TaskType
 from metajax.learners._forward import Adapted, forward, masked, query_loss
 from metajax.learners._metric import class_means, cosine
 
@@ -36,7 +37,12 @@ def _apply_head(head: Head, params: dict[str, jax.Array], features: jax.Array) -
 
 
 def pretrain(
-    model: Model, num_classes: int | None = None, *, head: Head = "linear", loss: Loss = _losses.cross_entropy
+    model: Model,
+    num_classes: int | None = None,
+    *,
+    head: Head = "linear",
+    task: TaskType | None = None,
+    loss: Loss | None = None,
 ) -> Learner:
     """Ordinary supervised training on all base classes with global labels, as a learner that does not adapt.
 
@@ -47,7 +53,8 @@ def pretrain(
       model: a network from inputs to features `[n, d]`.
       num_classes: base classes; None adds no head, and the outputs of `model` are the predictions (regression).
       head: "linear" (Baseline) or "cosine" (Baseline++: weights and features normalised).
-      loss: `(outputs, targets) -> [n]`.
+      task: the task type, None for classification.
+      loss: `(outputs, targets) -> [n]`, instead of that of the task type; see `metajax.tasks.resolve`.
 
     Raises:
       ValueError: a part of another type, an unknown head, or `num_classes` below 1.
@@ -63,6 +70,7 @@ def pretrain(
     _validate.instance("model", model, Model)
     if num_classes is not None:
         _validate.positive_int("num_classes", num_classes)
+    resolved = tasks.resolve(task, loss)
 
     def init(key: Any, inputs: Any) -> Params:
         model_key, head_key = jax.random.split(key)
@@ -72,10 +80,8 @@ def pretrain(
         features = jax.eval_shape(lambda: forward(model, params["backbone"], inputs, mask=None)[0])
         return {**params, "head": _new_head(head, head_key, features.shape[-1], num_classes, features.dtype)}
 
-    def adapt(
-        meta_params: Params, support: Examples, *, unlabelled: Any = None, num_steps: int | None = None, key: Any = None
-    ) -> Adapted:
-        del unlabelled, num_steps, key
+    def adapt(meta_params: Params, support: Examples, *, num_steps: int | None = None, key: Any = None) -> Adapted:
+        del num_steps, key
         return Adapted(meta_params["backbone"], support.class_mask, None, meta_params.get("head"))
 
     def predict(adapted: Adapted, inputs: Any, *, mask: Any = None, key: Any = None) -> Any:
@@ -84,7 +90,7 @@ def pretrain(
             return outputs
         return masked(_apply_head(head, adapted.head, outputs), adapted.class_mask)
 
-    return Learner(init, adapt, predict, query_loss(predict, loss), None)
+    return Learner(init, adapt, predict, query_loss(predict, resolved), task=resolved)
 
 
 def finetune(
@@ -94,7 +100,7 @@ def finetune(
     *,
     head: Head = "linear",
     ways: int | None = None,
-    loss: Loss = _losses.cross_entropy,
+    loss: Loss | None = None,
 ) -> Learner:
     """Fits a new head for each task on a frozen backbone: Baseline (linear) and Baseline++ (cosine).
 
@@ -104,7 +110,7 @@ def finetune(
       num_steps: steps for each task, at least 1.
       head: "linear", started at zero, or "cosine", started at the class means of the support set.
       ways: number of classes where episodes carry no class mask.
-      loss: `(outputs, targets) -> [n]`.
+      loss: `(outputs, targets) -> [n]`, instead of the cross-entropy.
 
     Returns:
       A `Learner` whose meta-parameters are `{"backbone"}`; those of `pretrain` fit, their head is not used. It has
@@ -128,6 +134,7 @@ def finetune(
     _validate.instance("model", model, Model)
     _validate.instance("inner", inner, optax.GradientTransformation)
     _validate.positive_int("num_steps", num_steps)
+    task = tasks.resolve(tasks.classification, loss)
 
     def head_init(meta_params: Params, features: Examples, key: Any) -> Params:
         del meta_params, key
@@ -139,7 +146,7 @@ def finetune(
     def head_loss(params: Params, meta_params: Params, features: Examples, step: Any, key: Any) -> jax.Array:
         del meta_params, step, key
         logits = _apply_head(head, params, features.inputs)
-        return _losses.mean_loss(loss, masked(logits, features.class_mask), features)
+        return _losses.mean_loss(task, masked(logits, features.class_mask), features)
 
     # The inner problem of the head alone: its support set holds features, so the backbone runs once a task.
     head_problem = InnerProblem(
@@ -149,10 +156,7 @@ def finetune(
     def init(key: Any, inputs: Any) -> Params:
         return {"backbone": model.init(key, inputs)}
 
-    def adapt(
-        meta_params: Params, support: Examples, *, unlabelled: Any = None, num_steps: int | None = None, key: Any = None
-    ) -> Adapted:
-        del unlabelled
+    def adapt(meta_params: Params, support: Examples, *, num_steps: int | None = None, key: Any = None) -> Adapted:
         backbone = meta_params["backbone"]
         features, stats = forward(model, backbone, support.inputs, mask=support.mask, key=key)
         fitted = _inner.unroll(head_problem, (), support._replace(inputs=features), num_steps=num_steps).adapted
@@ -162,4 +166,4 @@ def finetune(
         features, _ = forward(model, adapted.params, inputs, mask=mask, key=key, stats=adapted.stats)
         return masked(_apply_head(head, adapted.head, features), adapted.class_mask)
 
-    return Learner(init, adapt, predict, query_loss(predict, loss), None)
+    return Learner(init, adapt, predict, query_loss(predict, task), task=task)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from metajax.core import _losses
-from metajax.core._types import Array, Examples, Loss, Model, Params
+from metajax.core._types import Array, Aux, Examples, Model, Params, TaskType
 
 
 class Adapted(NamedTuple):
@@ -52,14 +52,12 @@ def masked(outputs: Any, class_mask: Array | None) -> Any:
     return outputs if class_mask is None else _losses.mask_classes(outputs, class_mask)
 
 
-def query_loss(predict: Callable[..., Any], loss: Loss) -> Callable[..., tuple[jax.Array, dict[str, Any]]]:
+def query_loss(predict: Callable[..., Any], task: TaskType) -> Callable[..., tuple[jax.Array, Aux]]:
     """The `outer_loss` of a learner: the mean loss of what it predicts for the kept query examples."""
 
-    def outer_loss(
-        adapted: Adapted, meta_params: Params, query: Examples, *, key: Any = None
-    ) -> tuple[jax.Array, dict[str, Any]]:
+    def outer_loss(adapted: Any, meta_params: Params, query: Examples, *, key: Any = None) -> tuple[jax.Array, Aux]:
         del meta_params
         outputs = predict(adapted, query.inputs, mask=query.mask, key=key)
-        return _losses.mean_loss(loss, outputs, query), {"outputs": outputs}
+        return _losses.mean_loss(task, outputs, query), Aux(outputs)
 
     return outer_loss

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metajax import tasks
 from metajax.core import _losses, _validate
 from metajax.core._types import Array, Examples, Learner, Loss, Model, Params
 from metajax.learners._forward import Adapted, masked, query_loss
@@ -25,7 +26,7 @@ def in_context(
     separator: Sequence[int] = (),
     end: Sequence[int] = (),
     content_free: Sequence[int] | None = None,
-    loss: Loss = _losses.cross_entropy,
+    loss: Loss | None = None,
 ) -> Learner:
     """In-context learning (Brown et al. 2020): a language model reads the support set, and names the class of a query.
 
@@ -49,7 +50,7 @@ def in_context(
       end: tokens behind a demonstration, such as those of a blank line.
       content_free: tokens of a text that says nothing, such as those of "N/A". The log-probabilities of the labels
         behind it are subtracted, so that it has no class that it prefers (contextual calibration, Zhao et al. 2021).
-      loss: `(outputs, targets) -> [n]`.
+      loss: `(outputs, targets) -> [n]`, instead of the cross-entropy.
 
     Returns:
       A `Learner` without an inner problem. Outputs are `[n, classes]`. A class without a support example has its
@@ -71,6 +72,7 @@ def in_context(
     (1, 2)
     """
     _validate.instance("model", model, Model)
+    task = tasks.resolve(tasks.classification, loss)
     names = _labels(labels)
     before_label, after_label = _tokens("separator", separator), _tokens("end", end)
     blank = None if content_free is None else _tokens("content_free", content_free)
@@ -98,15 +100,13 @@ def in_context(
         chosen = jnp.take_along_axis(logs, jnp.maximum(names, 0)[None, :, :, None], axis=-1)[..., 0]
         return jnp.sum(jnp.where(names >= 0, chosen, 0), axis=-1)
 
-    def adapt(
-        meta_params: Params, support: Examples, *, unlabelled: Any = None, num_steps: int | None = None, key: Any = None
-    ) -> Adapted:
-        del unlabelled, num_steps, key
+    def adapt(meta_params: Params, support: Examples, *, num_steps: int | None = None, key: Any = None) -> Adapted:
+        del num_steps, key
         if _losses.count_ways(support, 1) > classes:
             raise ValueError(
                 f"labels must name each of the {_losses.count_ways(support, 1)} classes of a task, got {classes} labels"
             )
-        kept = _losses.kept_examples(support)
+        kept = _losses.kept_examples(task, support)
         answers = jnp.asarray(names)[jnp.where(kept, support.targets, 0)]
         texts = _joined(
             _texts(support.inputs, kept), before_label, (jnp.maximum(answers, 0), answers >= 0), after_label
@@ -130,7 +130,7 @@ def in_context(
             outputs -= adapted.head["bias"]
         return masked(outputs, adapted.class_mask)
 
-    return Learner(model.init, adapt, predict, query_loss(predict, loss), None)
+    return Learner(model.init, adapt, predict, query_loss(predict, task), task=task)
 
 
 def _labels(labels: Any) -> np.ndarray:

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metajax.core import _inner, _losses, _rng, _tree, _validate
-from metajax.core._types import Examples, InnerProblem, Learner, Loss, Model, Params
+from metajax import tasks
+from metajax.core import _inner, _keys, _losses, _tree, _validate
+from metajax.core._types import Examples, InnerProblem, Learner, Loss, Model, Params, TaskType
 from metajax.learners._forward import Adapted, forward, masked, query_loss, support_stats
 
 
@@ -21,7 +22,8 @@ def maml(
     *,
     adapts: _tree.Where = None,
     proximal: float = 0.0,
-    loss: Loss = _losses.cross_entropy,
+    task: TaskType | None = None,
+    loss: Loss | None = None,
 ) -> Learner:
     """MAML (Finn et al. 2017): the meta-parameters are those of `model`, and an inner loop adapts them.
 
@@ -36,7 +38,8 @@ def maml(
       num_steps: inner steps, at least 1. `adapt(..., num_steps=)` takes another number, 0 included.
       adapts: path regex or predicate of the parameters that adapt; None adapts all.
       proximal: weight of `0.5 * |params - meta_params|^2` in the inner loss (Rajeswaran et al. 2019).
-      loss: `(outputs, targets) -> [n]`.
+      task: the task type, None for classification.
+      loss: `(outputs, targets) -> [n]`, instead of that of the task type; see `metajax.tasks.resolve`.
 
     Returns:
       A `Learner`. Where every support example is masked, the inner gradient is zero and nothing adapts. A NaN in
@@ -57,7 +60,10 @@ def maml(
     (4, 2)
     """
     _validate.instance("inner", inner, optax.GradientTransformation)
-    return gradient_learner(model, lambda meta_params: inner, num_steps, adapts=adapts, proximal=proximal, loss=loss)
+    resolved = tasks.resolve(task, loss)
+    return gradient_learner(
+        model, lambda meta_params: inner, num_steps, adapts=adapts, proximal=proximal, task=resolved
+    )
 
 
 def reptile(
@@ -67,7 +73,8 @@ def reptile(
     *,
     batch_size: int | None = None,
     adapts: _tree.Where = None,
-    loss: Loss = _losses.cross_entropy,
+    task: TaskType | None = None,
+    loss: Loss | None = None,
 ) -> Learner:
     """Reptile (Nichol et al. 2018): an inner loop over minibatches of the support set.
 
@@ -80,7 +87,8 @@ def reptile(
       batch_size: examples of the support set in an inner step, drawn anew in each step without replacement among
         the kept ones; None takes the whole set, and so does a call without a key.
       adapts: path regex or predicate of the parameters that adapt; None adapts all.
-      loss: `(outputs, targets) -> [n]`.
+      task: the task type, None for classification.
+      loss: `(outputs, targets) -> [n]`, instead of that of the task type; see `metajax.tasks.resolve`.
 
     Raises:
       ValueError: a part of another type, `num_steps` or `batch_size` is below 1.
@@ -95,9 +103,10 @@ def reptile(
     if batch_size is not None:
         _validate.positive_int("batch_size", batch_size)
     _validate.instance("inner", inner, optax.GradientTransformation)
+    resolved = tasks.resolve(task, loss)
     return gradient_learner(
-        model, lambda meta_params: inner, num_steps, adapts=adapts, loss=loss, batch_size=batch_size
-    )  # fmt: skip
+        model, lambda meta_params: inner, num_steps, adapts=adapts, task=resolved, batch_size=batch_size
+    )
 
 
 def gradient_learner(
@@ -106,7 +115,7 @@ def gradient_learner(
     num_steps: int,
     *,
     adapts: _tree.Where,
-    loss: Loss,
+    task: TaskType,
     proximal: float = 0.0,
     batch_size: int | None = None,
     network: Callable[[Params], Params] = lambda meta_params: meta_params,
@@ -115,7 +124,7 @@ def gradient_learner(
     """A learner whose inner loop runs over parameters of `model`, from where the meta-parameters say.
 
     Args:
-      model, num_steps, adapts, loss, proximal, batch_size: as for `maml` and `reptile`.
+      model, num_steps, adapts, task, proximal, batch_size: as for `maml` and `reptile`.
       rule: `(meta_params) -> optax transform`, the inner update rule.
       network: `(meta_params) -> params` of the model, which the loop starts from.
       init: of the learner; None is that of the model.
@@ -128,7 +137,7 @@ def gradient_learner(
         return _tree.split(network(meta_params), adapts, name="adapts")[0]
 
     def whole(params: Params, meta_params: Params) -> Params:
-        return params if adapts is None else _tree.merge(params, network(meta_params))
+        return params if adapts is None else _tree.fill(params, network(meta_params))
 
     def problem_init(meta_params: Params, support: Examples, key: Any) -> Params:
         del support, key
@@ -136,27 +145,27 @@ def gradient_learner(
 
     def inner_loss(params: Params, meta_params: Params, support: Examples, step: Any, key: Any) -> jax.Array:
         del step
-        batch_key, model_key = _rng.split(key, 2)
+        batch_key, model_key = _keys.split(key, 2)
         if batch_size is not None and batch_key is not None:
             support = _minibatch(support, batch_size, batch_key)
         outputs, _ = forward(model, whole(params, meta_params), support.inputs, mask=support.mask, key=model_key)
-        value = _losses.mean_loss(loss, masked(outputs, support.class_mask), support)
+        value = _losses.mean_loss(task, masked(outputs, support.class_mask), support)
         if proximal:
             moved = jax.tree.map(lambda now, start: now - start, params, fast_weights(meta_params))
             value += 0.5 * proximal * optax.tree.norm(moved, squared=True)
         return value
 
-    def finish(params: Params, meta_params: Params, support: Examples, key: Any) -> Adapted:
+    def finalize(params: Params, meta_params: Params, support: Examples, key: Any) -> Adapted:
         everything = whole(params, meta_params)
         return Adapted(everything, support.class_mask, support_stats(model, everything, support, key))
 
-    problem = InnerProblem(problem_init, inner_loss, rule, num_steps, finish)
+    problem = InnerProblem(problem_init, inner_loss, rule, num_steps, finalize)
 
     def predict(adapted: Adapted, inputs: Any, *, mask: Any = None, key: Any = None) -> Any:
         outputs, _ = forward(model, adapted.params, inputs, mask=mask, key=key, stats=adapted.stats)
         return masked(outputs, adapted.class_mask)
 
-    return Learner(init or model.init, _inner.adaptation(problem), predict, query_loss(predict, loss), problem)
+    return Learner(init or model.init, _inner.adaptation(problem), predict, query_loss(predict, task), problem, task)
 
 
 def _minibatch(support: Examples, size: int, key: jax.Array) -> Examples:

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metajax.core import _losses, _tree, _validate
-from metajax.core._types import Learner, Loss, Model, Params
+from metajax import tasks
+from metajax.core import _tree, _validate
+from metajax.core._types import Learner, Loss, Model, Params, TaskType
 from metajax.learners._maml import gradient_learner
 
 Per = Literal["weight", "array"]
@@ -24,7 +25,8 @@ def meta_sgd(
     each_step: bool = False,
     inner: optax.GradientTransformation | None = None,
     adapts: _tree.Where = None,
-    loss: Loss = _losses.cross_entropy,
+    task: TaskType | None = None,
+    loss: Loss | None = None,
 ) -> Learner:
     """Meta-SGD (Li et al. 2017), and the rates of MAML++ (Antoniou et al. 2019): MAML that learns inner rates.
 
@@ -44,7 +46,8 @@ def meta_sgd(
       each_step: whether every inner step has rates of its own.
       inner: the rule whose updates are multiplied by the rates; None is plain gradient descent, `optax.sgd(1.0)`.
       adapts: path regex or predicate of the parameters of `model` that adapt and have rates; None is all.
-      loss: `(outputs, targets) -> [n]`.
+      task: the task type, None for classification.
+      loss: `(outputs, targets) -> [n]`, instead of that of the task type; see `metajax.tasks.resolve`.
 
     Returns:
       A `Learner`. The rest is as for `maml`.
@@ -94,5 +97,6 @@ def meta_sgd(
         return optax.GradientTransformationExtraArgs(begin, update)
 
     return gradient_learner(
-        model, rule, num_steps, adapts=adapts, loss=loss, network=lambda meta_params: meta_params["backbone"], init=init
-    )
+        model, rule, num_steps, adapts=adapts, task=tasks.resolve(task, loss),
+        network=lambda meta_params: meta_params["backbone"], init=init,
+    )  # fmt: skip

@@ -7,13 +7,14 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from metajax import tasks
 from metajax.core import _losses, _validate
 from metajax.core._types import Examples, Learner, Loss, Model, Params
 from metajax.learners._forward import Adapted, forward, masked, query_loss
 
 Distance = Literal["euclidean", "cosine", "centred_cosine"]
 _SCALES = {"euclidean": 1.0, "cosine": 10.0, "centred_cosine": 10.0}
-_TINY = 1e-12  # keeps the gradient of a norm finite at zero
+_TINY = 1e-12  # keeps the gradient of a norm finite at zero; float32 holds it, which norms are taken in
 
 
 def prototypical(
@@ -22,7 +23,7 @@ def prototypical(
     distance: Distance = "euclidean",
     scale: float | None = None,
     ways: int | None = None,
-    loss: Loss = _losses.cross_entropy,
+    loss: Loss | None = None,
 ) -> Learner:
     """Prototypical networks (Snell et al. 2017): a class is the mean of its support features.
 
@@ -36,7 +37,7 @@ def prototypical(
       distance: "euclidean", "cosine" or "centred_cosine".
       scale: multiplies the logits; by default 1 for Euclidean and 10 for cosines.
       ways: number of classes where episodes carry no class mask.
-      loss: `(outputs, targets) -> [n]`.
+      loss: `(outputs, targets) -> [n]`, instead of the cross-entropy.
 
     Returns:
       A `Learner` without an inner problem. A class without a kept support example is absent: it gets a large
@@ -59,12 +60,11 @@ def prototypical(
     _validate.one_of("distance", distance, tuple(_SCALES))
     if ways is not None:
         _validate.positive_int("ways", ways)
+    task = tasks.resolve(tasks.classification, loss)
     factor = _validate.positive_float("scale", _SCALES[distance] if scale is None else scale)
 
-    def adapt(
-        meta_params: Params, support: Examples, *, unlabelled: Any = None, num_steps: int | None = None, key: Any = None
-    ) -> Adapted:
-        del unlabelled, num_steps
+    def adapt(meta_params: Params, support: Examples, *, num_steps: int | None = None, key: Any = None) -> Adapted:
+        del num_steps
         num_classes = _losses.count_ways(support, ways)
         features, stats = forward(model, meta_params, support.inputs, mask=support.mask, key=key)
         prototypes, present = class_means(features, support, num_classes)
@@ -80,12 +80,12 @@ def prototypical(
         logits = (_euclidean if distance == "euclidean" else cosine)(features, prototypes)
         return masked(factor * logits, adapted.class_mask)
 
-    return Learner(model.init, adapt, predict, query_loss(predict, loss), None)
+    return Learner(model.init, adapt, predict, query_loss(predict, task), task=task)
 
 
 def class_means(features: jax.Array, support: Examples, num_classes: int) -> tuple[jax.Array, jax.Array]:
     """Means `[ways, d]` of the kept features of each class, and which classes are present `[ways]`."""
-    kept = _losses.kept_examples(support)
+    kept = _losses.kept_examples(tasks.classification, support)
     features = jnp.where(kept[:, None], features, 0)
     member = jax.nn.one_hot(support.targets, num_classes, dtype=features.dtype) * kept[:, None]
     count = jnp.sum(member, axis=0)
@@ -110,4 +110,6 @@ def unit(vectors: jax.Array) -> jax.Array:
     >>> unit(jnp.array([[3.0, 4.0], [0.0, 0.0]])).round(3).tolist()
     [[0.6000000238418579, 0.800000011920929], [0.0, 0.0]]
     """
-    return vectors * jax.lax.rsqrt(jnp.sum(jnp.square(vectors), axis=-1, keepdims=True) + _TINY)
+    wide = vectors.astype(jnp.promote_types(vectors.dtype, jnp.float32))
+    length = jax.lax.rsqrt(jnp.sum(jnp.square(wide), axis=-1, keepdims=True) + _TINY)
+    return (wide * length).astype(vectors.dtype)

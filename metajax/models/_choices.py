@@ -62,7 +62,7 @@ def score_choices(model: Model, *, length_normalised: bool = True, remat: bool =
         outputs, stats = outputs if "stats" in model.needs else (outputs, None)
         scores = _score(outputs, lines["tokens"], _flat(inputs["choice"]), length_normalised).reshape(size, choices)
         there = jnp.any(inputs["mask"], axis=-1)
-        scores = jnp.where(there, scores, jnp.asarray(_losses.ABSENT, scores.dtype))
+        scores = jnp.where(there, scores, _losses.absent_logit(scores.dtype))
         return (scores, stats) if "stats" in model.needs else scores
 
     def scores_of_each(params: Params, inputs: Any, *, key: Any = None) -> Any:

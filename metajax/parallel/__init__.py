@@ -4,13 +4,14 @@ from metajax.parallel._collectives import collective_bytes
 from metajax.parallel._mesh import make_mesh
 from metajax.parallel._processes import agree, exchange, from_first, process_block, to_host
 from metajax.parallel._rules import largest_axis, partition_specs
-from metajax.parallel._spmd import num_groups, pad_tasks, shard, state_shardings, task_sharding
+from metajax.parallel._spmd import frozen_shardings, num_groups, pad_tasks, shard, state_shardings, task_sharding
 
 __all__ = [
     "agree",
     "collective_bytes",
     "exchange",
     "from_first",
+    "frozen_shardings",
     "largest_axis",
     "make_mesh",
     "num_groups",

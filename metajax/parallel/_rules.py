@@ -57,8 +57,12 @@ def partition_specs(tree: Any, mesh: Mesh, rules: Rules) -> Any:
     >>> specs["kernel"] == PartitionSpec()  # an axis of one device divides nothing
     True
     """
-    if not callable(rules):
-        _check_matches(rules, _tree.paths(tree))
+    check_matches(rules, _tree.paths(tree))
+    return specs_of(tree, mesh, rules)
+
+
+def specs_of(tree: Any, mesh: Mesh, rules: Rules) -> Any:
+    """As `partition_specs`, of a part of the parameters, which not every rule has to match."""
 
     def spec(path: str, shape: tuple[int, ...]) -> PartitionSpec:
         if callable(rules):
@@ -73,8 +77,9 @@ def partition_specs(tree: Any, mesh: Mesh, rules: Rules) -> Any:
     return _tree.map_with_path(checked, tree)
 
 
-def _check_matches(rules: Sequence[tuple[str, PartitionSpec]], paths: list[str]) -> None:
-    for pattern, _ in rules:
+def check_matches(rules: Rules, paths: list[str]) -> None:
+    """Refuses an invalid expression, and one that is found in no path."""
+    for pattern, _ in () if callable(rules) else rules:
         try:
             found = any(re.search(pattern, path) for path in paths)
         except re.error as error:

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from metajax.core import _validate
-from metajax.core._types import MetaState, OuterUpdate, Sums
+from metajax.core import _tree, _validate
+from metajax.core._types import MetaState, OuterUpdate, PartialSums
 from metajax.parallel import _rules
 
 _WHOLE: Any = PartitionSpec()
@@ -20,31 +20,26 @@ _WHOLE: Any = PartitionSpec()
 def shard(outer: OuterUpdate, mesh: Mesh, rules: _rules.Rules = ()) -> OuterUpdate:
     """Spreads the meta step over a mesh: tasks over `task` and `fsdp`, parameters over `fsdp` and `model`.
 
-    Each device (or group of devices along `model`) takes its own tasks with the whole parameters, which it gathers
-    from its
-    `fsdp` neighbours once a step, and nothing is communicated until the sums over tasks are reduced: one all-reduce
-    of the
-    hypergradient, or a reduce-scatter of what is divided. So the traffic does not grow with tasks, inner steps or
+    Each device (or group of devices along `model`) takes its own tasks with the whole parameters, which it gathers from
+    its `fsdp` neighbours once a step, and nothing is communicated until the sums over tasks are reduced: one all-reduce
+    of the hypergradient, or a reduce-scatter of what is divided. So the traffic does not grow with tasks, inner steps or
     examples. Optimizer state is divided as its parameters are, and the optimizer runs on the parts. Along `model` the
     compiler divides the computation, as the rules divide the weights.
 
     Args:
       outer: of `metajax.outer_update`, without an axis name.
       mesh: of `make_mesh`.
-      rules: which parameter is divided how (see `partition_specs`), () for none. Only one dimension of a parameter
-        can lie on
-        `fsdp`, alone.
+      rules: which parameter is divided how (see `partition_specs`), () for none. Only one dimension of a parameter can
+        lie on `fsdp`, alone. A frozen base lies by the same rules: `jax.device_put(frozen, frozen_shardings(...))`.
 
     Returns:
-      An `OuterUpdate` with the same signature, for `jit`, on arrays that lie on the mesh: `init` makes the state
-      where it
-      belongs (the shapes first, then one compiled program), and episodes are divided along `task_sharding`,
-      or by the compiler. State that goes in comes out with the same shardings, and may be donated.
+      An `OuterUpdate` with the same signature, for `jit`, on arrays that lie on the mesh: `init` makes the state where
+      it belongs (the shapes first, then one compiled program), and episodes are divided along `task_sharding`, or by the
+      compiler. State that goes in comes out with the same shardings, and may be donated.
 
     Raises:
-      ValueError: `outer` is not what `outer_update` made, or has an axis name; rules that `partition_specs`
-        refuses; or (when
-        called) a number of tasks that the devices do not divide, which `pad_tasks` mends.
+      ValueError: `outer` is not what `outer_update` made, or has an axis name; rules that `partition_specs` refuses; or
+        (when called) a number of tasks that the devices do not divide, which `pad_tasks` mends.
 
     >>> import jax, jax.numpy as jnp, optax, metajax
     >>> learner = metajax.learners.maml(metajax.models.mlp(outputs=2), inner=optax.sgd(0.1))
@@ -60,8 +55,8 @@ def shard(outer: OuterUpdate, mesh: Mesh, rules: _rules.Rules = ()) -> OuterUpda
     """
     _validate.instance("outer", outer, OuterUpdate)
     _validate.instance("mesh", mesh, Mesh)
-    sums, apply = outer.sums, outer.apply
-    if sums is None or apply is None or outer.axis_name is not None:
+    partial_sums, apply_updates = outer.partial_sums, outer.apply_updates
+    if partial_sums is None or apply_updates is None or outer.axis_name is not None:
         raise ValueError(
             "outer must come from outer_update, without axis_name; shard it first, then augment it or wrap it otherwise"
         )
@@ -69,54 +64,63 @@ def shard(outer: OuterUpdate, mesh: Mesh, rules: _rules.Rules = ()) -> OuterUpda
     by_hand = set(axes) if mesh.shape.get("model", 1) > 1 else set(mesh.axis_names)
     by_task = PartitionSpec(axes) if axes else _WHOLE
 
-    def init(key: jax.Array, episode: Any, params: Any = None, num_tasks: int = 1) -> MetaState:
-        def make(key: jax.Array, episode: Any, params: Any) -> MetaState:
-            return outer.init(key, episode, params, num_tasks)
+    def init(
+        key: jax.Array, episode: Any, params: Any = None, *, frozen: Any = None, num_tasks: int = 1
+    ) -> MetaState:
+        def make(key: jax.Array, episode: Any, params: Any, frozen: Any) -> MetaState:
+            return outer.init(key, episode, params, frozen=frozen, num_tasks=num_tasks)
 
-        placed = state_shardings(jax.eval_shape(make, key, episode, params), mesh, rules)
+        shapes = jax.eval_shape(make, key, episode, params, frozen)
+        placed = state_shardings(shapes, mesh, rules, frozen=frozen)
         everywhere = NamedSharding(mesh, _WHOLE)
         key, episode = jax.tree.map(lambda leaf: _bring(leaf, everywhere), (key, episode))
         # arguments, not constants of the program, and divided before they come together with others
         params = None if params is None else jax.tree.map(_bring, params, placed.params)
-        return jax.jit(make, out_shardings=placed)(key, episode, params)
+        if frozen is not None:
+            frozen = jax.tree.map(_bring, frozen, frozen_shardings(frozen, mesh, rules))
+        return jax.jit(make, out_shardings=placed)(key, episode, params, frozen)
 
-    def update(state: MetaState, episodes: Any) -> tuple[MetaState, dict[str, Any]]:
+    def update(state: MetaState, episodes: Any, frozen: Any = None) -> tuple[MetaState, dict[str, Any]]:
         require_divided(mesh, jax.tree.leaves(episodes)[0].shape[0])
-        placed = state_shardings(state, mesh, rules)
-        dimensions = jax.tree.map(lambda place: _fsdp_dimension(place.spec), placed.params)
+        placed = state_shardings(state, mesh, rules, frozen=frozen)
+        places = placed.params, None if frozen is None else frozen_shardings(frozen, mesh, rules)
+        dimensions = jax.tree.map(lambda place: _fsdp_dimension(place.spec), places)
         # the axes that the function below deals with itself; `model` stays the compiler's
         held = jax.tree.map(lambda dimension: _WHOLE if dimension < 0 else _at(dimension), dimensions)
 
-        def local(params: Any, hypergrad_state: Any, step: Any, key: Any, episodes: Any) -> tuple[Any, Any]:
-            whole = jax.tree.map(_gather, params, dimensions)
-            total, hypergrad_state = sums(MetaState(whole, (), hypergrad_state, step, key), episodes, axes)
+        def local(parts: Any, hypergrad_state: Any, step: Any, key: Any, episodes: Any) -> tuple[Any, Any]:
+            params, frozen = jax.tree.map(_gather, parts, dimensions)
+            total, per_task = partial_sums(
+                MetaState(params, (), hypergrad_state, step, key), episodes, frozen, axes
+            )
             # None where a parameter is not trained
             grads = jax.tree.map(
                 lambda grad, dimension: None if grad is None else _reduce(grad, dimension, axes),
-                total.grads, dimensions, is_leaf=lambda leaf: leaf is None,
+                total.grads, dimensions[0], is_leaf=lambda leaf: leaf is None,
             )  # fmt: skip
-            return jax.lax.psum(total._replace(grads=()), axes)._replace(grads=grads), hypergrad_state
+            return jax.lax.psum(total._replace(grads=()), axes)._replace(grads=grads), per_task
 
         # a region by hand needs an axis; without one, all is left to the compiler
         run = jax.shard_map(
             local, mesh=mesh, axis_names=by_hand, in_specs=(held, by_task, _WHOLE, _WHOLE, by_task),
-            out_specs=(Sums(_WHOLE, held, _WHOLE), by_task),
+            out_specs=(PartialSums(_WHOLE, held[0], _WHOLE, _WHOLE, _WHOLE), by_task),
         ) if axes else local  # fmt: skip
-        total, hypergrad_state = run(state.params, state.hypergrad_state, state.step, state.key, episodes)
-        new, metrics = apply(state, total, hypergrad_state)
+        total, per_task = run((state.params, frozen), state.hypergrad_state, state.step, state.key, episodes)
+        new, metrics = apply_updates(state, total, per_task, frozen)
         # where they came from, so that a state can be donated and nothing is compiled again
         return jax.lax.with_sharding_constraint(new, placed), metrics
 
-    return OuterUpdate(init, update)
+    return OuterUpdate(init, update, task=outer.task)
 
 
-def state_shardings(state: MetaState, mesh: Mesh, rules: _rules.Rules = ()) -> Any:
+def state_shardings(state: MetaState, mesh: Mesh, rules: _rules.Rules = (), *, frozen: Any = None) -> Any:
     """Where `shard` lays each leaf of a state.
 
     Args:
       state: arrays or `jax.ShapeDtypeStruct`.
       mesh: of `make_mesh`.
       rules: as for `shard`.
+      frozen: the base that stands beside the state; a rule may match a parameter of either.
 
     Returns:
       A tree of `NamedSharding`: parameters by the rules, the optimizer's moments as their parameters, the estimator's
@@ -131,12 +135,35 @@ def state_shardings(state: MetaState, mesh: Mesh, rules: _rules.Rules = ()) -> A
     >>> state_shardings(state, mesh).params["w"].spec == PartitionSpec()
     True
     """
-    params = _rules.partition_specs(state.params, mesh, rules)
+    _rules.check_matches(rules, _tree.paths(_tree.merge(state.params, frozen)))
+    params = _rules.specs_of(state.params, mesh, rules)
     opt_state = _rules.like_params(state.opt_state, state.params, params)
     axes = _divided_axes(mesh)
     kept = jax.tree.map(lambda _: PartitionSpec(axes) if axes else _WHOLE, state.hypergrad_state)
     specs = state._replace(params=params, opt_state=opt_state, hypergrad_state=kept, step=_WHOLE, key=_WHOLE)
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+
+
+def frozen_shardings(frozen: Any, mesh: Mesh, rules: _rules.Rules = ()) -> Any:
+    """Where `shard` expects each leaf of a frozen base.
+
+    Args:
+      frozen: the base, with None where the state has a leaf.
+      mesh: of `make_mesh`.
+      rules: as for `shard`.
+
+    Returns:
+      A tree of `NamedSharding`, for `jax.device_put`.
+
+    Raises:
+      ValueError: rules that divide a leaf as `partition_specs` refuses it.
+
+    >>> from metajax.parallel import make_mesh
+    >>> mesh = make_mesh(devices=jax.devices()[:1])
+    >>> frozen_shardings({"body": jnp.ones(2), "lora": None}, mesh)["body"].spec == PartitionSpec()
+    True
+    """
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), _rules.specs_of(frozen, mesh, rules))
 
 
 def num_groups(mesh: Mesh) -> int:

@@ -339,7 +339,7 @@ def _read(
     if missing:
         # under jit, what is made and not returned is never made
         made = jax.jit(lambda key: _tree.split(model.init(key, example), missing.__contains__)[0])(key)
-        params = _tree.merge(params, made)
+        params = _tree.fill(params, made)
     expected = {*used}
     unexpected = [name for name in tensors if name not in expected and not name.endswith(_BUFFERS)]
     return params, Report(tuple(used), tuple(missing), tuple(sorted(unexpected)))

@@ -5,7 +5,7 @@ from metajax.strategies._change_points import ChangeState, change_points, run_le
 from metajax.strategies._contrast import contrastive, encoder_params, moco, random_view, simclr
 from metajax.strategies._control import LaneKeeper, lane_keeper
 from metajax.strategies._curriculum import Passed, Stage, competence, curriculum, paced
-from metajax.strategies._growth import Growth, deepen, grow_state, stack_blocks, widen
+from metajax.strategies._growth import Growth, deepen, grow_frozen, grow_state, stack_blocks, widen
 from metajax.strategies._memory import Memory, Reservoirs, Sample, balanced, prioritised, remember, reservoir
 from metajax.strategies._online import LeaderState, Online, RecentState, follow_the_meta_leader, recent, run_online
 from metajax.strategies._progressive import progressive_column
@@ -66,6 +66,7 @@ __all__ = [
     "encoder_params",
     "follow_the_meta_leader",
     "greedy_soup",
+    "grow_frozen",
     "grow_state",
     "lane_keeper",
     "lane_rates",

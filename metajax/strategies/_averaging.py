@@ -11,7 +11,8 @@ import numpy as np
 import optax
 
 from metajax.core import _validate
-from metajax.core._types import MetaState, OuterUpdate, Params, Sums
+from metajax.core._types import MetaState, OuterUpdate, Params, PartialSums, PerTask
+from metajax.training._loop import given
 
 
 def soup(solutions: Sequence[Params], weights: Sequence[float] | None = None) -> Params:
@@ -146,19 +147,21 @@ def averaged(outer: OuterUpdate, decay: float = 0.999) -> OuterUpdate:
         )  # fmt: skip
         return new._replace(opt_state=Averaged(new.opt_state, average))
 
-    def update(state: MetaState, episodes: Any) -> tuple[MetaState, dict[str, Any]]:
-        new, metrics = outer.update(bare(state), episodes)
+    def update(state: MetaState, episodes: Any, frozen: Params = None) -> tuple[MetaState, dict[str, Any]]:
+        new, metrics = outer.update(bare(state), episodes, *given(frozen))
         return with_average(new, state), metrics
 
-    if outer.sums is None or outer.apply is None:
-        return OuterUpdate(init, update, outer.axis_name)
-    inner_apply = outer.apply
+    if outer.partial_sums is None or outer.apply_updates is None:
+        return OuterUpdate(init, update, outer.axis_name, task=outer.task)
+    inner_apply = outer.apply_updates
 
-    def apply(state: MetaState, total: Sums, hypergrad_state: Any) -> tuple[MetaState, dict[str, Any]]:
-        new, metrics = inner_apply(bare(state), total, hypergrad_state)
+    def apply_updates(
+        state: MetaState, total: PartialSums, per_task: PerTask, frozen: Params = None
+    ) -> tuple[MetaState, dict[str, Any]]:
+        new, metrics = inner_apply(bare(state), total, per_task, frozen)
         return with_average(new, state), metrics
 
-    return OuterUpdate(init, update, outer.axis_name, outer.sums, apply)
+    return OuterUpdate(init, update, outer.axis_name, outer.partial_sums, apply_updates, outer.task)
 
 
 def averaged_params(state: MetaState) -> Params:

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metajax import data, hypergrad, learners, models
+from metajax import data, hypergrad, learners, models, tasks
 from metajax.core import _losses, _validate
-from metajax.core._types import Episode, Examples, Learner, MetaState, Model, OuterUpdate, Params
+from metajax.core._types import Aux, Collected, Episode, Examples, Learner, MetaState, Model, OuterUpdate, Params
 from metajax.learners._forward import forward
 from metajax.learners._metric import unit
 from metajax.models._wrap import as_floats
@@ -53,7 +53,9 @@ def random_view(key: jax.Array, images: jax.Array) -> jax.Array:
         raise ValueError(f"images must be [n, height, width, c], got shape {images.shape}")
     count, height, width, channels = images.shape
     pixels = as_floats(images)
-    size, ratio, top, left, flip, jitter, grey, *colour = jax.random.uniform(key, [10, count])
+    # a key for each image, so that those behind it (padding) do not matter
+    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(count))
+    size, ratio, top, left, flip, jitter, grey, *colour = jax.vmap(lambda key: jax.random.uniform(key, [10]))(keys).T
     area = _AREA[0] + (_AREA[1] - _AREA[0]) * size
     stretch = jnp.sqrt(_STRETCH) ** (2 * ratio - 1)
     sides = jnp.minimum(1, jnp.sqrt(area) * jnp.stack([stretch, 1 / stretch]))
@@ -87,7 +89,8 @@ def contrastive(
     """A learner that is trained to tell images apart, and deployed as a nearest class mean in its features.
 
     Two views of each image of the query set are made; the loss (InfoNCE) is the cross-entropy of finding the one among
-    others by the other one. Labels are not looked at, nor is the support set. What the others are:
+    others by the other one. Padding is no image: it is neither found nor among the others. Labels are not looked at, nor
+    is the support set. What the others are:
 
     | `momentum` | `queue` | | the others |
     |---|---|---|---|
@@ -96,12 +99,13 @@ def contrastive(
     | a number | a number | MoCo v2 | the last so many views of earlier batches, by an average of the network |
 
     Train it by `moco` or `simclr`, or as any learner by `outer_update(..., trainable=TRAINED)` on
-    `metajax.data.batches`, one batch a step: the average and the queue are meta-parameters that no gradient trains.
+    `metajax.data.batches`: the average and the queue are meta-parameters that no gradient trains. Keys come into the
+    queue in the order of tasks and images.
 
     Args:
       model: a network from images to features `[n, d]`.
       momentum: share of the old average that stays in a step, from 0 and below 1; None for SimCLR.
-      queue: keys of earlier batches, a multiple of the batch; 0 for none.
+      queue: keys of earlier batches; 0 for none.
       temperature: divides the cosines.
       dim: numbers in the vectors that are compared.
       hidden: units of the hidden layer of the projection head, and of the predictor.
@@ -113,9 +117,8 @@ def contrastive(
       distances on the backbone. Without a key both views are drawn from a fixed one.
 
     Raises:
-      ValueError: an argument out of range, a queue without momentum, a model that normalises by statistics of the batch
-        beside momentum (they tell which key belongs to a query: take layer or group normalisation), or (when traced) a
-        queue that is no multiple of the batch.
+      ValueError: an argument out of range, a queue without momentum, or a model that normalises by statistics of the
+        batch beside momentum (they tell which key belongs to a query: take layer or group normalisation).
 
     Sources: He et al. 2020, arXiv:1911.05722; Chen et al. 2020, arXiv:2003.04297; Chen, Xie and He 2021,
     arXiv:2104.02057 (MoCo v1 to v3); Chen et al. 2020, arXiv:2002.05709 (SimCLR).
@@ -143,7 +146,7 @@ def contrastive(
     def init(key: jax.Array, inputs: Any) -> Params:
         keys = jax.random.split(key, 4)
         backbone = model.init(keys[0], inputs)
-        features = jax.eval_shape(lambda: _features(model, backbone, inputs))
+        features = jax.eval_shape(lambda: _features(model, backbone, inputs, jnp.ones(len(inputs), bool)))
         params = {"backbone": backbone, "head": head.init(keys[1], features)}
         if momentum is None:
             return params
@@ -152,52 +155,67 @@ def contrastive(
             return {**params, "queue": unit(jax.random.normal(keys[2], [queue, dim], features.dtype))}
         return {**params, "predictor": predictor.init(keys[3], jax.ShapeDtypeStruct((1, dim), features.dtype))}
 
-    def project(params: Params, images: jax.Array) -> jax.Array:
-        return head.apply(params["head"], _features(model, params["backbone"], images))
+    def project(params: Params, images: jax.Array, mask: jax.Array) -> jax.Array:
+        return head.apply(params["head"], _features(model, params["backbone"], images, mask))
 
-    def adapt(meta_params: Params, support: Examples, **options: Any) -> Any:
-        return deployed.adapt(meta_params["backbone"], support, **options)
+    def adapt(meta_params: Params, support: Examples, *, num_steps: int | None = None, key: Any = None) -> Any:
+        return deployed.adapt(meta_params["backbone"], support, num_steps=num_steps, key=key)
 
     def outer_loss(
         adapted: Any, meta_params: Params, query: Examples, *, key: jax.Array | None = None
-    ) -> tuple[jax.Array, dict[str, Any]]:
+    ) -> tuple[jax.Array, Aux]:
         del adapted
-        count = query.inputs.shape[0]
+        kept = _losses.kept_examples(tasks.classification, query)
+        images = _losses.clear_padding(query.inputs, query.mask)
         keys = jax.random.split(jax.random.key(0) if key is None else key)
-        one, other = (view(key, query.inputs) for key in keys)
-        state: Params = {}
+        one, other = (view(key, images) for key in keys)
+        twice, state, collected = jnp.tile(kept, 2), (), ()  # type: Any, Any, Any
         if momentum is None:
-            vectors = unit(project(meta_params, jnp.concatenate([one, other])))
+            vectors = unit(project(meta_params, jnp.concatenate([one, other]), twice))
             logits, targets = _among_themselves(vectors)
+            rows = columns = twice
         else:
             now = {name: meta_params[name] for name in ("backbone", "head")}
             average = optax.incremental_update(now, meta_params["momentum"], 1 - momentum)
-            average = state["momentum"] = jax.lax.stop_gradient(average)
+            average = jax.lax.stop_gradient(average)
+            state = {"momentum": average}
         if momentum is not None and queue:
-            if queue % count:
-                raise ValueError(f"queue must be a multiple of the {count} images of a batch, got {queue}")
-            keys_now, before = unit(project(average, other)), jax.lax.stop_gradient(meta_params["queue"])
-            logits, targets = _among_queue(unit(project(meta_params, one)), keys_now, before)
-            state["queue"] = jnp.concatenate([before[count:], keys_now])
+            found, before = unit(project(average, other, kept)), jax.lax.stop_gradient(meta_params["queue"])
+            logits, targets = _among_queue(unit(project(meta_params, one, kept)), found, before)
+            rows, columns = kept, jnp.ones(logits.shape[1], bool)
+            collected = {"keys": found, "kept": kept}
         elif momentum is not None:
             queries = [
-                predictor.apply(meta_params["predictor"], project(meta_params, images)) for images in (one, other)
+                predictor.apply(meta_params["predictor"], project(meta_params, images, kept)) for images in (one, other)
             ]
-            found = [project(average, images) for images in (other, one)]
-            logits = jnp.concatenate([unit(query) @ unit(key).T for query, key in zip(queries, found, strict=True)])
-            targets = jnp.tile(jnp.arange(count), 2)
-        logits = logits / temperature
-        told = Examples((), targets, jnp.ones(targets.shape, bool))
-        aux = {"outputs": logits, "episode": Episode(told, told)}  # what the metrics of the meta step describe
-        if state:
-            aux["state"] = {**jax.tree.map(lambda _: None, meta_params), **state}
-        return jnp.mean(_losses.cross_entropy(logits, targets)), aux
+            keys_of = [project(average, images, kept) for images in (other, one)]
+            logits = jnp.concatenate([unit(query) @ unit(key).T for query, key in zip(queries, keys_of, strict=True)])
+            targets = jnp.tile(jnp.arange(len(kept)), 2)
+            rows, columns = twice, kept
+        logits = jnp.where(columns, logits / temperature, _losses.absent_logit(logits.dtype))
+        value = _losses.mean_over(_losses.cross_entropy(logits, targets), rows)
+        metrics = {"accuracy": _losses.mean_over(_losses.hits(logits, targets).astype(value.dtype), rows)}
+        return value, Aux(metrics=metrics, state=state, collected=collected)
 
-    return Learner(init, adapt, deployed.predict, outer_loss, None)
+    def update_state(meta_params: Params, averaged: Any, collected: Collected) -> Params:
+        new = {**meta_params, **averaged}
+        if queue:
+            found, kept = collected.values["keys"], collected.values["kept"] & collected.counts[:, None]
+            new["queue"] = _pushed(meta_params["queue"], found.reshape(-1, found.shape[-1]), kept.reshape(-1))
+        return new
+
+    written = None if momentum is None else update_state
+    return Learner(init, adapt, deployed.predict, outer_loss, task=tasks.classification, update_state=written)
 
 
-def _features(model: Model, params: Params, images: Any) -> jax.Array:
-    return forward(model, params, images, mask=jnp.ones(images.shape[0], bool))[0]
+def _features(model: Model, params: Params, images: Any, mask: Any) -> jax.Array:
+    return forward(model, params, images, mask=mask)[0]
+
+
+def _pushed(queue: jax.Array, keys: jax.Array, kept: jax.Array) -> jax.Array:
+    """The queue with the keys that are kept behind it, and as many fewer in front."""
+    rows, counts = jnp.concatenate([queue, keys]), jnp.concatenate([jnp.ones(len(queue), bool), kept])
+    return rows[jnp.argsort(counts, stable=True)[-len(queue) :]]  # what is not kept comes first
 
 
 def _among_queue(queries: jax.Array, keys: jax.Array, queue: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -208,8 +226,8 @@ def _among_queue(queries: jax.Array, keys: jax.Array, queue: jax.Array) -> tuple
 
 def _among_themselves(vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cosines `[2n, 2n]` of the views with each other, none with itself; right is the image's other view."""
-    count = len(vectors)
-    cosines = jnp.where(jnp.eye(count, dtype=bool), _losses.ABSENT, vectors @ vectors.T)
+    count, absent = len(vectors), _losses.absent_logit(vectors.dtype)
+    cosines = jnp.where(jnp.eye(count, dtype=bool), absent, vectors @ vectors.T)
     return cosines, (jnp.arange(count) + count // 2) % count
 
 
@@ -234,7 +252,7 @@ def moco(
       model: a network from images to features, without statistics of the batch.
       optimizer: any optax transform.
       momentum: as for `contrastive`, and the others too.
-      queue: a multiple of the batch, or 0.
+      queue: keys of earlier batches, or 0.
       temperature: divides the cosines.
       dim: numbers in the vectors that are compared.
       hidden: units of the hidden layer of each head.
@@ -309,11 +327,11 @@ def _of_images(learner: Learner, optimizer: optax.GradientTransformation) -> Out
 
         return Episode(some(0), some(len(images)))
 
-    def init(key: jax.Array, images: jax.Array, params: Params | None = None) -> MetaState:
-        return outer.init(key, episode(images), params)
+    def init(key: jax.Array, images: jax.Array, params: Params = None, **options: Any) -> MetaState:
+        return outer.init(key, episode(images), params, **options)
 
-    def update(state: MetaState, images: jax.Array) -> tuple[MetaState, dict[str, Any]]:
-        return outer.update(state, jax.tree.map(lambda leaf: leaf[None], episode(images)))
+    def update(state: MetaState, images: jax.Array, frozen: Params = None) -> tuple[MetaState, dict[str, Any]]:
+        return outer.update(state, jax.tree.map(lambda leaf: leaf[None], episode(images)), frozen)
 
     return OuterUpdate(init, update)
 

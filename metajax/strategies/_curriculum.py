@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from metajax import data
-from metajax.core import _validate
+from metajax.core import _tree, _validate
 from metajax.core._types import MetaState, OuterUpdate, Params
 from metajax.data._episodes import check_source
 from metajax.data._transforms import as_transforms
-from metajax.strategies._growth import Growth, grow_state
+from metajax.strategies._growth import Growth, grow_frozen, grow_state
 from metajax.training import _loop
 
 
@@ -105,6 +105,7 @@ def curriculum(
     score: Callable[[Params, Stage], float] | None = None,
     every: int = 50,
     difficulty: Any = None,
+    frozen: Params = None,
     callbacks: Sequence[_loop.Callback] = (),
 ) -> tuple[MetaState, tuple[Passed, ...]]:
     """Takes meta steps stage after stage.
@@ -124,6 +125,7 @@ def curriculum(
         validation episodes; for stages with a threshold.
       every: steps between two looks at the score, which is taken after the last step of a stage too.
       difficulty: `[num_classes]` numbers, higher is harder; for stages that take a share of the classes.
+      frozen: the base that stands beside the state, None for none.
       callbacks: as for `metajax.training.fit`.
 
     Returns:
@@ -160,15 +162,17 @@ def curriculum(
             outer = outer if stage.outer is None else stage.outer
             if stage.grow is not None:
                 example = data.episode(own, stage.spec, seed=seed, index=0)
-                state = grow_state(state, stage.grow(state.params), outer, example)
+                growth = stage.grow(_tree.merge(state.params, frozen))
+                base = None if frozen is None else grow_frozen(state, growth, frozen)
+                state, frozen = grow_state(state, growth, outer, example, frozen=frozen), base
             begun, found, reached = int(state.step), None, False
             stream = data.episodes(own, stage.spec, batch=batch, seed=seed, start=begun * batch)
             end = begun + stage.steps  # type: ignore[operator]
             for upto in [end] if stage.threshold is None else [*range(begun + every, end, every), end]:
                 # the same update function: it is compiled once for the stage
-                state = _loop.fit(outer, state, stream, steps=upto, callbacks=within)
+                state = _loop.fit(outer, state, stream, steps=upto, frozen=frozen, callbacks=within)
                 if stage.threshold is not None:
-                    found = float(score(state.params, stage))  # type: ignore[misc]
+                    found = float(score(_tree.merge(state.params, frozen), stage))  # type: ignore[misc]
                     if reached := found >= stage.threshold:
                         break
             stream.close()

@@ -368,7 +368,9 @@ def _depth(leaves: Leaves) -> int:
     return next(iter(blocks.values())).shape[0]
 
 
-def grow_state(state: MetaState, growth: Growth, outer: OuterUpdate, episode: Episode) -> MetaState:
+def grow_state(
+    state: MetaState, growth: Growth, outer: OuterUpdate, episode: Episode, *, frozen: Params = None
+) -> MetaState:
     """Lets the state of a training run grow: parameters, and what the optimizer keeps of them.
 
     The optimizer's moments become those that it would have if the gradients before had been those of the large network:
@@ -377,9 +379,11 @@ def grow_state(state: MetaState, growth: Growth, outer: OuterUpdate, episode: Ep
 
     Args:
       state: of the small network.
-      growth: made for `state.params`.
+      growth: made for `state.params`, merged with the frozen base.
       outer: the meta step of the large network, with an optimizer like that of the small one.
       episode: one episode, without a task axis.
+      frozen: the base that stands beside `state`, None for none. `growth` is then made for both merged, and
+        `grow_frozen` gives the base that stands beside the result.
 
     Raises:
       ValueError: the optimizer keeps something for the parameters that is not known to be a mean of their gradients or
@@ -401,8 +405,9 @@ def grow_state(state: MetaState, growth: Growth, outer: OuterUpdate, episode: Ep
     _validate.instance("outer", outer, OuterUpdate)
     states = jax.tree.leaves(state.hypergrad_state)
     tasks = {"num_tasks": states[0].shape[0]} if states else {}
-    fresh = outer.init(state.key, episode, growth.params(state.params), **tasks)
-    shapes = {path: jnp.shape(leaf) for path, leaf in _flat(state.params).items()}
+    params, frozen = _grown(state, growth, frozen)
+    fresh = outer.init(state.key, episode, params, frozen=frozen, **tasks)
+    shapes = {path: jnp.shape(leaf) for path, leaf in _with_paths(state.params)}
     carried: dict[str, Any] = {}
     copies: dict[str, dict[str, Any]] = {}  # leaves for parameters, by the field that holds them
     for path, leaf in _with_paths(state.opt_state):
@@ -422,6 +427,35 @@ def grow_state(state: MetaState, growth: Growth, outer: OuterUpdate, episode: Ep
     filled = [carried.get(path, leaf) for path, leaf in _with_paths(fresh.opt_state)]
     opt_state = jax.tree.unflatten(jax.tree.structure(fresh.opt_state), filled)
     return fresh._replace(opt_state=opt_state, step=state.step, key=state.key)
+
+
+def grow_frozen(state: MetaState, growth: Growth, frozen: Params) -> Params:
+    """The frozen base of the large network: what was frozen stays so, and a leaf that is new is none of it.
+
+    Args:
+      state: of the small network, as for `grow_state`.
+      growth: likewise.
+      frozen: the base that stands beside it.
+
+    >>> import jax, jax.numpy as jnp, metajax
+    >>> params = metajax.models.mlp(2, hidden=(4,)).init(jax.random.key(0), jnp.ones([1, 3]))
+    >>> growth = metajax.strategies.widen(params, 6)
+    >>> trained, frozen = metajax.core.split(params, "head")
+    >>> state = MetaState(trained, (), (), jnp.array(0), jax.random.key(0))
+    >>> grow_frozen(state, growth, frozen)["layer_0"]["kernel"].shape
+    (3, 6)
+    """
+    return _grown(state, growth, frozen)[1]
+
+
+def _grown(state: MetaState, growth: Growth, frozen: Params) -> tuple[Params, Params]:
+    """The parameters of the large network, in the state and beside it."""
+    grown = growth.params(_tree.merge(state.params, frozen))
+    if frozen is None:
+        return grown, None
+    base = set(_tree.paths(frozen))
+    new_base = _tree.map_with_path(lambda path, leaf: leaf if path in base else None, grown)
+    return _tree.without(grown, new_base), new_base
 
 
 def _with_paths(tree: Any) -> list[tuple[str, Any]]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metajax.core import _validate
+from metajax.core._objective import outer_objective
 from metajax.core._types import Episode, Examples, Learner, MetaState, OuterUpdate, Params
 
 
@@ -158,7 +159,7 @@ def follow_the_meta_leader(
         return learner.adapt(state.meta.params, support)
 
     def loss(state: LeaderState, item: Episode) -> jax.Array:
-        return learner.outer_loss(adapt(state, item.support), state.meta.params, item.query)[0]
+        return outer_objective(learner, state.meta.params, item)[0]
 
     def observe(state: LeaderState, item: Episode) -> LeaderState:
         place = state.seen % capacity
@@ -238,7 +239,7 @@ def recent(learner: Learner, *, window: int) -> Online:
         return learner.adapt(state.params, state.support)
 
     def loss(state: RecentState, item: Examples) -> jax.Array:
-        return learner.outer_loss(adapt(state), state.params, item)[0]
+        return outer_objective(learner, state.params, Episode(state.support, item))[0]
 
     def observe(state: RecentState, item: Examples) -> RecentState:
         return state._replace(support=push(state.support, item))

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from metajax import tasks
 from metajax.core import _losses, _validate
-from metajax.core._types import Examples, Learner, Loss, Model, Params
+from metajax.core._types import Examples, Learner, Loss, Model, Params, TaskType
 from metajax.learners._forward import query_loss
 from metajax.models import from_nnx
 
@@ -30,7 +31,14 @@ class Cell(nnx.Module):
         return self.cell(values[:, : self.hidden], values[:, self.hidden :])[0]
 
 
-def recurrent(model: Model, outputs: int, *, hidden: int = 32, loss: Loss = _losses.squared_error) -> Learner:
+def recurrent(
+    model: Model,
+    outputs: int,
+    *,
+    hidden: int = 32,
+    task: TaskType | None = None,
+    loss: Loss | None = None,
+) -> Learner:
     """Adaptation by a hidden state (ReBAL, Nagabandi et al. 2019): a recurrent network reads the support set in order.
 
     No weight changes: what a gated recurrent unit remembers of the support set stands beside the inputs of a query.
@@ -40,7 +48,8 @@ def recurrent(model: Model, outputs: int, *, hidden: int = 32, loss: Loss = _los
       model: from `[n, inputs + hidden]` to `[n, outputs]`, such as `metajax.models.mlp(outputs)`.
       outputs: numbers in a target `[n, outputs]`, or the number of classes where targets are labels `[n]`.
       hidden: numbers that are remembered.
-      loss: `(outputs, targets) -> [n]`; `metajax.core.cross_entropy` for labels.
+      task: the task type, None for regression; `metajax.tasks.classification` for labels.
+      loss: `(outputs, targets) -> [n]`, instead of that of the task type; see `metajax.tasks.resolve`.
 
     Returns:
       A `Learner` without an inner problem, whose meta-parameters are `{"cell", "model"}`. Inputs are one array
@@ -61,6 +70,7 @@ def recurrent(model: Model, outputs: int, *, hidden: int = 32, loss: Loss = _los
     _validate.instance("model", model, Model)
     _validate.positive_int("outputs", outputs)
     _validate.positive_int("hidden", hidden)
+    resolved = tasks.regression if task is None and loss is None else tasks.resolve(task, loss)
 
     def cell(width: int) -> Model:
         return from_nnx(lambda rngs: Cell(width + outputs, hidden, rngs))
@@ -77,13 +87,11 @@ def recurrent(model: Model, outputs: int, *, hidden: int = 32, loss: Loss = _los
             "model": model.init(model_key, beside(flat, jnp.zeros(hidden))),
         }
 
-    def adapt(
-        meta_params: Params, support: Examples, *, unlabelled: Any = None, num_steps: int | None = None, key: Any = None
-    ) -> _Remembering:
-        del unlabelled, num_steps, key
+    def adapt(meta_params: Params, support: Examples, *, num_steps: int | None = None, key: Any = None) -> _Remembering:
+        del num_steps, key
         inputs = _flat(_losses.clear_padding(support.inputs, support.mask))
         targets = _losses.clear_padding(support.targets, support.mask)
-        if _losses.is_integer(targets):
+        if resolved.classes:
             targets = jax.nn.one_hot(targets, outputs)
         unit = cell(inputs.shape[1])
 
@@ -100,7 +108,7 @@ def recurrent(model: Model, outputs: int, *, hidden: int = 32, loss: Loss = _los
         del key
         return model.apply(adapted.params, beside(_flat(_losses.clear_padding(inputs, mask)), adapted.hidden))
 
-    return Learner(init, adapt, predict, query_loss(predict, loss), None)
+    return Learner(init, adapt, predict, query_loss(predict, resolved), task=resolved)
 
 
 def _flat(inputs: jax.Array) -> jax.Array:

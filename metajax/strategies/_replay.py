@@ -8,9 +8,10 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metajax.core import _losses, _validate
+from metajax.core import _tree, _validate
 from metajax.core._types import Episode, Examples, MetaState, OuterUpdate, Params, PyTree
 from metajax.strategies._memory import Memory, Sample, remember, require_fit
+from metajax.training._loop import given
 
 # the meta step folds its step into the same key; no step is this large, and no other purpose this number
 _PURPOSE = 2**32 - 3
@@ -75,7 +76,7 @@ def with_experience(support: Examples, drawn: Sample, *, key: jax.Array | None =
     """
     old, present = _validate.instance("drawn.items", drawn.items, Experience), support.class_mask
     counts = _counting(drawn.weights, key)
-    if present is not None and _losses.is_integer(old.targets):
+    if present is not None:  # targets are labels of classes
         ways = present.shape[0]
         axes = tuple(range(1, old.targets.ndim))
         counts &= jnp.all(old.targets < ways, axis=axes)
@@ -113,7 +114,8 @@ def replayed(
       count: how many are drawn, at most the capacity.
       what: "tasks" or "examples".
       priority: `(params, items) -> [n]`, new priorities of the items that were drawn, leaves `[n, ...]`, under the
-        parameters after the step: such as their losses. Wanted where the memory has priorities.
+        parameters after the step (merged with a frozen base): such as their losses. Wanted where the memory has
+        priorities.
 
     Returns:
       An `OuterUpdate` with the same signature and one more metric, `replayed`, how many came from the memory.
@@ -160,20 +162,25 @@ def replayed(
         assert priority is not None
         return memory.update(held, drawn.indices, priority(params, drawn.items))
 
-    def init(key: jax.Array, episode: Episode, params: Params | None = None, num_tasks: int = 1) -> MetaState:
+    def init(
+        key: jax.Array, episode: Episode, params: Params = None, *, frozen: Params = None, num_tasks: int = 1
+    ) -> MetaState:
         if what == "tasks":
             held = memory.init(episode)
-            state = outer.init(key, episode, params, num_tasks + count)
+            state = outer.init(key, episode, params, frozen=frozen, num_tasks=num_tasks + count)
         else:
             held = memory.init(jax.tree.map(lambda leaf: leaf[0], Experience(*episode.support[:2])))
-            support = with_experience(episode.support, draw(held, key))  # its size is what an estimator may keep
-            state = outer.init(key, episode._replace(support=support), params, num_tasks)
+            # its size is what an estimator may keep
+            support = with_experience(episode.support, draw(held, jax.random.key(0)))
+            state = outer.init(
+                key, episode._replace(support=support), params, frozen=frozen, num_tasks=num_tasks
+            )
         # on all devices of the state, also when it is restored
         if not isinstance(state.step, jax.core.Tracer) and len(state.step.sharding.device_set) > 1:
             held = jax.device_put(held, state.step.sharding)
         return state._replace(hypergrad_state=Remembering(state.hypergrad_state, held))
 
-    def update(state: MetaState, episodes: Episode) -> tuple[MetaState, dict[str, Any]]:
+    def update(state: MetaState, episodes: Episode, frozen: Params = None) -> tuple[MetaState, dict[str, Any]]:
         estimator, held = state.hypergrad_state
         draw_key, weigh_key, keep_key = jax.random.split(
             jax.random.fold_in(jax.random.fold_in(state.key, _PURPOSE), state.step), 3
@@ -184,7 +191,7 @@ def replayed(
             counts = _counting(drawn.weights, weigh_key)
             old = drawn.items.query
             joined = _joined(episodes, drawn.items._replace(query=old._replace(mask=old.mask & counts[:, None])))
-            new_items, keep = episodes, jax.vmap(lambda query: jnp.any(_losses.kept_examples(query)))(episodes.query)
+            new_items, keep = episodes, jnp.any(episodes.query.mask, axis=1)
             replays = jnp.sum(counts)
         else:
             tasks, size = episodes.support.mask.shape
@@ -193,17 +200,17 @@ def replayed(
                 episodes.support, drawn, jax.random.split(weigh_key, tasks)
             )
             joined = episodes._replace(support=support)
-            keep = jax.vmap(_losses.kept_examples)(episodes.support)
+            keep = jnp.asarray(episodes.support.mask)
             new_items, keep, drawn = _flat((Experience(*episodes.support[:2]), keep, drawn))
             replays = jnp.sum(support.mask[:, size:])
-        new, metrics = outer.update(state._replace(hypergrad_state=estimator), joined)
+        new, metrics = outer.update(state._replace(hypergrad_state=estimator), joined, *given(frozen))
         if priority is not None:
-            held = judge(held, drawn, new.params)
+            held = judge(held, drawn, _tree.merge(new.params, frozen))
         held = remember(memory, held, new_items, key=keep_key, keep=keep)
         new = new._replace(hypergrad_state=Remembering(new.hypergrad_state, held))
         return new, {**metrics, "replayed": replays.astype(jnp.float32)}
 
-    return OuterUpdate(init, update)
+    return OuterUpdate(init, update, task=outer.task)
 
 
 def _counting(weights: jax.Array, key: jax.Array | None) -> jax.Array:

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from metajax.core import _losses
-from metajax.core._types import Episode, MetaState, OuterUpdate
+from metajax.core._types import Episode, MetaState, OuterUpdate, Params
 from metajax.data._transformed import count_numbers, spread_numbers, transform_episode
 from metajax.data._transforms import Transforms, as_transforms
+from metajax.training._loop import given
 
 # the meta step folds its step into the same key; no step is this large
 _PURPOSE = 2**32 - 1
@@ -34,7 +34,7 @@ def augment(
 
     Raises:
       ValueError: what is no transform; or (when traced) a transform that changes a shape or a dtype, or is shared by
-        classes where targets are no class labels.
+        classes where episodes have no class mask.
 
     >>> import jax, optax, metajax
     >>> learner = metajax.learners.prototypical(metajax.models.conv4(width=8, pool=False))
@@ -52,9 +52,9 @@ def augment(
 
     def changed(key: jax.Array, episode: Episode) -> Episode:
         present = episode.support.class_mask
-        labelled = _losses.is_integer(episode.support.targets) and present is not None
+        labelled = present is not None  # targets are then labels of classes
         if by_class and not labelled:
-            raise ValueError("transforms that are shared by a class need integer targets and a class_mask")
+            raise ValueError("transforms that are shared by a class need episodes of classes, with a class_mask")
         ways = 1 if present is None else present.shape[0]
         classes = [part.targets if labelled else jnp.zeros(part.mask.shape, int) for part in episode]
         sizes = [part.mask.shape[0] for part in episode]
@@ -65,12 +65,12 @@ def augment(
             raise ValueError(f"transforms must keep shapes and dtypes, got {shapes[1]} from {shapes[0]}")
         return after
 
-    def update(state: MetaState, episodes: Episode) -> tuple[MetaState, dict[str, Any]]:
+    def update(state: MetaState, episodes: Episode, frozen: Params = None) -> tuple[MetaState, dict[str, Any]]:
         key = jax.random.fold_in(jax.random.fold_in(state.key, _PURPOSE), state.step)
         keys = jax.random.split(key, episodes.query.mask.shape[0])
-        return outer.update(state, jax.vmap(changed)(keys, episodes))
+        return outer.update(state, jax.vmap(changed)(keys, episodes), *given(frozen))
 
-    return OuterUpdate(outer.init, update, outer.axis_name)
+    return OuterUpdate(outer.init, update, outer.axis_name, task=outer.task)
 
 
 def _shape(leaf: Any) -> jax.ShapeDtypeStruct:

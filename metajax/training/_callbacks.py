@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from metajax.core import _tree
 from metajax.core._types import MetaState, Params
 from metajax.training import _loop
 from metajax.training._checkpoint import Checkpoints
@@ -211,6 +212,7 @@ class Validation:
       steps: steps in all; the last one is validated too.
       best: the best value so far.
       of: what of a state is scored, such as `metajax.strategies.averaged_params`; None is its `params`.
+      frozen: the base that stands beside the state, which is merged with them; None for none.
 
     >>> Validation.__name__
     'Validation'
@@ -219,8 +221,9 @@ class Validation:
     def __init__(
         self, score: Score, recorder: Recorder, *, every: int, checkpoints: Checkpoints, better: tuple[str, int],
         best: float | None = None, steps: int | None = None, of: Callable[[MetaState], Params] | None = None,
+        frozen: Params = None,
     ):  # fmt: skip
-        self._steps, self._of = steps, of or operator.attrgetter("params")
+        self._steps, self._of, self._frozen = steps, of or operator.attrgetter("params"), frozen
         self._score, self._recorder, self.every, self._checkpoints = score, recorder, every, checkpoints
         self._name, self._sign = better
         self.best = best
@@ -230,7 +233,7 @@ class Validation:
         if step % self.every and step != self._steps:
             return
         _loop.require_finite_loss(step, metrics)
-        found = self._score(self._of(state))
+        found = self._score(_tree.merge(self._of(state), self._frozen))
         self._recorder.write(step, found)
         value = found[self._name]
         if np.isfinite(value) and (self.best is None or self._sign * value > self._sign * self.best):

@@ -253,7 +253,7 @@ def warm_start(folder: str | pathlib.Path, params: Params, *, where: _tree.Where
     """
     picked, rest = _tree.split(params, where)
     restored = _leaves.read(_open(folder, kind), {"params": picked}, name="params", part=True)
-    return _tree.merge(restored["params"], rest)
+    return _tree.fill(restored["params"], rest)
 
 
 def _open(folder: str | pathlib.Path, kind: str) -> pathlib.Path:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from metajax.core import _validate
-from metajax.core._types import Episode, MetaState, OuterUpdate, PyTree
+from metajax.core._types import Episode, MetaState, OuterUpdate, Params, PyTree
 from metajax.training import _loop
 
 # the state of the same seed has small numbers folded into its key: by its split, and by steps
@@ -27,6 +27,7 @@ def fit_on_device(
     steps: int,
     seed: int = 0,
     chunk: int = 100,
+    frozen: Params = None,
     callbacks: Sequence[_loop.Callback] = (),
 ) -> MetaState:
     """Takes meta steps until `state.step` is `steps`, on episodes that are drawn where they are used.
@@ -44,6 +45,7 @@ def fit_on_device(
       steps: the number of steps in all, those that `state` has behind it included.
       seed: of the episodes.
       chunk: steps between two looks of the host. Chunks end at its multiples, and at `steps`.
+      frozen: the base that stands beside the state, None for none; an argument of the program, never donated.
       callbacks: as for `fit`, with the metrics of each step as NumPy arrays; but the steps of a chunk are seen when it
         has ended, with the state that it ended with. So what looks at the state must do it at multiples of `chunk`.
 
@@ -85,7 +87,7 @@ def fit_on_device(
     with _loop.closing(callbacks):
         while taken < steps:
             count = min(chunk - taken % chunk, steps - taken)
-            state, kept = run(state, data, key, count)
+            state, kept = run(state, data, key, count, *_loop.given(frozen))
             kept = jax.device_get(kept)  # an interrupt is raised here, when the chunk has ended
             for place in range(count):
                 taken += 1
@@ -98,21 +100,23 @@ def fit_on_device(
 
 @functools.lru_cache(maxsize=4)  # another call goes on with the program of the last one
 def _program(update: Callable[..., Any], sample: Callable[..., Episode], batch: int, chunk: int) -> Callable[..., Any]:
-    """`(state, data, key, count) -> (state, metrics)`, `count` steps; the metrics have `chunk` lines."""
+    """`(state, data, key, count, *frozen) -> (state, metrics)`, `count` steps; the metrics have `chunk` lines."""
 
     @jax.jit  # traced once for its shapes and the loop
-    def step(state: MetaState, data: PyTree, key: jax.Array) -> tuple[MetaState, dict[str, Any]]:
+    def step(state: MetaState, data: PyTree, key: jax.Array, *frozen: Params) -> tuple[MetaState, dict[str, Any]]:
         key = jax.random.fold_in(key, state.step)
         keys = jax.vmap(lambda task: jax.random.fold_in(key, task))(jnp.arange(batch))
-        return update(state, jax.vmap(sample, in_axes=(None, 0))(data, keys))
+        return update(state, jax.vmap(sample, in_axes=(None, 0))(data, keys), *frozen)
 
-    def several(state: MetaState, data: PyTree, key: jax.Array, count: int) -> tuple[MetaState, dict[str, Any]]:
-        shapes = jax.eval_shape(step, state, data, key)[1]
+    def several(
+        state: MetaState, data: PyTree, key: jax.Array, count: int, *frozen: Params
+    ) -> tuple[MetaState, dict[str, Any]]:
+        shapes = jax.eval_shape(step, state, data, key, *frozen)[1]
         kept = jax.tree.map(lambda leaf: jnp.zeros((chunk, *leaf.shape), leaf.dtype), shapes)
 
         def one(place: jax.Array, carry: tuple[MetaState, dict[str, Any]]) -> tuple[MetaState, dict[str, Any]]:
             state, kept = carry
-            state, metrics = step(state, data, key)
+            state, metrics = step(state, data, key, *frozen)
             return state, jax.tree.map(lambda lines, line: lines.at[place].set(line), kept, metrics)
 
         # not a scan: with the number of steps as an argument, chunks of every length share one program

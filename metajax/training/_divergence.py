@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from metajax.core import _validate
-from metajax.core._types import Episode, MetaState, OuterUpdate
+from metajax.core._types import Episode, MetaState, OuterUpdate, Params
 from metajax.training import _loop
 
 
@@ -50,8 +50,8 @@ def skip_nonfinite(outer: OuterUpdate) -> OuterUpdate:
     """
     _validate.instance("outer", outer, OuterUpdate)
 
-    def update(state: MetaState, episodes: Episode) -> tuple[MetaState, dict[str, Any]]:
-        new, metrics = outer.update(state, episodes)
+    def update(state: MetaState, episodes: Episode, frozen: Params = None) -> tuple[MetaState, dict[str, Any]]:
+        new, metrics = outer.update(state, episodes, *_loop.given(frozen))
         # not the parameters: then both the old and the new ones would have to be there in full before the choice
         finite = jnp.isfinite(metrics["loss"])
         if "grad_norm" in metrics:
@@ -63,7 +63,7 @@ def skip_nonfinite(outer: OuterUpdate) -> OuterUpdate:
         }
         return new._replace(**kept), {**metrics, "skipped": 1.0 - finite.astype(jnp.float32)}
 
-    return OuterUpdate(outer.init, update, outer.axis_name)
+    return OuterUpdate(outer.init, update, outer.axis_name, task=outer.task)
 
 
 class _Late:

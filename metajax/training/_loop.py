@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from metajax.core import _validate
-from metajax.core._types import Episode, MetaState, OuterUpdate
+from metajax.core._types import Episode, MetaState, OuterUpdate, Params
+from metajax.tasks._lookup import require_same
 
 # (step, state, metrics) after each step; what a callback needs of them it must copy before it returns
 Callback = Callable[[int, MetaState, dict[str, Any]], None]
@@ -32,6 +33,7 @@ def fit(
     episodes: Iterable[Episode],
     *,
     steps: int,
+    frozen: Params = None,
     callbacks: Sequence[Callback] = (),
 ) -> MetaState:
     """Takes meta steps until `state.step` is `steps`.
@@ -45,6 +47,7 @@ def fit(
       episodes: batches of episodes, the first for step `state.step`. The batch of the next step is taken after the
         callbacks of this one, which so find `episodes.position` where a run that goes on from here has to start.
       steps: the number of steps in all, those that `state` has behind it included.
+      frozen: the base that stands beside the state, None for none; never donated.
       callbacks: called in order after each step as `callback(step, state, metrics)`, with the steps taken so far.
         A callback with a method `close` has it called at the end, also after an error.
 
@@ -54,7 +57,7 @@ def fit(
     Raises:
       NonFiniteError: the loss of a step is not finite and `skip_nonfinite` did not leave it out; the error names the
         step. What callbacks saved stays.
-      ValueError: `steps` is below 1, or episodes end early.
+      ValueError: `steps` is below 1, episodes end early, or they are of another task type than the learner.
 
     >>> import jax, jax.numpy as jnp, optax, metajax
     >>> learner = metajax.learners.maml(metajax.models.mlp(outputs=2), inner=optax.sgd(0.1))
@@ -69,13 +72,16 @@ def fit(
     (3, True)
     """
     _validate.positive_int("steps", steps)
+    source_task, task = getattr(episodes, "task", None), getattr(outer, "task", None)
+    if source_task is not None and task is not None:
+        require_same(source_task, task, name="episodes", other_name="learner")
     update = jax.jit(update_of(outer), donate_argnums=0)
     taken = int(state.step)
     before: tuple[int, dict[str, Any]] | None = None
     with closing(callbacks):
         stream = itertools.islice(iter(episodes), max(steps - taken, 0))
         for step, batch in enumerate(stream, start=taken + 1):
-            state, metrics = update(state, batch)
+            state, metrics = update(state, batch, *given(frozen))
             if before is not None:
                 require_finite_loss(*before)
             before = step, metrics
@@ -91,6 +97,11 @@ def fit(
 def update_of(outer: OuterUpdate | Callable[..., Any]) -> Callable[..., Any]:
     """The update function of a meta step that may be one itself."""
     return outer.update if isinstance(outer, OuterUpdate) else outer
+
+
+def given(frozen: Params) -> tuple[Params, ...]:
+    """The last argument of an update, where there is a frozen base: functions without one take two arguments."""
+    return () if frozen is None else (frozen,)
 
 
 @contextlib.contextmanager

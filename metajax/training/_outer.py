@@ -8,8 +8,22 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from metajax import tasks
 from metajax.core import _chunks, _losses, _tree, _validate
-from metajax.core._types import Episode, Hypergrad, Learner, MetaState, OuterUpdate, Params, Sums
+from metajax.core._objective import outer_objective
+from metajax.core._types import (
+    Aux,
+    Collected,
+    Episode,
+    Hypergrad,
+    Learner,
+    MetaState,
+    OuterUpdate,
+    Params,
+    PartialSums,
+    PerTask,
+    TaskType,
+)
 
 TaskBatching = Literal["auto", "vmap", "scan"] | int
 
@@ -26,8 +40,16 @@ def outer_update(
 ) -> OuterUpdate:
     """Makes the pure meta step of a learner, an optimizer and an estimator.
 
-    `update` composes with `jit`, `vmap`, `pmap`, `shard_map` and `scan`. The hypergradient is the mean over
-    tasks; a task whose query set is all padding weighs nothing, and if all are, parameters get a zero gradient.
+    `update` composes with `jit`, `vmap`, `pmap`, `shard_map` and `scan`. The hypergradient is the mean over the tasks
+    that count: those whose objective has a term that is no padding, in the query set or among the inner losses. If none
+    counts, parameters get a zero gradient, and nothing else changes.
+
+    There are three kinds of meta-parameters: those that are trained; those in the state that no gradient trains, which
+    stay as they are or are written by `learner.update_state`; and a frozen base, which is no part of the state:
+
+        params, frozen = metajax.core.split(params, "lora")
+        state = outer.init(key, episode, params, frozen=frozen)
+        state, metrics = outer.update(state, episodes, frozen)
 
     Args:
       learner: what adapts.
@@ -35,25 +57,29 @@ def outer_update(
         the loss. Clipping and the handling of steps that are not finite are optax's:
         `optax.chain(optax.clip_by_global_norm(10.0), ...)`, `optax.apply_if_finite(...)`.
       hypergrad: the estimator.
-      trainable: path regex or predicate of the meta-parameters that are trained. The rest gets no gradient and no
-        optimizer state, may hold integers, and is never copied for a task. None trains all.
+      trainable: path regex or predicate of the meta-parameters of the state that are trained. The rest of them gets no
+        gradient and no optimizer state, may hold integers, and is never copied for a task. None trains all.
       task_batching: how the tasks of one call are run: "vmap", "scan" (one after the other), a chunk size (a scan
         over chunks under vmap), or "auto" (see `choose_task_batching`). All give the same result up to rounding.
       axis_name: name of the `pmap` or `shard_map` axis over which tasks are spread; gradients and metrics are
         reduced over it. Every device must hold the same number of tasks.
-      before: also measure the query loss before adaptation, one more forward pass. Without an inner problem there
-        is no before.
+      before: also measure the query loss before adaptation, one more forward pass. Without an inner problem, or where
+        the objective is made of inner losses alone, there is no before.
 
     Returns:
       An `OuterUpdate`, for `jit`, or for `metajax.parallel.shard` to spread over a mesh.
-      `update` returns metrics, each a scalar mean over tasks: `loss` and, for class labels,
-      `accuracy` of the query set after adaptation; `loss_before` and `accuracy_before`; `inner_loss`
-      `[num_steps]`; `grad_norm` of the averaged hypergradient.
+      `update` returns metrics, each a scalar mean over tasks: `loss` and the metric of the task type (`accuracy`, `mse`)
+      on the query set after adaptation, where the learner gives outputs; both with `_before`; `inner_loss`
+      `[num_steps]`, each over the tasks in which the step counts; what else `Aux.metrics` hold; `grad_norm` of the
+      averaged hypergradient.
 
     Raises:
-      ValueError: a part of another type, an unknown `task_batching`, a chunk size that does not divide the tasks,
-        a `trainable` that picks nothing, leaves of episodes that disagree in their leading axis (or have none, or no
-        task), or another number of tasks than `init(num_tasks=)` made the states of a persistent estimator for.
+      ValueError: a part of another type, a learner that lacks a part, an unknown `task_batching`, a chunk size that does
+        not divide the tasks, a `trainable` that picks nothing, an episode with a task axis in `init`, leaves of
+        episodes in `update` that disagree in their leading axis (or have none, or no task), labels that no class of
+        the task has (in `init`), a frozen base that does not fit the state, values for the state from a learner without
+        `update_state`, or another number of tasks than `init(num_tasks=)` made the states of a persistent estimator
+        for.
 
     >>> import jax, jax.numpy as jnp, optax, metajax
     >>> learner = metajax.learners.maml(metajax.models.mlp(outputs=2), inner=optax.sgd(0.1))
@@ -66,7 +92,7 @@ def outer_update(
     >>> int(state.step), sorted(metrics)
     (1, ['accuracy', 'accuracy_before', 'grad_norm', 'inner_loss', 'loss', 'loss_before'])
     """
-    _validate.instance("learner", learner, Learner)
+    _validate.learner(learner, ("adapt", "outer_loss"))
     _validate.instance("optimizer", optimizer, optax.GradientTransformation)
     _validate.instance("hypergrad", hypergrad, Hypergrad)
     if isinstance(task_batching, str):
@@ -75,39 +101,56 @@ def outer_update(
         _validate.positive_int("task_batching", task_batching)
     optimizer = optax.with_extra_args_support(optimizer)
     axes = () if axis_name is None else (axis_name,)
+    task_type = tasks.of(learner)
+    before = before and learner.problem is not None and learner.objective != "prequential"
 
-    def init(key: jax.Array, episode: Episode, params: Params | None = None, num_tasks: int = 1) -> MetaState:
+    def init(
+        key: jax.Array, episode: Episode, params: Params = None, *, frozen: Params = None, num_tasks: int = 1
+    ) -> MetaState:
+        _check_one(episode, task_type.classes)
         params_key, state_key, key = jax.random.split(key, 3)
         if params is None:
-            params = learner.init(params_key, episode.support.inputs)
+            params = _first_params(learner, params_key, episode.support.inputs, frozen)
+        _tree.merge(params, frozen)
         # a copy of what is given: a jitted update may donate its state
-        params = jax.tree.map(jnp.array, params)
-        trained, _ = _tree.split(params, trainable, name="trainable")
-        one = hypergrad.init(learner, params, episode, state_key)
+        params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.result_type(leaf)), params)
+        trained, untrained = _tree.split(params, trainable, name="trainable")
+        one = hypergrad.init(learner, trained, episode, state_key, frozen=_shared(untrained, frozen))
         many = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (num_tasks, *jnp.shape(leaf))), one)
-        return MetaState(params, optimizer.init(trained), many, jnp.zeros([], jnp.int32), key)
+        return _tree.strong(MetaState(params, optimizer.init(trained), many, jnp.zeros([], jnp.int32), key))
 
-    def one_task(trained: Params, frozen: Params, state: Any, episode: Episode, key: jax.Array) -> tuple[Sums, Any]:
-        task_key, adapt_key, before_key = jax.random.split(key, 3)
+    def one_task(
+        trained: Params, shared: Params, state: Any, episode: Episode, key: jax.Array
+    ) -> tuple[PartialSums, PerTask]:
+        task_key, before_key = jax.random.split(key)
         (loss, aux), grads, state = hypergrad.value_and_grad(
-            learner, trained, state, episode, key=task_key, frozen=frozen
+            learner, trained, state, episode, key=task_key, frozen=shared
         )
-        episode = aux.get("episode", episode)  # an estimator that carries inner loops has episodes of its own
-        metrics = _describe(loss, aux, episode)
-        metrics |= {name: aux[name] for name in ("inner_loss", "inner_grad_norm", "solver_residual") if name in aux}
-        if before and learner.problem is not None:
-            full = jax.lax.stop_gradient(_tree.merge(trained, frozen))
-            adapted = learner.adapt(full, episode.support, num_steps=0, key=adapt_key)
-            value, told = learner.outer_loss(adapted, full, episode.query, key=before_key)
-            metrics |= {f"{name}_before": metric for name, metric in _describe(value, told, episode).items()}
-        if "state" in aux:
-            metrics["state"] = aux["state"]
+        episode = episode if aux.episode is None else aux.episode
+        metrics = _describe(loss, aux, episode, task_type)
+        metrics |= {name: value for name, value in aux.metrics.items() if name != "inner_loss"}
+        if before:
+            full = jax.lax.stop_gradient(_tree.fill(trained, shared))
+            value, found = outer_objective(learner, full, episode, key=before_key, num_steps=0)
+            metrics |= {
+                f"{name}_before": metric for name, metric in _describe(value, found, episode, task_type).items()
+            }
+        if learner.update_state is None and jax.tree.leaves((aux.state, aux.collected)):
+            raise ValueError("learner.update_state must be given where outer_loss gives Aux.state or Aux.collected")
+        counts, inner = _counts(learner, episode, aux), ()
+        if aux.inner_losses is not None:
+            values, valid = aux.inner_losses
+            inner = (jnp.where(valid, values, 0), valid.astype(values.dtype))
+        averaged, exact = _tree.split_floats(aux.state)
         # where, not a product: an all-padding task may be NaN and must still not count
-        counts = jnp.any(_losses.kept_examples(episode.query))
-        grads, metrics = jax.tree.map(lambda leaf: jnp.where(counts, leaf, jnp.zeros_like(leaf)), (grads, metrics))
-        return Sums(counts.astype(jnp.float32), grads, metrics), state
+        summed = jax.tree.map(
+            lambda leaf: jnp.where(counts, leaf, jnp.zeros_like(leaf)), (grads, metrics, inner, averaged)
+        )
+        return PartialSums(counts.astype(jnp.float32), *summed), PerTask(state, aux.collected, exact, counts)
 
-    def sums(state: MetaState, episodes: Episode, axes: tuple[str, ...] = ()) -> tuple[Sums, Any]:
+    def partial_sums(
+        state: MetaState, episodes: Episode, frozen: Params = None, axes: tuple[str, ...] = ()
+    ) -> tuple[PartialSums, PerTask]:
         num_tasks = _num_tasks(episodes)
         kept = {leaf.shape[0] for leaf in jax.tree.leaves(state.hypergrad_state)} - {num_tasks}
         if kept:
@@ -115,7 +158,9 @@ def outer_update(
                 f"episodes must have as many tasks as the estimator keeps states, which init(num_tasks=) says: "
                 f"got {num_tasks} tasks and {kept.pop()} states"
             )
-        local, shared = _tree.vary(_tree.split(state.params, trainable, name="trainable"), axes)
+        _check_complete(learner, _tree.merge(state.params, frozen), episodes)
+        trained, untrained = _tree.split(state.params, trainable, name="trainable")
+        local, shared = _tree.vary((trained, _shared(untrained, frozen)), axes)
         first = jax.lax.axis_index(axes) * num_tasks  # 0 without axes
         step_key = jax.random.fold_in(state.key, state.step)
         keys = jax.vmap(lambda task: jax.random.fold_in(step_key, task))(first + jnp.arange(num_tasks))
@@ -125,39 +170,143 @@ def outer_update(
             (state.hypergrad_state, episodes, keys), size, axes,
         )  # fmt: skip
 
-    def apply(state: MetaState, total: Sums, hypergrad_state: Any) -> tuple[MetaState, dict[str, Any]]:
-        trained, frozen = _tree.split(state.params, trainable, name="trainable")
+    def apply_updates(
+        state: MetaState, total: PartialSums, per_task: PerTask, frozen: Params = None
+    ) -> tuple[MetaState, dict[str, Any]]:
+        trained, untrained = _tree.split(state.params, trainable, name="trainable")
         weight = total.weight
-        grads, metrics = jax.tree.map(
-            lambda leaf: leaf / jnp.maximum(weight, 1).astype(leaf.dtype), (total.grads, total.metrics)
+        grads, metrics, averaged = jax.tree.map(
+            lambda leaf: leaf / jnp.maximum(weight, 1).astype(leaf.dtype), (total.grads, total.metrics, total.state)
         )
+        if total.inner:
+            values, counts = total.inner
+            metrics["inner_loss"] = values / jnp.maximum(counts, 1)
         updates, opt_state = optimizer.update(grads, state.opt_state, trained, value=metrics["loss"])
-        params = _tree.merge(optax.apply_updates(trained, updates), frozen)
-        if "state" in metrics:
-            params = _write(params, metrics.pop("state"), weight)
+        params = _tree.fill(optax.apply_updates(trained, updates), untrained)
+        if learner.update_state is not None:
+            averaged = _tree.fill(averaged, _agreed(per_task))
+            full = _tree.merge(params, frozen)
+            new = learner.update_state(full, averaged, Collected(per_task.collected, per_task.counts))
+            params = _written(params, full, new, weight)
         metrics["grad_norm"] = optax.tree.norm(grads)
-        return MetaState(params, opt_state, hypergrad_state, state.step + 1, state.key), metrics
+        return MetaState(params, opt_state, per_task.hypergrad_state, state.step + 1, state.key), metrics
 
-    def update(state: MetaState, episodes: Episode) -> tuple[MetaState, dict[str, Any]]:
-        total, hypergrad_state = sums(state, episodes, axes)
-        return apply(state, jax.lax.psum(total, axes), hypergrad_state)
+    def update(state: MetaState, episodes: Episode, frozen: Params = None) -> tuple[MetaState, dict[str, Any]]:
+        total, per_task = partial_sums(state, episodes, frozen, axes)
+        if axes:
+            total = jax.lax.psum(total, axes)
+            gathered = jax.tree.map(lambda leaf: _gather(leaf, axes), per_task._replace(hypergrad_state=()))
+            per_task = gathered._replace(hypergrad_state=per_task.hypergrad_state)
+        return apply_updates(state, total, per_task, frozen)
 
-    return OuterUpdate(init, update, axis_name, sums, apply)
-
-
-def _write(params: Params, new: Any, weight: jax.Array) -> Params:
-    """Puts the task mean of new values where `new` has leaves; where no task counted, nothing changes."""
-
-    def pick(old: Any, value: Any) -> Any:
-        return old if value is None else jnp.where(weight > 0, value, old).astype(old.dtype)
-
-    return jax.tree.map(pick, params, new, is_leaf=lambda leaf: leaf is None)
+    return OuterUpdate(init, update, axis_name, partial_sums, apply_updates, task_type)
 
 
-def _describe(loss: jax.Array, aux: dict[str, Any], episode: Episode) -> dict[str, jax.Array]:
+def _shared(untrained: Params, frozen: Params) -> Params:
+    """What the learner sees beside the trained meta-parameters."""
+    return untrained if frozen is None else _tree.fill(untrained, frozen)
+
+
+def _first_params(learner: Learner, key: jax.Array, inputs: Any, frozen: Params) -> Params:
+    """The meta-parameters that a learner makes; where the base has a leaf, none is made."""
+    if frozen is None:
+        return learner.init(key, inputs)
+    places = jax.tree.map(lambda _: None, jax.eval_shape(learner.init, key, inputs))
+    _tree.merge(places, frozen)  # refuses another structure
+    return jax.jit(lambda key, inputs: _tree.without(learner.init(key, inputs), frozen))(key, inputs)
+
+
+def _check_one(episode: Episode, classes: bool) -> None:
+    """Refuses a batch where one episode is asked for, and labels that no class has."""
+    for name, part in zip(Episode._fields, episode, strict=True):
+        if jnp.ndim(part.mask) != 1:
+            raise ValueError(
+                f"episode must be one task, without a task axis, whose {name}.mask is [n], got shape "
+                f"{list(jnp.shape(part.mask))}"
+            )
+        if classes:
+            _losses.check_labels(part)
+
+
+def _check_complete(learner: Learner, full: Params, episodes: Episode) -> None:
+    """Refuses meta-parameters with gaps that the learner's own do not have: a frozen base that is not there."""
+    gaps = _tree.gaps(full)
+    if not gaps:
+        return
+    inputs = jax.tree.map(lambda leaf: leaf[0], episodes.support.inputs)
+    known = _tree.gaps(jax.eval_shape(learner.init, jax.random.key(0), inputs))
+    missing = [path for path in gaps if path not in known]
+    if missing:
+        raise ValueError(
+            f"frozen must have a leaf where the state has none, got none for {', '.join(missing[:3])}"
+            + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        )
+
+
+def _counts(learner: Learner, episode: Episode, aux: Aux) -> jax.Array:
+    """Whether the objective of a task has a term that is no padding."""
+    counts = jnp.zeros([], bool)
+    if learner.objective != "prequential":
+        counts |= jnp.any(_losses.kept_examples(tasks.of(learner), episode.query))
+    if learner.objective != "query" and aux.inner_losses is not None:
+        counts |= jnp.any(aux.inner_losses.valid)
+    return counts
+
+
+def _agreed(per_task: PerTask) -> Any:
+    """The values that are no floating-point numbers, of the first task that counts.
+
+    Raises:
+      ValueError: tasks disagree, where values are known (not while tracing).
+    """
+    first = jnp.argmax(per_task.counts)
+
+    def agree(leaf: Any) -> Any:
+        value = leaf[first]
+        if not isinstance(leaf, jax.core.Tracer):
+            other = leaf[per_task.counts]
+            if not bool(jnp.all(other == value)):
+                raise ValueError(f"integers of Aux.state must be the same in all tasks, got {other}")
+        return value
+
+    return jax.tree.map(agree, per_task.state)
+
+
+def _gather(leaf: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Values of all devices along the leading axis, in the order of the tasks."""
+    count, size = leaf.shape[0], jax.lax.axis_size(axes)
+    numbers = leaf.astype(jnp.int8) if leaf.dtype == bool else leaf
+    # a sum with zeros, which every device knows to be the same on all of them
+    whole = jnp.zeros((size * count, *leaf.shape[1:]), numbers.dtype)
+    placed = jax.lax.dynamic_update_slice_in_dim(_tree.vary(whole, axes), numbers, jax.lax.axis_index(axes) * count, 0)
+    return jax.lax.psum(placed, axes).astype(leaf.dtype)
+
+
+def _written(params: Params, full: Params, new: Params, weight: jax.Array) -> Params:
+    """The parameters of the state with what `update_state` changed; where no task counted, nothing changes."""
+    if jax.tree.structure(new) != jax.tree.structure(full):
+        raise ValueError(
+            f"update_state must return meta-parameters of the structure that it gets, got {jax.tree.structure(new)} for "
+            f"{jax.tree.structure(full)}"
+        )
+
+    def write(path: str, old: Any, own: Any, value: Any) -> Any:
+        if value is own:
+            return old
+        if old is None or jnp.shape(value) != jnp.shape(old):
+            what = "is frozen" if old is None else f"has shape {jnp.shape(old)}, got {jnp.shape(value)}"
+            raise ValueError(f"update_state must not change {path}, which {what}")
+        return jnp.where(weight > 0, value, old).astype(old.dtype)
+
+    return _tree.map_with_path(write, params, full, new)
+
+
+def _describe(loss: jax.Array, aux: Aux, episode: Episode, task: TaskType) -> dict[str, jax.Array]:
     metrics = {"loss": loss}
-    if _losses.is_integer(episode.query.targets):
-        metrics["accuracy"] = _losses.accuracy(aux["outputs"], episode.query).astype(loss.dtype)
+    if aux.outputs is not None and task.metric.name != "loss":
+        scores = task.metric.score(aux.outputs, _losses.clear_padding(episode.query.targets, episode.query.mask))
+        kept = _losses.kept_examples(task, episode.query)
+        metrics[task.metric.name] = _losses.mean_over(scores, kept).astype(loss.dtype)
     return metrics
 
 
@@ -166,6 +315,12 @@ def _num_tasks(episodes: Episode) -> int:
     if len(sizes) != 1 or None in sizes or 0 in sizes:
         found = ", ".join(sorted(map(str, sizes)))
         raise ValueError(f"episodes must carry one leading task axis on every leaf, got leading sizes {found}")
+    for name, part in zip(Episode._fields, episodes, strict=True):
+        if part.mask.ndim != 2:
+            raise ValueError(
+                f"episodes must carry one leading task axis, so that {name}.mask is [tasks, n], got shape "
+                f"{list(part.mask.shape)}"
+            )
     (size,) = sizes
     return int(size)  # type: ignore[arg-type]
 

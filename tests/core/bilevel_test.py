@@ -118,7 +118,7 @@ def test_targets_and_inputs_may_be_any_trees():
         return jnp.mean((support.inputs["x"] @ params - support.inputs["y"]) ** 2) + meta_params * params @ params
 
     def outer_loss(params, meta_params, query, *, key=None):
-        return jnp.mean((query.inputs["x"] @ params - query.inputs["y"]) ** 2), {"size": params @ params}
+        return jnp.mean((query.inputs["x"] @ params - query.inputs["y"]) ** 2), metajax.Aux(metrics={"size": params @ params})
 
     learner = metajax.bilevel(problem(loss, 5), outer_loss, init=lambda key, inputs: jnp.array(0.1))
     outer = metajax.outer_update(learner, optax.sgd(1.0), hypergrad=hypergrad.unrolled(), task_batching="vmap")
@@ -151,20 +151,21 @@ def test_outputs_bring_accuracy():
         return cost(params, query)
 
     def told(params, penalty, query, *, key=None):
-        return cost(params, query), {"outputs": -logistic(params, query.inputs)}
+        return cost(params, query), metajax.Aux(-logistic(params, query.inputs))
 
     base = problem(lambda params, penalty, support: cost(params, support) + penalty * params @ params, 5)
     found = []
     for outer_loss, predict in ((plain, logistic), (told, None), (told, logistic)):
-        learner = metajax.bilevel(base, outer_loss, predict=predict)
+        learner = metajax.bilevel(base, outer_loss, predict=predict, task=metajax.tasks.classification)
         outer = metajax.outer_update(learner, optax.sgd(0.1), hypergrad=hypergrad.unrolled(), before=False)
         state = outer.init(jax.random.key(0), LABELS, jnp.array(0.1))
         found.append(float(jax.jit(outer.update)(state, worlds.stack([LABELS]))[1]["accuracy"]))
     assert found[0] > 0.8
     np.testing.assert_allclose(found[1:], 1 - found[0], rtol=1e-5)  # what outer_loss says of itself comes first
-    learner = metajax.bilevel(base, plain)
-    with pytest.raises(ValueError, match=r"query\.targets must not be integers without outputs"):
-        learner.outer_loss(jnp.zeros(3), jnp.array(0.1), LABELS.query)
+    alone = metajax.bilevel(base, plain, predict=logistic)  # no task type: no metric
+    outer = metajax.outer_update(alone, optax.sgd(0.1), hypergrad=hypergrad.unrolled(), before=False)
+    state = outer.init(jax.random.key(0), LABELS, jnp.array(0.1))
+    assert "accuracy" not in jax.jit(outer.update)(state, worlds.stack([LABELS]))[1]
 
 
 def test_adapt_and_predict():
@@ -205,7 +206,7 @@ def test_nan_in_the_inner_loop_shows():
     task = task._replace(support=task.support._replace(targets=task.support.targets.at[0].set(jnp.nan)))
     (value, aux), grads = gradient(metajax.bilevel(WEIGHED, validation), jnp.zeros(8), hypergrad.unrolled(), task)
     assert np.isnan(value)
-    assert np.all(np.isnan(aux["inner_loss"]))
+    assert np.all(np.isnan(aux.metrics["inner_loss"]))
     assert np.any(np.isnan(grads))
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from metajax import tasks
 from metajax.core import Examples, accuracy, cross_entropy, span_cross_entropy, squared_error
 from metajax.core import _losses as losses
 
@@ -44,7 +45,7 @@ def test_span_cross_entropy_by_hand():
 
 
 def test_positions_with_large_negative_logits_do_not_count():
-    padded = jnp.concatenate([jnp.array(SPANS), jnp.full([3, 2, 2], losses.ABSENT)], axis=1)
+    padded = jnp.concatenate([jnp.array(SPANS), jnp.full([3, 2, 2], losses.absent_logit(jnp.float32))], axis=1)
     targets = jnp.array([[1, 2], [0, 0], [2, 1]])
     np.testing.assert_allclose(
         span_cross_entropy(padded, targets), span_cross_entropy(jnp.array(SPANS), targets), rtol=1e-6
@@ -62,9 +63,9 @@ def test_span_cross_entropy_shapes(outputs, targets):
 
 
 def test_accuracy_of_spans_counts_both_ends():
-    kept = examples([[2, 0], [0, -1], [0, 2]], [True, True, False])
-    assert float(accuracy(jnp.array(SPANS), kept)) == 1
-    assert float(accuracy(jnp.array(SPANS), kept._replace(targets=jnp.array([[2, 1], [1, -1], [0, 2]])))) == 0.25
+    score = tasks.spans.metric.score
+    np.testing.assert_array_equal(score(jnp.array(SPANS), jnp.array([[2, 0], [0, -1], [0, 2]])), [1, 1, 0.5])
+    np.testing.assert_array_equal(score(jnp.array(SPANS), jnp.array([[2, 1], [1, -1], [0, 2]])), [0.5, 0, 0.5])
 
 
 def test_squared_error_by_hand():
@@ -80,17 +81,17 @@ def test_squared_error_shapes():
 def test_mean_loss_over_kept_examples():
     outputs = jnp.array([[1.0], [2.0], [jnp.nan], [7.0]])
     kept = examples([[0.0], [0.0], [jnp.nan], [0.0]], [True, True, False, False])
-    assert float(losses.mean_loss(squared_error, outputs, kept)) == 2.5
-    assert float(losses.mean_loss(squared_error, outputs, kept._replace(mask=jnp.zeros(4, bool)))) == 0
+    assert float(losses.mean_loss(tasks.regression, outputs, kept)) == 2.5
+    assert float(losses.mean_loss(tasks.regression, outputs, kept._replace(mask=jnp.zeros(4, bool)))) == 0
     # an example without a target counts no more than padding
     labels = examples([0, -1, 1, 1], [True, True, True, False])
     expected = np.mean([-np.log(0.5), -np.log(0.5)])
-    np.testing.assert_allclose(losses.mean_loss(cross_entropy, jnp.zeros([4, 2]), labels), expected, rtol=1e-6)
+    np.testing.assert_allclose(losses.mean_loss(tasks.classification, jnp.zeros([4, 2]), labels), expected, rtol=1e-6)
 
 
 def test_gradient_of_a_masked_loss_is_zero_and_not_nan():
     kept = examples([[1.0], [jnp.nan]], [True, False])
-    slope = jax.grad(lambda w: losses.mean_loss(squared_error, w * jnp.array([[1.0], [2.0]]), kept))(jnp.array(3.0))
+    slope = jax.grad(lambda w: losses.mean_loss(tasks.regression, w * jnp.array([[1.0], [2.0]]), kept))(jnp.array(3.0))
     assert float(slope) == 4.0
 
 

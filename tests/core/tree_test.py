@@ -25,9 +25,9 @@ def test_split_picks_and_merge_undoes(where, picked):
     chosen, rest = _tree.split(TREE, where)
     assert jax.tree.leaves(chosen) == picked
     assert sorted(jax.tree.leaves(chosen) + jax.tree.leaves(rest)) == [1, 2, 3, 4]
-    assert _tree.merge(chosen, rest) == TREE
-    assert _tree.merge(rest, chosen) == TREE
-    assert _tree.merge(TREE, None) is TREE
+    assert _tree.fill(chosen, rest) == TREE
+    assert _tree.fill(rest, chosen) == TREE
+    assert _tree.fill(TREE, None) is TREE
 
 
 def test_nothing_picked_names_the_argument_and_the_paths():

@@ -1,4 +1,4 @@
-"""Exact match and F1 by hand, spans against a search over all, and evaluate_answers against tables of right answers."""
+"""Exact match and F1 by hand, spans against a search over all, and `answers` against tables of right answers."""
 
 import itertools
 import json
@@ -12,7 +12,7 @@ import pytest
 import metajax
 from metajax import core, learners
 from metajax.data import AnswerSource, EpisodeSpec, Question, episode, episode_batch, question_answering
-from metajax.evaluation import answer_scores, best_span, evaluate, evaluate_answers
+from metajax.evaluation import answer_scores, answers, best_span, evaluate
 
 
 @pytest.mark.parametrize(
@@ -158,39 +158,35 @@ def test_the_oracle_is_right_after_adaptation_only(source):
     model = oracle(source)
     learner = maml(model)
     done = []
-    found = evaluate_answers(learner, jnp.zeros([]), source, SPEC, episodes=30, batch=7, progress=done.append)
+    found = evaluate(learner, jnp.zeros([]), source, SPEC, episodes=30, batch=7, progress=done.append)
     assert done == [7, 14, 21, 28, 30]
-    assert found.after.exact_match == found.after.f1 == 1.0, "the window with the answer wins over the others"
-    assert (found.after.exact_match_ci95, found.after.f1_ci95) == (0, 0)
-    assert found.before.exact_match < 0.6
-    assert found.after.values.shape == found.before.values.shape == (30, 2)
-    assert (found.left_out, found.episodes, found.seed, found.spec) == (4, 30, 0, SPEC)
-    table = str(found)
-    assert "1 support and 2 query questions" in table
-    assert [table.splitlines()[line] for line in (-3, -1)] == [
-        "after     exact match 100.00 +- 0.00 %, F1 100.00 +- 0.00 %", "F1 100.00 +- 0.00 % (30 episodes)"
-    ]  # fmt: skip
     assert (found.metric, found.mean, found.ci95, found.transductive) == ("f1", 1.0, 0.0, False)
-    again = evaluate_answers(learner, jnp.zeros([]), source, SPEC, episodes=30, num_steps=0)
-    np.testing.assert_array_equal(again.after.values, found.before.values)
-    accuracy = evaluate(learner, jnp.zeros([]), source, SPEC, episodes=5)
-    assert accuracy.mean == 1.0, "plain evaluation counts ends of spans"
+    assert found.scores["exact_match"].mean() == 1.0, "the window with the answer wins over the others"
+    assert found.before["exact_match"].mean() < 0.6
+    assert found.scores["f1"].shape == found.before["exact_match"].shape == (30,)
+    assert (found.episodes, found.seed, found.spec) == (30, 0, SPEC)
+    table = str(found)
+    assert "1 support and 2 query examples" in table
+    assert "left out       4 questions" in table
+    assert [table.splitlines()[line] for line in (-3, -1)] == [
+        "after          exact match 100.00 +- 0.00 %, f1 100.00 +- 0.00 %", "f1 100.00 +- 0.00 % (30 episodes)"
+    ]  # fmt: skip
+    again = evaluate(learner, jnp.zeros([]), source, SPEC, episodes=30, num_steps=0, before=False)
+    np.testing.assert_array_equal(again.values, found.before["f1"])
+    assert again.before is None
 
 
 def test_values_are_those_of_the_episodes(source):
     """Before adaptation all logits are equal, and the first token of the first window is the answer."""
-    found = evaluate_answers(maml(oracle(source)), jnp.zeros([]), source, SPEC, episodes=25, seed=3)
-    for index, values in enumerate(found.before.values):
+    found = evaluate(maml(oracle(source)), jnp.zeros([]), source, SPEC, episodes=25, seed=3)
+    for index in range(25):
         questions = [source.questions[place] for place in episode(source, SPEC, seed=3, index=index).query.inputs["id"]]
         expected = [answer_scores(question.context.split()[0], question.answers) for question in questions]
+        values = [found.before[name][index] for name in ("exact_match", "f1")]
         np.testing.assert_allclose(values, np.mean(expected, axis=0))
-    exact = found.before.values[:, 0]
-    assert found.before.exact_match == pytest.approx(exact.mean())
-    assert found.before.exact_match_ci95 == pytest.approx(1.96 * exact.std(ddof=1) / 5)
-    assert found.before.f1 == pytest.approx(found.before.values[:, 1].mean())
-    gains = found.after.values[:, 1] - found.before.values[:, 1]  # of the same episodes: a narrower interval
+    gains = found.values - found.before["f1"]  # of the same episodes: a narrower interval
     assert found.gain == (pytest.approx(gains.mean()), pytest.approx(1.96 * gains.std(ddof=1) / len(gains) ** 0.5))
-    assert f"gain      F1 {100 * gains.mean():+.2f} +- " in str(found)
+    assert f"gain           f1 {100 * gains.mean():+.2f} +- " in str(found)
 
 
 def test_nothing_of_the_answer_is_seen(source):
@@ -206,7 +202,7 @@ def test_nothing_of_the_answer_is_seen(source):
 
     learner = maml(metajax.Model(lambda key, inputs: jnp.ones([]), apply))
     only = EpisodeSpec(ways=1, shots=1, queries=3)
-    evaluate_answers(learner, jnp.ones([]), source, only, episodes=2, batch=1, num_steps=0)
+    evaluate(learner, jnp.ones([]), source, only, episodes=2, batch=1, num_steps=0)
     jax.effects_barrier()
     drawn = episode(source, only, seed=0, index=0).query.inputs["id"]
     windows = {tuple(line) for line in source.inputs["tokens"][np.isin(source.inputs["id"], drawn)]}
@@ -219,17 +215,21 @@ def test_answers_that_are_not_finite_or_too_long_are_wrong(source):
     )
     learner = metajax.Learner(
         lambda key, inputs: (), lambda params, support, **options: params,
-        lambda adapted, inputs, **options: nowhere.apply(adapted, inputs), lambda *args, **options: (0.0, {}),
+        lambda adapted, inputs, **options: nowhere.apply(adapted, inputs), lambda *args, **options: (0.0, metajax.Aux()),
+        task=metajax.tasks.spans,
     )  # fmt: skip
-    found = evaluate_answers(learner, (), source, SPEC, episodes=4)
+    found = evaluate(learner, (), source, SPEC, episodes=4)
     assert found.before is None, "no inner loop"
     assert found.gain is None
-    assert (found.after.exact_match, found.after.f1) == (0, 0)
+    assert found.mean == found.scores["exact_match"].mean() == 0
+    assert found.nonfinite == 4 * 2
     assert "before" not in str(found)
-    short = evaluate_answers(maml(oracle(source)), jnp.zeros([]), source, SPEC, episodes=30, max_answer=1)
-    full = evaluate_answers(maml(oracle(source)), jnp.zeros([]), source, SPEC, episodes=30)
-    assert short.after.exact_match < full.after.exact_match == 1, "answers of two words are out of reach"
-    assert short.after.f1 > short.after.exact_match
+    options = {"episodes": 30, "judge": answers(max_answer=1)}
+    short = evaluate(maml(oracle(source)), jnp.zeros([]), source, SPEC, **options)
+    full = evaluate(maml(oracle(source)), jnp.zeros([]), source, SPEC, episodes=30)
+    exact = short.scores["exact_match"].mean()
+    assert exact < full.scores["exact_match"].mean() == 1, "answers of two words are out of reach"
+    assert short.mean > exact
 
 
 def test_a_meta_step_on_spans(source):
@@ -269,10 +269,11 @@ def test_rules_of_languages():
         metajax.Model(lambda key, x: jnp.ones([]), lambda params, x: params * logits[None].repeat(len(x["id"]), 0))
     )
     options = {"spec": EpisodeSpec(1, 1, 1), "episodes": 2, "num_steps": 0}
-    assert evaluate_answers(learner, jnp.ones([]), of("zh"), **options).after.f1 == 0
-    assert evaluate_answers(learner, jnp.ones([]), of("zh"), rules="mlqa", **options).after.f1 == pytest.approx(0.8)
+    assert evaluate(learner, jnp.ones([]), of("zh"), **options).mean == 0
+    options["judge"] = answers(rules="mlqa")
+    assert evaluate(learner, jnp.ones([]), of("zh"), **options).mean == pytest.approx(0.8)
     with pytest.raises(ValueError, match=r"language must be one of 'ar', .*, got 'xx'"):
-        evaluate_answers(learner, jnp.ones([]), of("xx"), rules="mlqa", **options)
+        evaluate(learner, jnp.ones([]), of("xx"), **options)
 
 
 @pytest.mark.parametrize(
@@ -282,10 +283,8 @@ def test_rules_of_languages():
         ({"seed": -1}, "seed must be an integer of at least 0"),
         ({"num_steps": -1}, "num_steps must be an integer of at least 0"),
         ({"batch": 0}, "batch must be an integer of at least 1"),
-        ({"max_answer": 0}, "max_answer must be an integer of at least 1"),
-        ({"rules": "xquad"}, "rules must be one of 'squad', 'mlqa', got 'xquad'"),
         ({"learner": None}, "learner must be of type Learner, got None"),
-        ({"source": metajax.data.sinusoids(split="test")}, "source must be of type AnswerSource, got"),
+        ({"source": metajax.data.sinusoids(split="test")}, "got regression of source and spans of learner"),
         ({"spec": EpisodeSpec(1, 3, 3)}, r"shots \+ queries is 3 \+ 3 = 6, but class 'en/T0' of .* has 4 examples"),
         ({"learner": maml(metajax.Model(lambda key, x: jnp.ones([]), lambda params, x: params * x["tokens"]))},
          r"targets of spans must be \[n, 2\] for outputs \[n, length, 2\], got"),
@@ -294,4 +293,15 @@ def test_rules_of_languages():
 def test_refusals(source, options, error):
     given = {"learner": maml(oracle(source)), "params": jnp.zeros([]), "source": source, "spec": SPEC, "num_steps": 0}
     with pytest.raises(ValueError, match=error):
-        evaluate_answers(**{**given, **options})
+        evaluate(**{**given, **options})
+
+
+def test_judges_that_are_refused():
+    with pytest.raises(ValueError, match="max_answer must be an integer of at least 1, got 0"):
+        answers(max_answer=0)
+    with pytest.raises(ValueError, match="rules must be one of 'squad', 'mlqa', got 'xquad'"):
+        answers(rules="xquad")
+    waves, spec = metajax.data.sinusoids(split="test"), EpisodeSpec(1, 2, 2)
+    learner = learners.maml(metajax.models.mlp(1), optax.sgd(0.1), task=metajax.tasks.regression)
+    with pytest.raises(ValueError, match="source must be of type AnswerSource, got"):
+        evaluate(learner, (), waves, spec, judge=answers())

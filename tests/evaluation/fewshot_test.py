@@ -113,10 +113,10 @@ def test_one_compilation_for_all_chunks_and_all_parameters(source):
     learner = learners.prototypical(metajax.Model(lambda key, x: jnp.ones([]), apply))
     evaluate(learner, jnp.ones([]), source, SPEC, episodes=23, batch=10)
     once = len(traces)
-    before = _fewshot._scores._cache_size()
+    before = _fewshot._values._cache_size()
     evaluate(learner, jnp.full([], 2.0), source, SPEC, episodes=23, batch=10, seed=5)
     evaluate(learner, np.float32(2.0), source, SPEC, episodes=40, batch=10)
-    assert (len(traces), _fewshot._scores._cache_size()) == (once, before)
+    assert (len(traces), _fewshot._values._cache_size()) == (once, before)
 
 
 def test_num_steps_reaches_the_learner(source):
@@ -148,7 +148,7 @@ def test_fewer_ways_than_outputs_are_masked_and_more_are_refused(source, monkeyp
     large["head"]["bias"] = large["head"]["bias"].at[3].set(1e4)  # would win if it were not masked
     found = evaluate(learner, large, source, data.EpisodeSpec(3, 3, 4), episodes=20)
     assert found.mean > 0.6
-    monkeypatch.setattr(_fewshot, "_scores", None)
+    monkeypatch.setattr(_fewshot, "_values", None)
     with pytest.raises(ValueError, match=r"ways must be at most 4, .* got 5"):
         evaluate(learner, params, source, data.EpisodeSpec(5, 1, 4), episodes=20)
 
@@ -191,7 +191,8 @@ def test_parameters_that_are_not_finite_score_nothing(source):
     params = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), params)
     found = evaluate(learner, params, source, SPEC, episodes=10)
     assert (found.mean, found.ci95, found.transductive) == (0.0, 0.0, None)
-    assert "not finite" in str(found)
+    assert found.nonfinite == found.episodes * SPEC.queries * SPEC.ways
+    assert f"not finite     {found.nonfinite} predictions, which are not finite, count as wrong" in str(found)
 
 
 def test_regression_reports_the_mean_squared_error():

@@ -2,11 +2,12 @@
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 import metajax
 from metajax import data, learners
-from metajax.evaluation import _fewshot, auroc, evaluate, evaluate_out_of_scope
+from metajax.evaluation import _fewshot, auroc, evaluate, out_of_scope
 
 IDENTITY = metajax.Model(lambda key, x: (), lambda params, x: x)
 LEARNER = learners.prototypical(IDENTITY)
@@ -52,8 +53,8 @@ def test_auroc_refuses(scores, positive, text):
 @pytest.mark.parametrize("score", ["logit", "probability"])
 def test_values_are_those_of_the_episodes(source, score):
     beyond = outside(np.random.default_rng(2).normal(size=(12, 6)))  # as many as queries: all of them in each episode
-    done, options = [], {"score": score, "episodes": 7, "seed": 3, "batch": 5}
-    found = evaluate_out_of_scope(LEARNER, (), source, beyond, SPEC, **options, progress=done.append)
+    done, options = [], {"judge": out_of_scope(beyond, score=score), "episodes": 7, "seed": 3, "batch": 5}
+    found = evaluate(LEARNER, (), source, SPEC, **options, progress=done.append)
     assert done == [5, 7]
     expected = []
     for index in range(7):
@@ -69,18 +70,20 @@ def test_values_are_those_of_the_episodes(source, score):
     np.testing.assert_allclose(found.values, expected, atol=1e-6)
     probabilities = np.exp((logits - logits.max(-1, keepdims=True)).astype(np.float32))
     assert (probabilities.sum(-1) == 1).sum() > 2  # of which many are 1 in float32, and still not tied
-    assert (found.score, found.episodes, found.seed) == (score, 7, 3)
+    assert (found.metric, found.episodes, found.seed) == ("out_of_scope_auroc", 7, 3)
+    assert f"out of scope   12 inputs, told by the largest {score}" in str(found)
     assert found.mean == pytest.approx(np.mean(found.values))
 
 
 def test_far_inputs_are_told_and_those_of_the_class_itself_are_not(source):
-    found = evaluate_out_of_scope(LEARNER, (), source, outside(np.full([99, 6], 50.0)), SPEC, score="logit", episodes=9)
+    far = out_of_scope(outside(np.full([99, 6], 50.0)), score="logit")
+    found = evaluate(LEARNER, (), source, SPEC, judge=far, episodes=9)
     assert found.mean == 1.0
     # one class, and outside of it the same distribution
     cloud = np.random.default_rng(3).normal(size=(400, 6)).astype(np.float32)
     same = data.ClassSource("one", "test", cloud[:200], np.zeros(200, int), ("a",))
     spec = data.EpisodeSpec(1, 2, 20)
-    found = evaluate_out_of_scope(LEARNER, (), same, outside(cloud[200:]), spec, score="logit", episodes=60)
+    found = evaluate(LEARNER, (), same, spec, judge=out_of_scope(outside(cloud[200:]), score="logit"), episodes=60)
     assert abs(found.mean - 0.5) < 3 * found.ci95
 
 
@@ -96,20 +99,22 @@ def test_longer_texts_from_outside_share_a_batch_with_shorter_queries():
     model = metajax.Model(lambda key, x: (), lambda params, x: x["mask"].sum(1, keepdims=True).astype(np.float32))
     learner, spec = learners.prototypical(model), data.EpisodeSpec(2, 1, 2)
     for inside, beyond in ((2, 7), (7, 2)):
-        found = evaluate_out_of_scope(
-            learner, (), texts("x", inside, 12), texts("y", beyond, 12), spec, score="logit", episodes=3
-        )
+        judge = out_of_scope(texts("y", beyond, 12), score="logit")
+        found = evaluate(learner, (), texts("x", inside, 12), spec, judge=judge, episodes=3)
         assert found.values.tolist() == [1.0, 1.0, 1.0]  # queries are as long as their prototypes, the others are not
 
 
 def test_refusals(source):
     with pytest.raises(ValueError, match="score must be one of 'probability', 'logit', got 'energy'"):
-        evaluate_out_of_scope(LEARNER, (), source, outside(np.zeros([3, 6])), SPEC, score="energy")
-    with pytest.raises(ValueError, match="source must have classes"):
-        evaluate_out_of_scope(
-            LEARNER, (), data.sinusoids(split="test"), outside(np.zeros([3, 1])),
-            data.EpisodeSpec(1, 2, 2), episodes=2,
-        )  # fmt: skip
+        out_of_scope(outside(np.zeros([3, 6])), score="energy")
+    with pytest.raises(ValueError, match="outside must be of type ClassSource, got None"):
+        out_of_scope(None)
+    waves, spec, judge = data.sinusoids(split="test"), data.EpisodeSpec(1, 2, 2), out_of_scope(outside(np.zeros([3, 1])))
+    learner = learners.maml(metajax.models.mlp(1), optax.sgd(0.1), task=metajax.tasks.regression)
+    with pytest.raises(ValueError, match=r"got regression of source and classification of out_of_scope\(\)"):
+        evaluate(learner, learner.init(jax.random.key(0), np.zeros([1, 1])), waves, spec, judge=judge, episodes=2)
+    with pytest.raises(ValueError, match="shuffle_support must be False for regression, whose targets are no labels"):
+        evaluate(learner, (), waves, spec, shuffle_support=True, episodes=2)
 
 
 def test_accuracy_with_shuffled_support_labels_stands_at_chance(source):

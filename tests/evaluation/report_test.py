@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import metajax
-from metajax import data
+from metajax import data, tasks
 from metajax.evaluation import Evaluation, Outputs, _report, report
 
 HISTORY = [{"step": k, "seconds": 0.5 * k, "loss": 1.0 / k, "accuracy": 1 - 1.0 / k} for k in range(1, 40)]
@@ -67,8 +67,8 @@ def test_a_regression_task_shows_both_curves(tmp_path):
     episode = data.episode(data.sinusoids(), data.EpisodeSpec(1, 10, 30), seed=0, index=0)
     history = [{"step": k, "seconds": 1.0 * k, "loss": 1.0 / k, "validation_mse": 2.0} for k in (1, 2)]
     truth = episode.query.targets
-    before = _draw(tmp_path / "both.png", episode, Outputs(truth * 0, truth), history=history)
-    after = _draw(tmp_path / "after.png", episode, truth, history=history)
+    before = _draw(tmp_path / "both.png", episode, Outputs(truth * 0, truth), history=history, task=tasks.regression)
+    after = _draw(tmp_path / "after.png", episode, truth, history=history, task=tasks.regression)
     assert _pixels_of(before, _report.OTHER) > _pixels_of(after, _report.OTHER) + 100
 
 
@@ -79,7 +79,9 @@ def test_other_tasks_are_drawn_too(tmp_path, shape):
     examples = metajax.Examples(rng.normal(size=(20, 4)), rng.integers(0, 3, shape[:-1]), np.ones(20, bool))
     _draw(tmp_path / "classes.png", metajax.Episode(examples, examples), logits)
     examples = examples._replace(targets=logits)
-    _draw(tmp_path / "numbers.png", metajax.Episode(examples, examples), Outputs(logits * 0, logits), history=[])
+    own = tasks.resolve(loss=lambda outputs, targets: outputs[:, 0])  # nothing is known of its outputs
+    _draw(tmp_path / "own.png", metajax.Episode(examples, examples), logits[:, :, None], task=own)
+    _draw(tmp_path / "numbers.png", metajax.Episode(examples, examples), Outputs(logits * 0, logits), history=[], task=tasks.regression)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def test_pulled_back_through_the_start(x64):
         lambda params, meta, support, step, key: jnp.sum((params - support.targets) ** 2),
         lambda meta: optax.sgd(0.1), 2, lambda params, meta, support, key: params,
     )  # fmt: skip
-    outer_loss = lambda adapted, meta, query, key=None: (jnp.sum(adapted**2), {"outputs": adapted})  # noqa: E731
+    outer_loss = lambda adapted, meta, query, key=None: (jnp.sum(adapted**2), metajax.Aux(adapted))  # noqa: E731
     learner = metajax.Learner(None, None, None, outer_loss, problem)
     examples = metajax.Examples(jnp.zeros(3), jnp.array([1.0, 2.0, 3.0]), jnp.ones(3, bool))
     meta = jnp.array([0.5, -1.0])

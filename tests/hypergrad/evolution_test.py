@@ -28,13 +28,13 @@ def quadratic(num_steps, start=lambda meta: ORIGIN, outer=lambda adapted, goal: 
         lambda meta: optax.sgd(RATE), num_steps, lambda params, meta, support, key: params,
     )  # fmt: skip
 
-    def adapt(meta, support, *, unlabelled=None, num_steps=None, key=None):
+    def adapt(meta, support, *, num_steps=None, key=None):
         return _inner.unroll(problem, meta, support, key=key, num_steps=num_steps).adapted
 
     def outer_loss(adapted, meta, query, *, key=None):
-        return outer(adapted, query.targets), {"outputs": adapted}
+        return outer(adapted, query.targets), metajax.Aux(adapted)
 
-    return metajax.Learner(lambda key, inputs: jnp.array(TARGET), adapt, None, outer_loss, problem)
+    return metajax.Learner(lambda key, inputs: jnp.array(TARGET), adapt, None, outer_loss, problem, metajax.tasks.regression)
 
 
 def task(seed=0):
@@ -99,9 +99,9 @@ def test_value_and_predictions_are_those_without_perturbation(x64):
     meta, key = jnp.array(TARGET), jax.random.key(0)
     (loss, aux), _ = jax.jit(hypergrad.value_and_grad(quadratic(4), BOTH))(meta, task(), key=key)
     end = end_of(ORIGIN, TARGET, 4)
-    np.testing.assert_allclose(aux["outputs"], end, rtol=1e-12)
+    np.testing.assert_allclose(aux.outputs, end, rtol=1e-12)
     np.testing.assert_allclose(loss, loss_of(end), rtol=1e-12)
-    assert aux["inner_loss"].shape == (4,)
+    assert aux.metrics["inner_loss"].shape == (4,)
 
 
 @pytest.mark.parametrize("name", worlds.few_by_default(["anil", "prototypical"], lambda name: name == "anil"))
@@ -125,7 +125,7 @@ def linear(learner, direction):
 
     def outer_loss(adapted, meta, query, *, key=None):
         parts = jax.tree.map(lambda a, b: jnp.sum(a * b), direction, meta)
-        return sum(jax.tree.leaves(parts)), {"outputs": ()}
+        return sum(jax.tree.leaves(parts)), metajax.Aux(())
 
     return learner._replace(outer_loss=outer_loss, problem=None)
 
@@ -159,7 +159,7 @@ def test_nan_in_one_inner_loop_is_not_hidden(x64):
     """Only meta-parameters that a perturbation moved far give NaN."""
     one = quadratic(2, outer=lambda adapted, goal: jnp.where(adapted[0] > 1.2, jnp.nan, jnp.sum(adapted)))
     for estimator in (hypergrad.evolution(sigma=2.0, pairs=50), persistent(50, 2, sigma=2.0)):
-        fn = jax.jit(hypergrad.value_and_grad(one, estimator))
+        fn = jax.jit(worlds.first_step(one, estimator))
         (loss, _), grads = fn(jnp.array(TARGET), task(), key=jax.random.key(0))
         assert np.isfinite(loss)
         assert np.isnan(grads).all()
@@ -180,7 +180,7 @@ def run_segments(estimator, one, count, key, episodes):
     def step(state, inputs):
         key, episode = inputs
         (loss, aux), grads, state = estimator.value_and_grad(one, meta, state, episode, key=key)
-        return state, (loss, grads, state, aux["outputs"])
+        return state, (loss, grads, state, aux.outputs)
 
     return jax.lax.scan(step, estimator.init(one, meta, task(99), key), (keys, episodes))[1]
 
@@ -245,15 +245,15 @@ def test_carried_states_and_perturbations(chunk, x64):
 
 
 @pytest.mark.parametrize(
-    ("devices", "stream"), worlds.few_by_default([(1, True), (2, False)], lambda devices, _: devices == 2)
+    ("devices", "fresh_data"), worlds.few_by_default([(1, True), (2, False)], lambda devices, _: devices == 2)
 )
-def test_carried_through_outer_update(devices, stream, x64):
+def test_carried_through_outer_update(devices, fresh_data, x64):
     """Tasks in a batch, one after the other and over devices: the same, and each with a state of its own."""
     batches = [worlds.stack([task(10 * number + place) for place in range(2)]) for number in range(3)]
 
     def run(batching, devices):
         outer = metajax.outer_update(
-            quadratic(4), optax.sgd(0.1), hypergrad=persistent(4, 2, chunk=2, stream=stream), before=False,
+            quadratic(4), optax.sgd(0.1), hypergrad=persistent(4, 2, chunk=2, fresh_data=fresh_data), before=False,
             task_batching=batching,
         )  # fmt: skip
         if devices > 1:
@@ -274,7 +274,7 @@ def test_carried_through_outer_update(devices, stream, x64):
     np.testing.assert_array_equal(kept.inner.step, 2)
     assert not np.allclose(kept.inner.params[0], kept.inner.params[1])
     assert not np.array_equal(kept.noise[0], kept.noise[1])
-    if stream:
+    if fresh_data:
         assert kept.carried.episode == ()
     else:
         np.testing.assert_array_equal(kept.carried.episode.query.targets, batches[2].query.targets)
@@ -309,7 +309,7 @@ def test_bad_arguments(make, text):
 
 def test_what_is_refused(x64):
     def trace(one, estimator, key):
-        jax.eval_shape(lambda: hypergrad.value_and_grad(one, estimator)(jnp.array(TARGET), task(), key=key))
+        jax.eval_shape(lambda: worlds.first_step(one, estimator)(jnp.array(TARGET), task(), key=key))
 
     for estimator in (BOTH, persistent(2, 2)):
         with pytest.raises(ValueError, match=r"evolution\(\) draws perturbations and needs a key, got key=None"):

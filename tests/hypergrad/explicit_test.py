@@ -182,10 +182,10 @@ def test_the_primitive_describes_the_task(x64):
     (_, aux), _ = worlds.compiled("reptile", "unrolled")(params, episode)
     losses = [worlds.outer_loss("reptile")(params, metajax.Episode(episode.support, episode.support))]
     adapted = row.learner.adapt(params, episode.support)
-    np.testing.assert_allclose(aux["outputs"], row.learner.predict(adapted, episode.query.inputs), rtol=1e-10)
+    np.testing.assert_allclose(aux.outputs, row.learner.predict(adapted, episode.query.inputs), rtol=1e-10)
     before = row.learner.adapt(params, episode.support, num_steps=0)
     value, _ = row.learner.outer_loss(before, params, episode.support)
-    np.testing.assert_allclose(aux["inner_loss"][0], value, rtol=1e-10)
+    np.testing.assert_allclose(aux.metrics["inner_loss"][0], value, rtol=1e-10)
     assert float(losses[0]) < float(value)
 
 

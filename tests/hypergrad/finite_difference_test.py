@@ -49,7 +49,7 @@ def search(rule, num_steps, *, start=lambda meta: jnp.array(START)):
     )
 
     def outer_loss(adapted, meta, query, *, key=None):
-        return 0.5 * jnp.sum((adapted - GOAL) ** 2) + 0.5 * jnp.sum(meta["a"] ** 2), {"outputs": adapted}
+        return 0.5 * jnp.sum((adapted - GOAL) ** 2) + 0.5 * jnp.sum(meta["a"] ** 2), metajax.Aux(adapted)
 
     return metajax.Learner(None, None, None, outer_loss, problem)
 
@@ -76,8 +76,8 @@ def test_the_formula_of_darts(epsilon, x64):
     expected = ARCHITECTURE - 0.1 * difference(START, after - GOAL, epsilon)
     np.testing.assert_allclose(grads["a"], expected, rtol=1e-10)
     np.testing.assert_allclose(loss, 0.5 * np.sum((after - GOAL) ** 2) + 0.5 * np.sum(ARCHITECTURE**2), rtol=1e-12)
-    np.testing.assert_allclose(aux["outputs"], after, rtol=1e-12)
-    assert aux["inner_loss"].shape == (1,)
+    np.testing.assert_allclose(aux.outputs, after, rtol=1e-12)
+    assert aux.metrics["inner_loss"].shape == (1,)
 
 
 def test_with_several_steps_the_last_one_counts(x64):
@@ -90,7 +90,7 @@ def test_with_several_steps_the_last_one_counts(x64):
     after = before - 0.1 * of_weights(before, ARCHITECTURE)
     expected = ARCHITECTURE - 0.1 * difference(before, after - GOAL, 0.5)
     np.testing.assert_allclose(grads["a"], expected, rtol=1e-10)
-    assert aux["inner_loss"].shape == (3,)
+    assert aux.metrics["inner_loss"].shape == (3,)
 
 
 @pytest.mark.parametrize("name", ["sgd", "momentum", "adam"])
@@ -116,10 +116,10 @@ def test_the_formula_of_sama(name, x64):
         else:
             mean = (b1 if name == "momentum" else 0) * mean + slope
             weights, matrix = weights - rate * mean, rate
-    np.testing.assert_allclose(aux["outputs"], weights, rtol=1e-10)
+    np.testing.assert_allclose(aux.outputs, weights, rtol=1e-10)
     expected = ARCHITECTURE - difference(weights, matrix * (weights - GOAL), 0.5)
     np.testing.assert_allclose(grads["a"], expected, rtol=1e-9)
-    assert aux["inner_loss"].shape == (3,)
+    assert aux.metrics["inner_loss"].shape == (3,)
     np.testing.assert_allclose(loss, 0.5 * np.sum((weights - GOAL) ** 2) + 0.5 * np.sum(ARCHITECTURE**2), rtol=1e-12)
 
 
@@ -244,7 +244,7 @@ def test_zero_inner_steps(x64):
     (_, aux), grads = of_search(learner, hypergrad.finite_difference(), start=jnp.array(START))
     np.testing.assert_allclose(grads["start"], START - GOAL, rtol=1e-12)
     np.testing.assert_allclose(grads["a"], ARCHITECTURE, rtol=1e-12)
-    assert aux["inner_loss"].shape == (0,)
+    assert aux.metrics["inner_loss"].shape == (0,)
     with pytest.raises(ValueError, match=r"hypergrad: sama\(\) needs num_steps of at least 1, got 0"):
         of_search(learner, hypergrad.sama(), start=jnp.array(START))
 

@@ -33,14 +33,14 @@ def tuned(rule, num_steps=6, size=4):
         loss, RULES[rule], num_steps, lambda params, meta, support, key: params,
     )  # fmt: skip
 
-    def adapt(meta, support, *, unlabelled=None, num_steps=None, key=None):
+    def adapt(meta, support, *, num_steps=None, key=None):
         return _inner.unroll(problem, meta, support, key=key, num_steps=num_steps).adapted
 
     def outer_loss(adapted, meta, query, *, key=None):
         outputs = query.inputs @ adapted
-        return jnp.mean((outputs - query.targets) ** 2), {"outputs": outputs}
+        return jnp.mean((outputs - query.targets) ** 2), metajax.Aux(outputs)
 
-    return metajax.Learner(None, adapt, None, outer_loss, problem)
+    return metajax.Learner(None, adapt, None, outer_loss, problem, metajax.tasks.regression)
 
 
 def task(seed=0, size=4):
@@ -63,9 +63,9 @@ def test_exact_for_learned_rates_and_weights(rule, x64):
     ((loss, aux), grads), ((value, told), expected) = both(tuned(rule), hypergrad.forward_mode(), params, task())
     assert worlds.relative_distance(grads, expected) < 1e-12
     np.testing.assert_allclose(loss, value, rtol=1e-14)
-    assert set(aux) == set(told)
-    np.testing.assert_allclose(aux["inner_loss"], told["inner_loss"], rtol=1e-13)
-    np.testing.assert_allclose(aux["outputs"], told["outputs"], rtol=1e-13)
+    assert jax.tree.structure(aux) == jax.tree.structure(told)
+    np.testing.assert_allclose(aux.metrics["inner_loss"], told.metrics["inner_loss"], rtol=1e-13)
+    np.testing.assert_allclose(aux.outputs, told.outputs, rtol=1e-13)
     assert float(jnp.abs(grads["rate"])) > 1e-3
     assert float(jnp.abs(grads["weights"]).min()) > 1e-6
 

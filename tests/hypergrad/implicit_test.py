@@ -35,7 +35,7 @@ def learner_of(loss, *, start=None, outer_loss=None, rule=None, num_steps=1):
     outer_loss = outer_loss or (lambda adapted, meta, query: 0.5 * jnp.sum((adapted[0] - query.targets) ** 2))
 
     def described(adapted, meta, query, *, key=None):
-        return outer_loss(adapted, meta, query), {"outputs": query.targets}
+        return outer_loss(adapted, meta, query), metajax.Aux(query.targets)
 
     return metajax.Learner(None, None, None, described, problem)
 
@@ -73,9 +73,9 @@ def test_ridge_regression(solver, x64):
     np.testing.assert_allclose(grads["ridge"], 0.2 * ridge - 2 * np.exp(ridge) * weights @ solution, rtol=1e-10)
     np.testing.assert_allclose(grads["offset"], np.mean(2 * errors) - 2 * np.mean(x @ solution), rtol=1e-10)
     np.testing.assert_array_equal(grads["start"], 0)
-    assert aux["solver_residual"] < 1e-12
-    assert aux["inner_grad_norm"] < 1e-12
-    assert aux["inner_loss"].shape == (300,)
+    assert aux.metrics["solver_residual"] < 1e-12
+    assert aux.metrics["inner_grad_norm"] < 1e-12
+    assert aux.metrics["inner_loss"].shape == (300,)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -92,7 +92,7 @@ def test_proximal_maml(solver, x64):
     outer = 2 * query.T @ (query @ weights - answers[:, None]) / 7
     expected = 0.7 * np.linalg.solve(2 * x.T @ x / 7 + 0.7 * np.eye(3), outer)
     np.testing.assert_allclose(grads, expected, rtol=1e-10)
-    np.testing.assert_allclose(aux["inner_grad_norm"], np.linalg.norm(slope(weights)), rtol=1e-12)
+    np.testing.assert_allclose(aux.metrics["inner_grad_norm"], np.linalg.norm(slope(weights)), rtol=1e-12)
 
 
 def dense(name, ridge):
@@ -110,7 +110,7 @@ def dense(name, ridge):
 
         def outer(point, flat):
             meta = unravel_meta(flat)
-            return learner.outer_loss(problem.finish(unravel(point), meta, episode.support, None), meta, episode.query)
+            return learner.outer_loss(problem.finalize(unravel(point), meta, episode.support, None), meta, episode.query)
 
         slopes = jax.grad(outer, argnums=(0, 1), has_aux=True)(point, flat)[0]
         return slopes, jax.hessian(inner)(point, flat), jax.jacobian(jax.grad(inner), argnums=1)(point, flat)
@@ -154,7 +154,7 @@ def test_solvers_agree_with_a_dense_solution(name, x64):
     for solver in SOLVERS:
         (loss, aux), grads = implicit_of(name, solver)(params, episode)
         assert worlds.relative_distance(grads, expected) < 1e-9, solver
-        assert aux["solver_residual"] < 1e-11
+        assert aux.metrics["solver_residual"] < 1e-11
         np.testing.assert_allclose(loss, worlds.outer_loss(name)(params, episode), rtol=1e-12)
 
 
@@ -193,7 +193,7 @@ def test_converges_to_the_exact_hypergradient_at_the_rate_of_the_inner_problem(x
         aux, grads = of(hypergrad.implicit(tol=1e-14), int(steps))
         exact = of(hypergrad.unrolled(), int(steps))[1]
         distances = (worlds.relative_distance(grads, other) for other in (converged, exact))
-        falling.append([*distances, float(aux["inner_grad_norm"])])
+        falling.append([*distances, float(aux.metrics["inner_grad_norm"])])
     slopes = np.polyfit(counts, np.log(falling), 1)[0]
     np.testing.assert_allclose(slopes, np.log(1 - rate * smallest), rtol=0.03)
 
@@ -211,7 +211,7 @@ def solution_of(matrix, estimator, target):
     (_, aux), grads = gradient(quadratic(jnp.array(matrix)), estimator)(
         {"pull": zeros}, metajax.Episode(examples, examples)
     )
-    return np.asarray(grads["pull"]), float(aux["solver_residual"])
+    return np.asarray(grads["pull"]), float(aux.metrics["solver_residual"])
 
 
 TARGET = np.array([1.0, -2.0, 0.5, 3.0])
@@ -357,7 +357,7 @@ def test_tasks_under_vmap_and_scan_agree(x64):
     together = jax.jit(jax.vmap(one))(tasks)
     apart = jax.jit(lambda tasks: jax.lax.map(one, tasks))(tasks)
     assert worlds.relative_distance(together, apart) < 1e-12
-    assert len(set(np.asarray(together[0][1]["solver_residual"]).tolist())) == 4
+    assert len(set(np.asarray(together[0][1].metrics["solver_residual"]).tolist())) == 4
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -385,7 +385,7 @@ def test_padding_and_nan(solver, x64):
     first = jnp.arange(8) == 0
     (bad_loss, bad_aux), bad = fn(params, episode._replace(support=worlds.with_nan(episode.support, first)))
     assert np.isnan(bad_loss)
-    assert np.isnan(bad_aux["solver_residual"])
+    assert np.isnan(bad_aux.metrics["solver_residual"])
     assert all(np.all(np.isnan(leaf)) for leaf in jax.tree.leaves(bad["layer_0"]))
 
     nothing = lambda part: part._replace(mask=jnp.zeros_like(part.mask))  # noqa: E731
@@ -393,7 +393,7 @@ def test_padding_and_nan(solver, x64):
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(unadapted))
     assert worlds.dot(unadapted, unadapted) > 0
     (no_loss, no_aux), unjudged = fn(params, episode._replace(query=nothing(episode.query)))
-    assert (no_loss, no_aux["solver_residual"], worlds.dot(unjudged, unjudged)) == (0, 0, 0)
+    assert (no_loss, no_aux.metrics["solver_residual"], worlds.dot(unjudged, unjudged)) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("solver", ["cg", "gmres"])
@@ -404,7 +404,7 @@ def test_no_support_without_a_ridge(solver, x64):
     episode = episode._replace(support=episode.support._replace(mask=jnp.zeros(8, bool)))
     (_, aux), grads = gradient(row.learner, hypergrad.implicit(solver))(worlds.parameters(row), episode)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(grads))
-    np.testing.assert_allclose(aux["solver_residual"], 1, rtol=1e-12)
+    np.testing.assert_allclose(aux.metrics["solver_residual"], 1, rtol=1e-12)
 
 
 def test_nan_without_a_mixed_product_that_shows_it(x64):
@@ -426,8 +426,8 @@ def test_zero_inner_steps(x64):
     meta = {"pull": jnp.zeros(2)}
     (_, aux), grads = gradient(learner, hypergrad.implicit())(meta, metajax.Episode(examples, examples))
     np.testing.assert_allclose(grads["pull"], [-2.0, -4.0], rtol=1e-12)
-    np.testing.assert_allclose(aux["inner_grad_norm"], 2**0.5, rtol=1e-12)
-    assert aux["inner_loss"].shape == (0,)
+    np.testing.assert_allclose(aux.metrics["inner_grad_norm"], 2**0.5, rtol=1e-12)
+    assert aux.metrics["inner_loss"].shape == (0,)
 
 
 def test_low_precision_is_solved_in_float32():
@@ -438,7 +438,7 @@ def test_low_precision_is_solved_in_float32():
         fn = hypergrad.value_and_grad(learner, SOLVERS[solver])
         (_, aux), grads = jax.eval_shape(fn, ones(3, 1), metajax.Episode(examples, examples))
         assert grads.dtype == jnp.bfloat16
-        assert aux["solver_residual"].dtype == jnp.float32
+        assert aux.metrics["solver_residual"].dtype == jnp.float32
 
 
 def test_minibatches_are_drawn_once_for_all_products():
@@ -459,7 +459,7 @@ def test_minibatches_are_drawn_once_for_all_products():
     (_, aux), first = fn(params, episode, key=jax.random.key(1))
     _, again = fn(params, episode, key=jax.random.key(1))
     _, other = fn(params, episode, key=jax.random.key(2))
-    assert aux["solver_residual"] < 1e-4
+    assert aux.metrics["solver_residual"] < 1e-4
     assert worlds.relative_distance(first, again) == 0
     assert worlds.relative_distance(other, first) > 1e-3
 

@@ -17,13 +17,13 @@ CURVATURE = np.array([0.5, 1.0, 1.5])
 def learner(problem):
     """The distance to the targets of the query set as outer loss."""
 
-    def adapt(meta, support, *, unlabelled=None, num_steps=None, key=None):
+    def adapt(meta, support, *, num_steps=None, key=None):
         return _inner.unroll(problem, meta, support, key=key, num_steps=num_steps).adapted
 
     def outer_loss(adapted, meta, query, *, key=None):
-        return 0.5 * jnp.sum((adapted - query.targets) ** 2), {"outputs": adapted}
+        return 0.5 * jnp.sum((adapted - query.targets) ** 2), metajax.Aux(adapted)
 
-    return metajax.Learner(lambda key, inputs: META, adapt, None, outer_loss, problem)
+    return metajax.Learner(lambda key, inputs: META, adapt, None, outer_loss, problem, metajax.tasks.regression)
 
 
 def quadratic(num_steps, optimizer=lambda meta: optax.sgd(meta["rate"])):
@@ -110,9 +110,9 @@ def test_the_last_steps_by_hand(start, x64):
         value, expected = truncated_by_hand(meta, episode, 5, k, start)
         np.testing.assert_allclose(loss, value, rtol=1e-12)
         assert worlds.relative_distance(grads, expected) < 1e-12
-        assert aux["inner_loss"].shape == (5,)
+        assert aux.metrics["inner_loss"].shape == (5,)
         np.testing.assert_allclose(
-            aux["inner_loss"], _inner.unroll(one.problem, meta, episode.support).losses, rtol=1e-12
+            aux.metrics["inner_loss"], _inner.unroll(one.problem, meta, episode.support).losses.values, rtol=1e-12
         )
         assert float(jnp.abs(grads["start"]).max()) > 0 or start == "constant"
 
@@ -189,7 +189,7 @@ def test_a_learner_without_inner_problem_is_differentiated_directly(x64):
 @pytest.mark.parametrize("estimator", [hypergrad.truncated(1), hypergrad.persistent_truncation(1)])
 def test_inner_rules_and_loops_that_are_refused(estimator, x64):
     def trace(one):
-        jax.eval_shape(hypergrad.value_and_grad(one, estimator), as_float64(META), task(0))
+        jax.eval_shape(worlds.first_step(one, estimator), as_float64(META), task(0))
 
     with pytest.raises(ValueError, match="eps_root"):
         trace(quadratic(2, lambda meta: optax.adam(meta["rate"])))
@@ -214,14 +214,14 @@ def segment_by_hand(meta, x, goal, k, passes_start):
 class ByHand:
     """Tasks, their places in a batch, and an outer SGD step."""
 
-    def __init__(self, k, num_steps, start, rate, reset=True, stream=False):
-        self.k, self.num_steps, self.start, self.rate, self.reset, self.stream = (
+    def __init__(self, k, num_steps, start, rate, reset=True, fresh_data=False):
+        self.k, self.num_steps, self.start, self.rate, self.reset, self.fresh_data = (
             k,
             num_steps,
             start,
             rate,
             reset,
-            stream,
+            fresh_data,
         )
         self.meta = {name: np.asarray(leaf, np.float64) for name, leaf in META.items()}
         self.places = [None] * 2  # (x, goal, steps taken)
@@ -233,7 +233,7 @@ class ByHand:
             state = self.places[place]
             restart = state is None or (self.reset and state[2] >= self.num_steps)
             x, kept, taken = (self.meta["start"], goal, 0) if restart else state
-            goal = goal if self.stream else kept
+            goal = goal if self.fresh_data else kept
             end, loss, grad = segment_by_hand(self.meta, x, goal, self.k, restart or self.start == "identity")
             self.places[place] = (end, goal, taken + self.k)
             losses.append(loss)
@@ -246,12 +246,12 @@ class ByHand:
 @pytest.mark.parametrize(
     ("batching", "options"),
     [
-        ("vmap", {}), ("scan", {"start": "constant"}), ("vmap", {"reset": False}), ("scan", {"stream": True}),
+        ("vmap", {}), ("scan", {"start": "constant"}), ("vmap", {"reset": False}), ("scan", {"fresh_data": True}),
     ],
 )  # fmt: skip
 def test_carried_state_through_outer_update(batching, options, x64):
     """Six outer steps of two tasks, four inner steps each, against a loop in NumPy."""
-    by_hand = ByHand(2, 4, options.get("start", "identity"), 0.5, options.get("reset", True), "stream" in options)
+    by_hand = ByHand(2, 4, options.get("start", "identity"), 0.5, options.get("reset", True), "fresh_data" in options)
     estimator = hypergrad.persistent_truncation(2, **options)
     outer = metajax.outer_update(
         quadratic(4), optax.sgd(0.5), hypergrad=estimator, task_batching=batching, before=False
@@ -269,7 +269,7 @@ def test_carried_state_through_outer_update(batching, options, x64):
         carried = state.hypergrad_state
         np.testing.assert_allclose(carried.inner.params, [place[0] for place in by_hand.places], rtol=1e-12)
         assert carried.inner.step.tolist() == [place[2] for place in by_hand.places]
-        if "stream" in options:
+        if "fresh_data" in options:
             assert carried.episode == ()
         else:
             np.testing.assert_array_equal(carried.episode.query.targets, [place[1] for place in by_hand.places])
@@ -301,7 +301,8 @@ def test_one_segment_is_the_whole_loop(x64):
     row = worlds.LEARNERS["maml"]
     params, episode = worlds.parameters(row), worlds.episode(row)
     expected = worlds.compiled("maml", "unrolled")(params, episode)[1]
-    _, grads = gradient(row.learner, hypergrad.persistent_truncation(2, start="constant"), params, episode)
+    step = jax.jit(worlds.first_step(row.learner, hypergrad.persistent_truncation(2, start="constant")))
+    _, grads = step(params, episode)
     assert worlds.relative_distance(grads, expected) < 1e-12
 
 
@@ -344,7 +345,7 @@ def test_another_number_of_tasks_than_of_states_is_refused(x64):
 
 def test_what_persistent_truncation_refuses(x64):
     def trace(one, estimator, params, episode):
-        jax.eval_shape(hypergrad.value_and_grad(one, estimator), params, episode)
+        jax.eval_shape(worlds.first_step(one, estimator), params, episode)
 
     meta, episode = as_float64(META), task(0)
     for num_steps in (1, 5):

@@ -48,7 +48,7 @@ def test_the_divergence_is_that_of_two_gaussians(x64):
     plain = 0.5 * np.mean((x @ q_mean - y) ** 2)
     inner = learner.problem.loss(posterior, prior, examples, 0, None)
     np.testing.assert_allclose(inner, plain + 0.7 * expected, rtol=1e-12)
-    adapted = learner.problem.finish(posterior, prior, examples, None)
+    adapted = learner.problem.finalize(posterior, prior, examples, None)
     np.testing.assert_allclose(learner.outer_loss(adapted, prior, examples)[0], plain + 0.7 * expected, rtol=1e-12)
 
     # and gamma adds -log of N(mean; 0, 1) and of Gamma(precision; 1, 0.01), but for constants

@@ -110,12 +110,12 @@ def test_jit_and_tasks(params):
     lora, prompts = (jax.tree.map(lambda *leaves: jnp.stack(leaves), *pair) for pair in (lora, (padded(0), padded(1))))
     tasks = jax.jit(
         jax.vmap(
-            lambda lora, prompts: models.generate(model, _tree.merge(lora, base[0]), prompts, length=LENGTH, stop=7)
+            lambda lora, prompts: models.generate(model, _tree.fill(lora, base[0]), prompts, length=LENGTH, stop=7)
         )
     )
     found = tasks(lora, prompts)
     for task in range(2):
-        tree = _tree.merge(jax.tree.map(lambda leaf: leaf[task], lora), base[0])  # noqa: B023
+        tree = _tree.fill(jax.tree.map(lambda leaf: leaf[task], lora), base[0])  # noqa: B023
         alone = models.generate(model, tree, padded(task), length=LENGTH, stop=7)
         np.testing.assert_array_equal(found["tokens"][task], alone["tokens"])
         np.testing.assert_array_equal(found["mask"][task], alone["mask"])

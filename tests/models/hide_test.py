@@ -49,7 +49,7 @@ def test_support_and_query_are_hidden_by_keys_of_their_own():
     part = metajax.Examples(half, jnp.arange(2), jnp.ones(2, bool), jnp.ones(2, bool))
     fn = hypergrad.value_and_grad(learner, hypergrad.unrolled())
     (_, aux), _ = fn({}, metajax.Episode(part, part), key=jax.random.key(0))
-    assert np.all(np.diagonal(aux["outputs"]) < 0), "else a text would be its own prototype, at no distance"
+    assert np.all(np.diagonal(aux.outputs) < 0), "else a text would be its own prototype, at no distance"
 
 
 def test_each_key_hides_others_in_a_meta_step():

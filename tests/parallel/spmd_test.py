@@ -139,7 +139,7 @@ def test_a_data_parallel_step_reduces_the_hypergradient_and_nothing_that_grows()
     assert params <= found["all-reduce"] <= params + 64  # and the metrics, a few scalars
     assert _bytes((2, 1, 1), each=3, size=12) == found  # other devices, tasks and examples
     longer = _bytes((8, 1, 1), num_steps=5)["all-reduce"]
-    assert longer - found["all-reduce"] == 4 * 3  # a metric for each inner step
+    assert longer - found["all-reduce"] == 8 * 3  # for each inner step its loss, and in how many tasks it counts
 
 
 def test_what_is_divided_is_gathered_once_and_scattered_once():

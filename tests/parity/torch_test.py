@@ -53,6 +53,6 @@ def test_hypergradient_is_that_of_pytorch(case, form, x64):
     fn = jax.jit(hypergrad.value_and_grad(learner, estimator))
     (loss, aux), grads = fn(nested(known["start"]), metajax.Episode(part("support"), part("query")))
     np.testing.assert_allclose(loss, known["loss"], rtol=1e-10)
-    np.testing.assert_allclose(aux["inner_loss"], known["inner_losses"], rtol=1e-10)
-    np.testing.assert_allclose(aux["outputs"], known["logits"], rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(aux.metrics["inner_loss"], known["inner_losses"], rtol=1e-10)
+    np.testing.assert_allclose(aux.outputs, known["logits"], rtol=1e-8, atol=1e-10)
     assert worlds.relative_distance(grads, nested(known["grads"])) < 1e-9

@@ -8,6 +8,7 @@ import pytest
 
 import metajax
 from metajax import models, strategies
+from metajax.strategies import _contrast
 
 FLAT = metajax.Model(lambda key, x: {"kernel": jnp.eye(3)}, lambda params, x: x.reshape(len(x), -1) @ params["kernel"])
 AS_IS = {"view": lambda key, images: images, "dim": 4, "hidden": 5}
@@ -57,15 +58,14 @@ def test_the_loss_of_two_orthogonal_images_worked_by_hand(x64):
     # each view: its other view at a cosine of 1, two views of the other image at 0
     loss, aux = query_loss(plain, params, images)
     np.testing.assert_allclose(loss, np.log(np.exp(2) + 2) - 2, rtol=1e-7)
-    assert aux["episode"].query.targets.tolist() == [2, 3, 0, 1]
-    assert "state" not in aux
+    assert float(aux.metrics["accuracy"]) == 1
+    assert (aux.outputs, aux.state, aux.collected) == (None, (), ())
     queue = jnp.array([[0.0, 0.0, 1.0], [-1.0, 0.0, 0.0]])
     moco = strategies.contrastive(FLAT, momentum=0.5, queue=2, temperature=0.5, **{**AS_IS, "dim": 3, "hidden": 3})
     loss, aux = query_loss(moco, {**params, "momentum": params, "queue": queue}, images)
     # the first query sees the queue at 0 and -1, the second at 0 and 0
     by_hand = (np.log(np.exp(2) + 1 + np.exp(-2)) - 2 + np.log(np.exp(2) + 2) - 2) / 2
     np.testing.assert_allclose(loss, by_hand, rtol=1e-7)
-    np.testing.assert_allclose(aux["outputs"], [[2, 0, -2], [2, 0, 0]], atol=1e-7)
 
 
 def test_a_queue_is_first_in_first_out_and_the_average_moves_by_its_share(x64):
@@ -74,14 +74,18 @@ def test_a_queue_is_first_in_first_out_and_the_average_moves_by_its_share(x64):
     loss, aux = query_loss(learner, params)
     now = {name: params[name] for name in ("backbone", "head")}
     average = jax.tree.map(lambda old, new: 0.9 * np.asarray(old) + 0.1 * np.asarray(new), params["momentum"], now)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), aux["state"]["momentum"], average)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), aux.state["momentum"], average)
     keys = unit(vectors(average, IMAGES))
-    np.testing.assert_allclose(aux["state"]["queue"][4:], keys, rtol=1e-9)
-    np.testing.assert_array_equal(aux["state"]["queue"][:4], params["queue"][2:])
+    np.testing.assert_allclose(aux.collected["keys"], keys, rtol=1e-9)
+    gathered = metajax.Collected(jax.tree.map(lambda leaf: leaf[None], aux.collected), jnp.ones(1, bool))
+    new = learner.update_state(params, aux.state, gathered)
+    np.testing.assert_array_equal(new["queue"][4:], aux.collected["keys"])
+    np.testing.assert_array_equal(new["queue"][:4], params["queue"][2:])
+    assert new["momentum"] is aux.state["momentum"]
+    assert new["backbone"] is params["backbone"]
     queries = unit(vectors(now, IMAGES))
     right, others = np.sum(queries * keys, 1, keepdims=True), queries @ np.asarray(params["queue"]).T
     np.testing.assert_allclose(loss, info_nce(np.concatenate([right, others], 1) / 0.3, [0, 0]), rtol=1e-9)
-    assert aux["state"]["backbone"] == {"kernel": None}
 
 
 def test_without_a_queue_the_batch_and_a_predictor_serve(x64):
@@ -90,7 +94,7 @@ def test_without_a_queue_the_batch_and_a_predictor_serve(x64):
     params = started(learner)
     loss, aux = query_loss(learner, params)
     one, other = (np.asarray(scaled["view"](key, IMAGES)) for key in jax.random.split(jax.random.key(0)))
-    average = aux["state"]["momentum"]
+    average = aux.state["momentum"]
     logits = [
         unit(head(params["predictor"], vectors(params, query))) @ unit(vectors(average, key)).T / 0.3
         for query, key in ((one, other), (other, one))
@@ -164,7 +168,8 @@ def test_a_view_is_a_crop_of_the_image_by_hand():
     """The first images that get no other colours, against interpolation line by line."""
     key, images = jax.random.key(3), RNG.random((40, 6, 9, 3)).astype(np.float32)
     views = np.asarray(strategies.random_view(key, images))
-    size, ratio, top, left, flip, jitter, grey, *_ = np.asarray(jax.random.uniform(key, [10, 40]))
+    draws = [jax.random.uniform(jax.random.fold_in(key, row), [10]) for row in range(40)]
+    size, ratio, top, left, flip, jitter, grey, *_ = np.stack(draws).T
     plain = np.flatnonzero((jitter >= 0.8) & (grey >= 0.2))
     assert len(plain) > 2
     for index in plain:
@@ -194,9 +199,74 @@ def test_views_keep_to_the_range_and_follow_the_key():
     assert strategies.random_view(jax.random.key(0), images[..., :1]).shape == (200, 8, 8, 1)
 
 
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"momentum": 0.9, "queue": 5}])
+def test_padding_is_no_image(options, x64):
+    """Neither its content nor its amount counts, and no key of it comes into the queue."""
+    learner = strategies.contrastive(FLAT, temperature=0.3, **options, **{**AS_IS, "view": jitter})
+    params = started(learner)
+    outer = metajax.outer_update(
+        learner, optax.sgd(0.1), hypergrad=metajax.hypergrad.unrolled(), trainable=_contrast.TRAINED, before=False
+    )
+
+    def step(images, mask):
+        part = metajax.Examples(images, np.zeros(len(images), int), mask, np.ones(1, bool))
+        episode = jax.tree.map(jnp.asarray, metajax.Episode(part, part))
+        state = outer.init(jax.random.key(0), episode, params)
+        return jax.jit(outer.update)(state, jax.tree.map(lambda leaf: leaf[None], episode))
+
+    expected, known = step(IMAGES, np.ones(2, bool))
+    for filling in (0.0, 7.0, np.nan):
+        images = np.concatenate([IMAGES, np.full([3, 1, 1, 3], filling)])
+        state, metrics = step(images, np.arange(5) < 2)
+        for name in known:
+            np.testing.assert_allclose(metrics[name], known[name], rtol=1e-12)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-13), state.params, expected.params)
+
+
+def jitter(key, images):
+    """A view that draws for each image from a key of its own."""
+    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(len(images)))
+    return images * jax.vmap(lambda key: jax.random.uniform(key, images.shape[1:]))(keys)
+
+
+def test_keys_of_several_tasks_come_into_the_queue_in_order_and_are_of_unit_length():
+    """Over tasks one after the other, side by side, in chunks, and over devices; a task of padding brings none."""
+    learner = strategies.contrastive(FLAT, momentum=0.9, queue=8, **AS_IS)
+    images = RNG.normal(size=(4, 2, 1, 1, 3)).astype(np.float32)
+    mask = np.ones((4, 2), bool)
+    mask[1] = mask[2, 0] = False
+    part = metajax.Examples(images, np.zeros((4, 2), int), mask, np.ones((4, 1), bool))
+    episodes = jax.tree.map(jnp.asarray, metajax.Episode(part, part))
+    one = jax.tree.map(lambda leaf: leaf[0], episodes)
+
+    def make(batching, axis_name=None):
+        return metajax.outer_update(
+            learner, optax.sgd(0.0), hypergrad=metajax.hypergrad.unrolled(), trainable=_contrast.TRAINED,
+            task_batching=batching, before=False, axis_name=axis_name,
+        )  # fmt: skip
+
+    start = make("vmap").init(jax.random.key(0), one, started(learner))
+    average = optax.incremental_update(
+        {name: start.params[name] for name in ("backbone", "head")}, start.params["momentum"], 0.1
+    )
+    keys = [unit(vectors(average, images[task])) for task in range(4)]
+    expected = np.concatenate([np.asarray(start.params["queue"])[5:], keys[0], keys[2][1:], keys[3]])
+    mesh = metajax.parallel.make_mesh(devices=jax.devices()[:4])
+    updates = {batching: make(batching).update for batching in ("vmap", "scan", 2)}
+    updates["shard"] = metajax.parallel.shard(make("auto"), mesh).update
+    updates["axis"] = jax.shard_map(
+        make("auto", "task").update, mesh=jax.sharding.Mesh(np.array(jax.devices()[:2]), ("task",)),
+        in_specs=(jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("task")),
+        out_specs=jax.sharding.PartitionSpec(),
+    )  # fmt: skip
+    for name, update in updates.items():
+        state, _ = jax.jit(update)(start, episodes)
+        np.testing.assert_allclose(state.params["queue"], expected, atol=1e-6, err_msg=str(name))
+        np.testing.assert_allclose(np.linalg.norm(state.params["queue"], axis=1), 1, atol=1e-5)
+
+
 def test_bad_input_is_refused():
     group, batch = (models.conv4(width=8, depth=1, normalisation=policy) for policy in ("group", "batch"))
-    images = jnp.zeros([4, 8, 8, 3])
     strategies.contrastive(batch)  # two views in one batch: nothing leaks
     for options, text in (
         ({"queue": 4}, "queue must be 0 without momentum, got 4"),
@@ -215,9 +285,5 @@ def test_bad_input_is_refused():
         strategies.moco(group, optax.sgd(0.1), momentum=None)
     with pytest.raises(ValueError, match="model must be of type Model, got 5"):
         strategies.simclr(5, optax.sgd(0.1))
-    for queue in (2, 6):
-        outer = strategies.moco(group, optax.sgd(0.1), queue=queue)
-        with pytest.raises(ValueError, match=f"queue must be a multiple of the 4 images of a batch, got {queue}"):
-            outer.update(outer.init(jax.random.key(0), images), images)
     with pytest.raises(ValueError, match=r"images must be \[n, height, width, c\], got shape \(4, 8\)"):
         strategies.random_view(jax.random.key(0), jnp.zeros([4, 8]))

@@ -186,7 +186,7 @@ def test_class_labels_are_read_as_one_of_many():
     support = metajax.Examples(jnp.eye(3), jnp.arange(3), jnp.ones(3, bool))
     params = learner.init(KEY, support.inputs)
     found, aux = learner.outer_loss(learner.adapt(params, support), params, support)
-    assert aux["outputs"].shape == (3, 3)
+    assert aux.outputs.shape == (3, 3)
     assert 0 < float(found) < 5
 
 

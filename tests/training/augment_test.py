@@ -91,5 +91,5 @@ def test_transforms_that_do_not_fit():
         training.augment(_recording(), lambda key, images: images)
     plain = jax.tree.map(lambda leaf: leaf, _episodes())
     plain = Episode(*(part._replace(class_mask=None) for part in plain))
-    with pytest.raises(ValueError, match="shared by a class need integer targets and a class_mask"):
+    with pytest.raises(ValueError, match="shared by a class need episodes of classes, with a class_mask"):
         training.augment(_recording(), data.per_class(_NOISE)).update(state, plain)

@@ -174,14 +174,14 @@ def test_new_values_of_untrained_meta_parameters_are_averaged_and_written():
 
     def outer_loss(adapted, meta_params, query, *, key=None):
         loss, aux = base.outer_loss(adapted, meta_params["model"], query, key=key)
-        empty = jax.tree.map(lambda _: None, meta_params)
-        return loss, {**aux, "state": {**empty, "mean": jnp.mean(query.inputs)}}
+        return loss, aux._replace(state={"mean": jnp.mean(query.inputs)})
 
     learner = metajax.Learner(
         lambda key, inputs: {"model": base.init(key, inputs), "mean": jnp.zeros([])},
         lambda meta_params, support, **rest: base.adapt(meta_params["model"], support, **rest),
         base.predict,
         outer_loss,
+        update_state=lambda meta_params, averaged, collected: {**meta_params, **averaged},
     )
     outer = metajax.outer_update(learner, optax.sgd(0.1), hypergrad=hypergrad.unrolled(), trainable="model")
     episodes = _episodes(dtype=np.float32)
@@ -326,9 +326,12 @@ def test_new_values_are_not_written_where_no_task_counts():
 
     def outer_loss(adapted, meta_params, query, *, key=None):
         loss, aux = base.outer_loss(adapted, meta_params, query, key=key)
-        return loss, {**aux, "state": {"w": None, "mean": jnp.mean(query.inputs)}}
+        return loss, aux._replace(state={"mean": jnp.mean(query.inputs)})
 
-    learner = base._replace(init=lambda key, inputs: {"w": jnp.eye(4), "mean": jnp.array(7.0)}, outer_loss=outer_loss)
+    learner = base._replace(
+        init=lambda key, inputs: {"w": jnp.eye(4), "mean": jnp.array(7.0)}, outer_loss=outer_loss,
+        update_state=lambda meta_params, averaged, collected: {**meta_params, **averaged},
+    )  # fmt: skip
     outer = metajax.outer_update(learner, optax.sgd(0.1), hypergrad=hypergrad.unrolled(), trainable="w")
     episodes = _episodes(dtype=np.float32)
     start, update = outer.init(jax.random.key(0), _task(episodes)), jax.jit(outer.update)
