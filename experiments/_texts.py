@@ -42,7 +42,8 @@ def read(path: str, config: dict[str, Any], *, classes: tuple[str, ...] | None =
       ValueError: as `metajax.data.text`; a label is none of `classes`.
     """
     from metajax import data, training
-    from metajax.data import _text, _text_files, _tokens
+    from metajax.data import _text
+    from metajax.data.readers import _files, _tokens
     from metajax.training._data import with_features
 
     options = training.text_options(config)
@@ -82,7 +83,8 @@ def read_questions(path: str, config: dict[str, Any], *, answered: bool) -> Text
       ValueError: as `metajax.data.multiple_choice`.
     """
     from metajax import training
-    from metajax.data import _multiple_choice, _tokens
+    from metajax.data import _multiple_choice
+    from metajax.data.readers import _tokens
 
     options = training.text_options(config)
     length = options["max_length"]

@@ -178,7 +178,7 @@ def _read_images(options: dict[str, Any]) -> tuple[_Support, _Query]:
 
 
 def _read_query(path: str, classes: tuple[str, ...], options: dict[str, Any]) -> _Query:
-    from metajax.data import _images
+    from metajax.data.readers import _images
     from metajax.data._image_folder import read_image_folder
 
     with _images.open_files(path) as files:

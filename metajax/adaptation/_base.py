@@ -11,18 +11,48 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metajax import adapters, learners, models
+from metajax import adapters, learners, models, tasks
 from metajax.adaptation._proto_maml import proto_maml
 from metajax.core import _tree, _validate
-from metajax.core._types import Learner, Model, Params
+from metajax.core._types import Examples, Learner, Model, Params, PyTree, TaskType
+from metajax.data._episodes import check_type
+from metajax.data._sources import ClassSource, Source
+from metajax.data.readers import Form, Reader, Reading, reader_of
+from metajax.data.readers._questions import with_choices
+from metajax.data.readers._reading import to_length
 from metajax.pretrained import PretrainedModel
-from metajax.pretrained._architectures import ARCHITECTURES
 
 _ATTENTION = "(query|value)/kernel"
 _ADAPTERS = "lora_(a|b)$"
-_HEAD = "^head/"  # of one output, which is made anew
-LEARNERS = ("prototypical", "proto_maml")  # of models of features; the first is the default
-CHOICE_LEARNERS = ("maml",)  # of models that score choices
+_HEAD = "^head/"  # which is made anew
+MAX_TOKENS = 128  # of a text; longer ones lose their ends
+_LENGTHS = (8, 16, 32, 64, 128)
+_WAYS = 8  # classes come in multiples of it
+
+
+class Program(NamedTuple):
+    """How tasks of a type are learned.
+
+    Attributes:
+      task: the task type.
+      learners: names of those that meta-training takes, the default first.
+      fast: the one that adapts to a new task.
+      episode_ways: ways of an episode, None where the task has classes to choose from.
+      head: whether a head that is made anew adapts too.
+    """
+
+    task: TaskType
+    learners: tuple[str, ...]
+    fast: str
+    episode_ways: int | None
+    head: bool
+
+
+# the task types that a pretrained model adapts to, by what comes out of it
+PROGRAMS = (
+    Program(tasks.classification, ("prototypical", "proto_maml"), "proto_maml", None, False),
+    Program(tasks.multiple_choice, ("maml",), "maml", 1, True),
+)
 
 
 class Adaptable(NamedTuple):
@@ -31,13 +61,13 @@ class Adaptable(NamedTuple):
     Attributes:
       model: with adapters, where there are some.
       where: path regex of the leaves that adapt, None for all.
-      choices: whether its tasks are questions with choices, which it scores; else classes, of its features.
+      program: how its tasks are learned.
       one_by_one: whether questions go through it one after the other, which saves memory.
     """
 
     model: Model
     where: str | None
-    choices: bool
+    program: Program
     one_by_one: bool = False
 
 
@@ -45,43 +75,90 @@ def adaptable(base: PretrainedModel, rank: int) -> Adaptable:
     """Equal for the same model and rank: its functions are the key of what is compiled.
 
     Raises:
-      ValueError: `base` is none, its outputs are neither features `[n, d]` nor scores of choices, or `rank` does not
-        fit.
+      ValueError: `base` is none, serves no task type that models adapt to, or `rank` does not fit.
     """
     _validate.instance("model", base, PretrainedModel)
     _validate.positive_int("rank", rank)
+    program = next((program for program in PROGRAMS if program.task in base.tasks), None)
+    if program is None:
+        raise ValueError(
+            "model must give features [n, d], such as load_pretrained_model(path, head='mean') of an encoder or "
+            "head='features' of a decoder; or, for questions with choices, logits of tokens (head='tokens' of a "
+            f"decoder) or one number (outputs=1); got head={base.options.get('head')!r}, which serves "
+            f"{', '.join(task.name for task in base.tasks) or 'no task type'}"
+        )
     attention = any(re.search(_ATTENTION, path) for path in _tree.paths(base.params))
     model = _with_adapters(base.model, rank) if attention else base.model
-    shape, one_by_one = _output_shape(base, model), base.options.get("remat") == "example"
-    if len(shape) == 2 and (shape[1] > 1 or base.kind == "image"):
-        return Adaptable(model, _ADAPTERS if attention else None, False)
-    if len(shape) == 2:
-        return Adaptable(model, f"{_ADAPTERS}|{_HEAD}" if attention else None, True, one_by_one)
-    if len(shape) == 3 and _is_decoder(base) and base.options.get("head") == "tokens":
-        return Adaptable(model, _ADAPTERS if attention else None, True, one_by_one)
-    raise ValueError(
-        "model must give features [n, d], such as load_pretrained_model(path, head='mean') of an encoder or "
-        "head='features' of a decoder; or, for questions with choices, logits of tokens (head='tokens' of a decoder) "
-        f"or one number (outputs=1); got outputs of shape {shape}"
-    )
-
-
-def _is_decoder(base: PretrainedModel) -> bool:
-    return "features" in ARCHITECTURES[base.config["model_type"]](base.config).heads
-
-
-def _output_shape(base: PretrainedModel, model: Model) -> tuple[int, ...]:
-    """Of two examples."""
-    inputs = example_inputs(base)
-    outputs = jax.eval_shape(
-        lambda params, inputs: model.apply(params, inputs, **dict.fromkeys(model.needs)), abstract(base, model), inputs
-    )
-    return (outputs[0] if "stats" in model.needs else outputs).shape
+    new_head = program.head and base.options.get("outputs") is not None
+    where = (f"{_ADAPTERS}|{_HEAD}" if new_head else _ADAPTERS) if attention else None
+    return Adaptable(model, where, program, base.options.get("remat") == "example")
 
 
 @functools.lru_cache(maxsize=32)
 def _with_adapters(model: Model, rank: int) -> Model:
     return adapters.lora(model, rank=rank, where=_ATTENTION)
+
+
+def reader(base: PretrainedModel, program: Program) -> Reader:
+    """What reads the tasks of a model."""
+    return reader_of(program.task, base.kind)
+
+
+def form_of(base: PretrainedModel) -> Form:
+    """The inputs that a model takes; the lengths of texts are static, so that a new text seldom means a compilation."""
+    if base.kind == "image":
+        return Form("image", image=base.image)
+    most = min(base.max_length or MAX_TOKENS, MAX_TOKENS)
+    lengths = (*(length for length in _LENGTHS if length < most), most)
+    return Form("text", base.tokenizer, lengths, vocabulary=base.params["embed"]["embedding"].shape[0])
+
+
+def read_task(base: PretrainedModel, program: Program, task: Any) -> Reading:
+    """The examples of a task.
+
+    Raises:
+      ValueError: `task` is no task, is of another kind than the model, or has one class only.
+    """
+    found = reader(base, program).read(form_of(base), task)
+    if program.task.classes and len(found.classes) < 2:
+        raise ValueError(f"task must have two classes at least, got {len(found.classes)} in {found.name}")
+    return found
+
+
+def read_sources(base: PretrainedModel, program: Program, given: list[Any]) -> list[Source]:
+    """Sources of the episodes of tasks, of one form. One of `metajax.data` that is no `ClassSource` is taken as it is.
+
+    Raises:
+      ValueError: as `read_task`.
+    """
+    ready = [hasattr(task, "draw") and not isinstance(task, ClassSource) for task in given]
+    if program.episode_ways is not None and any(ready):
+        raise ValueError(f"task must be {reader(base, program).forms}, got {given[ready.index(True)]!r}")
+    found = [None if own else read_task(base, program, task) for task, own in zip(given, ready, strict=True)]
+    choices = max((one.inputs["mask"].shape[1] for one in found if one and one.groups is not None), default=0)
+    sources: list[Source] = []
+    for task, reading in zip(given, found, strict=True):
+        if reading is None:
+            check_type(task)
+            sources.append(task)
+        else:
+            sources.append(_source(base, program, reading, choices))
+    return sources
+
+
+def _source(base: PretrainedModel, program: Program, reading: Reading, choices: int) -> ClassSource:
+    inputs, options = reading.inputs, dict[str, Any]()
+    if reading.lengths is not None:
+        lengths = form_of(base).lengths
+        axis = 1 if reading.groups is None else 2
+        options = {"lengths": reading.lengths, "length_buckets": lengths, "length_axis": axis}
+        inputs = inputs if reading.groups is None else with_choices(inputs, choices)
+        inputs = to_length(inputs, lengths[-1], lengths)
+    if reading.groups is not None:
+        options |= {"targets": reading.targets, "task": program.task}
+        return ClassSource(reading.name, "train", inputs, reading.groups, reading.group_names, **options)
+    names, families = tuple(map(str, reading.classes)), reading.families
+    return ClassSource(reading.name, "train", inputs, reading.targets, names, families=families, **options)
 
 
 def example_inputs(base: PretrainedModel) -> Any:
@@ -96,25 +173,51 @@ def abstract(base: PretrainedModel, model: Model) -> Params:
     return jax.eval_shape(model.init, jax.random.key(0), example_inputs(base))
 
 
-def start(base: PretrainedModel, made: Adaptable, seed: int) -> Params:
+def example_support(base: PretrainedModel, classes: tuple[Any, ...], ways: int) -> Examples:
+    """A support set of two examples, of zeros."""
+    inputs: PyTree = example_inputs(base)
+    if not classes:
+        inputs = jax.tree.map(lambda leaf: np.stack([leaf, leaf], axis=1), inputs)
+        inputs |= {"types": np.zeros_like(inputs["tokens"]), "choice": inputs["mask"]}
+    return Examples(inputs, np.zeros(2, int), np.ones(2, bool), class_mask(classes, ways))
+
+
+def class_mask(classes: tuple[Any, ...], ways: int | None = None) -> np.ndarray | None:
+    """Which of the ways a task has; without `ways`, as many as hold its classes. Questions have none."""
+    ways = -(-len(classes) // _WAYS) * _WAYS if ways is None else ways
+    return np.arange(ways) < len(classes) if classes else None
+
+
+def start(base: PretrainedModel, made: Adaptable, key: jax.Array) -> Params:
     """The parameters on the device, with new adapters, which change no output yet."""
     params = jax.tree.map(jnp.asarray, base.params)
-    if made.where is None:
-        return params
-    return adapters.attach(made.model, params, key=jax.random.key(seed))
+    return params if made.where is None else adapters.attach(made.model, params, key=key)
 
 
 @functools.lru_cache(maxsize=64)
 def learner_of(made: Adaptable, name: str, steps: int, rate: float) -> Learner:
     """The same learner for the same arguments. `steps` is 0 only where `adapt(num_steps=0)` is called."""
-    if name == "prototypical":
-        return learners.prototypical(made.model, distance="cosine")
-    if name == "proto_maml":
-        return proto_maml(made.model, optax.adam(rate), steps, adapts=made.where)
+    return _LEARNERS[name](made, steps, rate)
+
+
+def _prototypical(made: Adaptable, steps: int, rate: float) -> Learner:
+    del steps, rate
+    return learners.prototypical(made.model, distance="cosine")
+
+
+def _proto_maml(made: Adaptable, steps: int, rate: float) -> Learner:
+    return proto_maml(made.model, optax.adam(rate), steps, adapts=made.where)
+
+
+def _maml(made: Adaptable, steps: int, rate: float) -> Learner:
     scores = models.score_choices(made.model, remat=made.one_by_one)
-    return learners.maml(scores, optax.adam(rate), max(steps, 1), adapts=made.where)
+    rule = optax.adam(rate)
+    return learners.maml(scores, rule, max(steps, 1), adapts=made.where, task=tasks.multiple_choice)
+
+
+_LEARNERS = {"prototypical": _prototypical, "proto_maml": _proto_maml, "maml": _maml}
 
 
 def fast_learner(made: Adaptable, steps: int, rate: float) -> Learner:
     """What adapts to a new task in a few steps."""
-    return learner_of(made, "maml" if made.choices else "proto_maml", steps, rate)
+    return learner_of(made, made.program.fast, steps, rate)

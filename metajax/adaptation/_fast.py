@@ -13,19 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metajax.adaptation import _base, _questions, _tasks
+from metajax.adaptation import _base
 from metajax.adaptation._meta import MetaTrainedModel
 from metajax.core import _tree, _validate
 from metajax.core._types import Examples, Learner, Params, PyTree
+from metajax.data.readers._questions import answered
 from metajax.evaluation._metrics import softmax
 from metajax.learners._forward import Adapted
 from metajax.pretrained import PretrainedModel, Report, open_model
-from metajax.pretrained._load import read_preprocessor, read_tokenizer
+from metajax.pretrained._load import read_preprocessor, read_tokenizer, tasks_of
 from metajax.pretrained._save import FILES, named, whole_folder
 from metajax.pretrained._tensors import WEIGHTS, Tensors, write
 
 _SIZES = (5, 10, 16, 25, 32, 48, 64)  # of support sets and of what is predicted at once; then multiples of the last
-_WAYS = 8  # classes come in multiples of it
 _FILE = "fast_model.json"
 _FILES = (*FILES, "preprocessor_config.json", _FILE)
 _RATE = 2e-3  # of Adam
@@ -63,15 +63,12 @@ class FastModel:
         Raises:
           ValueError: something else, an empty text (by its index), or images of another size.
         """
-        if self.classes_:
-            read, columns = _tasks.read_inputs(self.base, inputs), len(self.classes_)
-        else:
-            questions = _questions.questions_of(inputs)
-            read = _questions.read_inputs(self.base, questions)
-            columns = max(len(question.choices) for question in questions)
+        made = _base.adaptable(self.base, self.rank)
+        read = _base.reader(self.base, made.program).encode(_base.form_of(self.base), inputs)
+        columns = len(self.classes_) or max(map(len, read.choices or ()))
         logits = []
         for first in range(0, len(inputs), _SIZES[-1]):
-            part = jax.tree.map(lambda leaf, first=first: leaf[first : first + _SIZES[-1]], read)
+            part = jax.tree.map(lambda leaf, first=first: leaf[first : first + _SIZES[-1]], read.inputs)
             padded, mask = _pad(part)
             found = _predict(self.adapted, padded, mask, learner=self.learner)
             logits.append(np.asarray(found, np.float64)[mask, :columns])
@@ -91,7 +88,7 @@ class FastModel:
           ValueError: as `predict_proba`; labels are of another number, or one is none of `classes_`, or of the choices.
         """
         if not self.classes_:
-            answers = [question.answer for question in _questions.answered(inputs, labels, "inputs", "labels")]
+            answers = [question.answer for question in answered(inputs, labels, "inputs", "labels")]
             return float(np.mean(self.predict_proba(inputs).argmax(axis=1) == answers))
         known, labels = set(self.classes_), list(labels)
         unseen = [label for label in labels if label not in known]
@@ -140,14 +137,17 @@ class FastModel:
         base = PretrainedModel(
             model, {}, config, architecture.kind, None, architecture.positions, architecture.image, Report((), (), ()),
             {**options, "dtype": jnp.dtype(options["dtype"]).name, "preprocessor": read_preprocessor(folder)},
+            tasks_of(architecture, options["head"], options["outputs"]),
         )  # fmt: skip
         shapes = _base.abstract(base, model)
         made = _base.adaptable(dataclasses.replace(base, params=shapes), rank)
-        if made.choices == bool(classes):
-            raise ValueError(f"{str(folder / _FILE)!r} must hold {'no ' * made.choices}classes, got {classes!r}")
+        without = not made.program.task.classes
+        if without == bool(classes):
+            raise ValueError(f"{str(folder / _FILE)!r} must hold {'no ' * without}classes, got {classes!r}")
         learner = _base.fast_learner(made, 0, _RATE)
-        like = jax.eval_shape(learner.adapt, _base.abstract(base, made.model), _example_support(base, classes, ways))
-        adapted = like._replace(**_read(folder, _stored(like)), class_mask=_class_mask(classes, ways))
+        support = _base.example_support(base, classes, ways)
+        like = jax.eval_shape(learner.adapt, _base.abstract(base, made.model), support)
+        adapted = like._replace(**_read(folder, _stored(like)), class_mask=_base.class_mask(classes, ways))
         plain = _without(adapted.params, shapes)
         tokenizer = None
         if (folder / "tokenizer.json").is_file():
@@ -199,32 +199,20 @@ def fast_adapt_model(
         made = _base.adaptable(base, rank)
     else:
         made = _base.adaptable(model, rank)
-        base, params = model, _base.start(model, made, 0)
-    inputs, labels, classes, _ = (_questions if made.choices else _tasks).read_task(base, task)
+        base, params = model, _base.start(model, made, jax.random.key(0))
+    found = _base.read_task(base, made.program, task)
+    classes, labels = found.classes, found.targets
+    assert labels is not None  # a task has them
     learner = _base.fast_learner(made, steps, rate)
-    padded, mask = _pad(inputs)
+    padded, mask = _pad(found.inputs)
     targets = np.zeros(len(mask), np.int32)
     targets[: len(labels)] = labels
-    support = Examples(padded, targets, mask, _class_mask(classes, -(-len(classes) // _WAYS) * _WAYS))
+    support = Examples(padded, targets, mask, _base.class_mask(classes))
     moved, head, stats = _adapt(params, support, learner=learner, where=made.where, steps=steps)
     if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves((moved, head))):
         raise ValueError(f"rate must be low enough for a finite result, got {rate}: the adapted model is not finite")
     kept = _tree.split(params, made.where)[1]  # the base itself: what comes out of the call is what moved
     return FastModel(base, learner, rank, Adapted(_tree.fill(moved, kept), support.class_mask, stats, head), classes)
-
-
-def _class_mask(classes: tuple[Any, ...], ways: int) -> np.ndarray | None:
-    """Which of the ways a task has; questions have none."""
-    return np.arange(ways) < len(classes) if classes else None
-
-
-def _example_support(base: PretrainedModel, classes: tuple[Any, ...], ways: int) -> Examples:
-    """A support set of two examples, of zeros."""
-    inputs = _base.example_inputs(base)
-    if not classes:
-        inputs = jax.tree.map(lambda leaf: np.stack([leaf, leaf], axis=1), inputs)
-        inputs |= {"types": np.zeros_like(inputs["tokens"]), "choice": inputs["mask"]}
-    return Examples(inputs, np.zeros(2, int), np.ones(2, bool), _class_mask(classes, ways))
 
 
 @functools.partial(jax.jit, static_argnames=("learner", "where", "steps"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -13,11 +12,11 @@ import numpy as np
 import optax
 
 from metajax import data, hypergrad
-from metajax.adaptation import _base, _questions, _tasks
+from metajax.adaptation import _base
 from metajax.core import _tree, _validate
-from metajax.core._types import Learner, MetaState, Params
+from metajax.core._types import Episode, Learner, MetaState, OuterUpdate, Params
 from metajax.pretrained import PretrainedModel
-from metajax.training import outer_update
+from metajax.training import NonFiniteError, fit, outer_update
 
 _WAYS = 5  # at most, where nobody says
 _EPISODES = 4  # in an outer step
@@ -32,10 +31,10 @@ class MetaTrainedModel:
       base: the pretrained model, shared by all that are made of it.
       learner: what adapts in an episode.
       rank: of the adapters.
-      options: what compiles the meta step besides: the name of the learner and the outer rate.
-      state: the meta-parameters (None where the frozen base has a leaf), the state of the outer optimizer, the number
-        of steps and the key.
-      frozen: the base on the device, None where `state` has a leaf.
+      options: what the meta step is made of besides: the name of the learner and the outer rate.
+      state: what is trained, the state of the outer optimizer, the number of steps and the key; the frozen base is no
+        part of it.
+      frozen: the base on the device, None where `state.params` has a leaf; None where all of the model is trained.
       history: what each outer step of the last call measured, by name: `loss` and `accuracy` `[steps]`, and others.
 
     >>> MetaTrainedModel.__name__
@@ -53,7 +52,7 @@ class MetaTrainedModel:
     @property
     def params(self) -> Params:
         """All parameters, the adapters among them."""
-        return _tree.fill(self.state.params, self.frozen)
+        return _tree.merge(self.state.params, self.frozen)
 
 
 def adapt_model(
@@ -131,27 +130,39 @@ def adapt_model(
     tasks = task if isinstance(task, list) else [task]
     if not tasks:
         raise ValueError("task must be a task or a list of them, got an empty list")
-    if name in _base.CHOICE_LEARNERS:
-        sources: list[Any] = _questions.read_sources(model.base, tasks)
-        if ways not in (None, 1):
-            raise ValueError(f"ways must be 1 for questions, which bring their choices, got {ways!r}")
-        ways = 1
-    else:
-        sources = [_tasks.read_source(model.base, one) for one in tasks]
-        classes = min(getattr(source, "num_classes", _WAYS) for source in sources)
-        ways = min(_WAYS, classes) if ways is None else _validate.int_at_least("ways", ways, 2)
-    spec = data.EpisodeSpec(ways, shots, queries)
+    program = _base.adaptable(model.base, model.rank).program
+    sources: list[Any] = _base.read_sources(model.base, program, tasks)
+    spec = data.EpisodeSpec(_ways(ways, program, sources), shots, queries)
     source = sources[0] if len(sources) == 1 else data.mixture(sources)
-    update = _update(model.learner, model.options)
-    state, told = model.state, []
-    for step in range(int(state.step), int(state.step) + steps):
-        episodes = data.episode_batch(source, spec, seed=seed, start=step * _EPISODES, count=_EPISODES)
-        state, metrics = update(state, model.frozen, episodes)
-        told.append(metrics)
+    begun, told = int(model.state.step), list[dict[str, Any]]()
+    episodes = (
+        data.episode_batch(source, spec, seed=seed, start=step * _EPISODES, count=_EPISODES)
+        for step in range(begun, begun + steps)
+    )
+    state = jax.tree.map(jnp.copy, model.state)  # the call consumes it, and `model` is not changed
+    try:
+        state = fit(
+            _outer(model.learner, rate), state, episodes, steps=begun + steps, frozen=model.frozen,
+            callbacks=[lambda step, state, metrics: told.append(metrics)],
+        )  # fmt: skip
+    except NonFiniteError as error:
+        raise ValueError(
+            f"outer_rate must be low enough for a finite loss, got {rate}: the loss is not finite"
+        ) from error
     history = {key: np.stack([np.asarray(metrics[key]) for metrics in told]) for key in told[0]}
-    if not np.isfinite(history["loss"]).all():
-        raise ValueError(f"outer_rate must be low enough for a finite loss, got {rate}: the loss is not finite")
     return dataclasses.replace(model, state=state, history=history)
+
+
+def _ways(ways: int | None, program: _base.Program, sources: list[Any]) -> int:
+    """Ways of an episode."""
+    if program.episode_ways is not None:
+        if ways not in (None, program.episode_ways):
+            raise ValueError(
+                f"ways must be {program.episode_ways} for questions, which bring their choices, got {ways!r}"
+            )
+        return program.episode_ways
+    classes = min(getattr(source, "num_classes", _WAYS) for source in sources)
+    return min(_WAYS, classes) if ways is None else _validate.int_at_least("ways", ways, 2)
 
 
 def _first(
@@ -160,13 +171,14 @@ def _first(
     rate = _validate.positive_float("outer_rate", 1e-3 if outer_rate is None else outer_rate)
     rank = 8 if rank is None else rank
     made = _base.adaptable(base, rank)
-    known = _base.CHOICE_LEARNERS if made.choices else _base.LEARNERS
+    known = made.program.learners
     name = _validate.one_of("learner", known[0] if learner is None else learner, known)
-    params = _base.start(base, made, _validate.int_at_least("seed", seed, 0))
-    trained, frozen = _tree.split(params, made.where)
+    adapters_key, key = jax.random.split(jax.random.key(_validate.int_at_least("seed", seed, 0)))
+    trained, frozen = _tree.split(_base.start(base, made, adapters_key), made.where)
+    frozen = frozen if made.where is not None else None
     made_learner = _base.learner_of(made, name, _INNER_STEPS, _INNER_RATE)
-    opt_state = optax.adam(rate).init(trained)
-    state = MetaState(trained, opt_state, (), jnp.zeros([], jnp.int32), jax.random.key(seed))
+    support = _base.example_support(base, ("a", "b") if made.program.task.classes else (), 2)
+    state = _outer(made_learner, rate).init(key, Episode(support, support), trained, frozen=frozen)
     return MetaTrainedModel(base, made_learner, rank, (name, rate), state, frozen, {})
 
 
@@ -177,22 +189,10 @@ def scores_choices(model: PretrainedModel | MetaTrainedModel, rank: int) -> bool
       ValueError: it adapts to no task, or `rank` does not fit.
     """
     base, rank = (model.base, model.rank) if isinstance(model, MetaTrainedModel) else (model, rank)
-    return _base.adaptable(base, rank).choices
+    return not _base.adaptable(base, rank).program.task.classes
 
 
 @functools.lru_cache(maxsize=32)
-def _update(learner: Learner, options: tuple[str, float]) -> Callable[..., tuple[MetaState, dict[str, Any]]]:
-    """The compiled meta step: the frozen base goes in and does not come out, so that no step copies it."""
-
-    @jax.jit
-    def update(state: MetaState, frozen: Params, episodes: Any) -> tuple[MetaState, dict[str, Any]]:
-        everything = _tree.fill(state.params, frozen)
-        picked = set(_tree.paths(state.params))
-        outer = outer_update(
-            learner, optax.adam(options[1]), hypergrad=hypergrad.first_order(), trainable=picked.__contains__,
-            before=False,
-        )  # fmt: skip
-        after, metrics = outer.update(state._replace(params=everything), episodes)
-        return after._replace(params=_tree.split(after.params, picked.__contains__)[0]), metrics
-
-    return update
+def _outer(learner: Learner, rate: float) -> OuterUpdate:
+    """The same meta step for the same arguments: it is the key of what is compiled."""
+    return outer_update(learner, optax.adam(rate), hypergrad=hypergrad.first_order(), before=False)

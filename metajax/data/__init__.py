@@ -27,7 +27,6 @@ from metajax.data._sampler_source import from_sampler
 from metajax.data._sinusoids import sinusoids
 from metajax.data._sources import ClassSource, Drawn, Source
 from metajax.data._spec import Bucket, EpisodeSpec, Imbalanced
-from metajax.data._squad import Question
 from metajax.data._text import text
 from metajax.data._tfds import tfds_source
 from metajax.data._transformed import transformed
@@ -43,6 +42,7 @@ from metajax.data._transforms import (
     random_rotate90,
     resize,
 )
+from metajax.data.readers._squad import Question
 
 __all__ = [
     "AnswerSource",

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
-from typing import NamedTuple
-
-import numpy as np
 
 from metajax.core import _validate
-from metajax.data import _image_store, _images
 from metajax.data._class_splits import Splits, divide
 from metajax.data._sources import SPLITS, ClassSource, nodes_of_groups
-
-_Members = dict[str, list[tuple[_images.Files, str]]]  # class -> its files, and where to read them
+from metajax.data.readers import _folders, _image_store, _images
 
 
 def image_folder(
@@ -72,157 +66,19 @@ def image_folder(
     _validate.one_of("split", split, SPLITS)
     _images.check_options(size, channels, invert)
     with contextlib.ExitStack() as opened:
-        parts, where = parts_of(opened, path), f"path {os.fspath(path)!r}"
+        parts, where = _folders.parts_of(opened, path), f"path {os.fspath(path)!r}"
         if splits is None and parts[0].split is not None:
-            _check_disjoint(parts, where)
+            _folders.check_disjoint(parts, where)
             classes = next((part.classes for part in parts if part.split == split), None)
             if classes is None:
                 raise ValueError(f"split {split!r} is not in {where}, which holds other splits")
         else:
-            together: _Members = {}
+            together: _folders.Members = {}
             for part in parts:
                 for name, members in part.classes.items():
                     together.setdefault(name, []).extend(members)
             classes = {name: together[name] for name in divide(together, split, splits, where)}
-        images, labels = _read(classes, repr(str(path)), size, channels, invert, cache_bytes)
+        images, labels = _folders.read_members(classes, repr(str(path)), size, channels, invert, cache_bytes)
         if isinstance(images, _image_store.StoredImages):
             images.owner = opened.pop_all()  # zips stay open as long as something may read them
         return ClassSource(os.fspath(path), split, images, labels, tuple(classes), nodes=nodes_of_groups(classes))
-
-
-class ImageFolder(NamedTuple):
-    """Labelled images.
-
-    Attributes:
-      images: uint8 `[n, height, width, channels]`.
-      labels: int32 `[n]`, positions in `class_names`.
-      class_names: sorted.
-      file_names: `CLASS/NAME.png`, one for each image.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-    class_names: tuple[str, ...]
-    file_names: tuple[str, ...]
-
-
-def read_image_folder(
-    path: str | os.PathLike[str],
-    *,
-    size: int | None = None,
-    channels: int | None = None,
-    invert: _images.Invert = False,
-) -> ImageFolder:
-    """Reads all images of a folder or zip of `CLASS/NAME.png` (or .jpg, .bmp), without dividing them.
-
-    One folder around all classes, as many zips have it, is looked through. Hidden files are ignored; every
-    other file must be an image in a class.
-
-    Args:
-      path: a folder or a zip file.
-      size: height and width to resize to, or None where all images have one size.
-      channels: 1 (grey) or 3 (RGB), or None where all images agree.
-      invert: True, False, or "auto" (images with a bright border are inverted).
-
-    Raises:
-      ValueError: nothing is there, a file is not an image or not in a class, images have different sizes or
-        channels, or a zip is unsafe (see `open_files`).
-
-    >>> import pathlib, tempfile
-    >>> from PIL import Image
-    >>> folder = pathlib.Path(tempfile.mkdtemp())
-    >>> for name in ("cat", "dog"):
-    ...     (folder / name).mkdir()
-    ...     Image.new("RGB", (8, 8)).save(folder / name / "1.png")
-    >>> found = read_image_folder(folder)
-    >>> found.images.shape, found.labels.tolist(), found.class_names
-    ((2, 8, 8, 3), [0, 1], ('cat', 'dog'))
-    """
-    _images.check_options(size, channels, invert)
-    with _images.open_files(path) as files:
-        classes = classes_of(files)
-        images, labels = _read(classes, repr(str(path)), size, channels, invert, None)
-    names = tuple("/".join(name.split("/")[-2:]) for members in classes.values() for _, name in members)
-    return ImageFolder(np.asarray(images), labels, tuple(classes), names)
-
-
-class _Part(NamedTuple):
-    split: str | None  # None: all there is
-    classes: _Members
-
-
-def parts_of(opened: contextlib.ExitStack, path: str | os.PathLike[str]) -> list[_Part]:
-    """The classes of a folder or zip, divided as it is; what is opened is left to `opened`."""
-    files = opened.enter_context(_images.open_files(path))
-    zips = [split for split in SPLITS if f"{split}.zip" in files.names]
-    if zips:
-        archives = [opened.enter_context(_images.open_files(files.path / f"{split}.zip")) for split in zips]
-        return [_Part(split, classes_of(archive)) for split, archive in zip(zips, archives, strict=True)]
-    below = _split_folders(files.names)
-    if below:
-        return [_Part(split, classes_of(files, folder)) for split, folder in below.items()]
-    return [_Part(None, classes_of(files))]
-
-
-def _split_folders(names: Sequence[str]) -> dict[str, str]:
-    """`{split: its folder}`, where there are folders of classes named after splits, maybe with one folder around."""
-    parts = [name.split("/") for name in names]
-    for around in (0, 1) if len({part[0] for part in parts}) == 1 else (0,):
-        depths = (around + 3, around + 4)
-        found = {part[around] for part in parts if len(part) in depths and part[around] in SPLITS}
-        if found:
-            return {split: "/".join([*parts[0][:around], split, ""]) for split in SPLITS if split in found}
-    return {}
-
-
-def classes_of(files: _images.Files, below: str = "") -> _Members:
-    """The files of each class, sorted; only those below the folder `below`, if named."""
-    names = [name for name in files.names if name.startswith(below)]
-    where = str(files.path / below)
-    if not names:
-        raise ValueError(f"path must hold images as CLASS/NAME.png, got {where!r}, which holds no files")
-    depth = below.count("/")
-    parts = [name.split("/")[depth:] for name in names]
-    lengths = {len(part) for part in parts}
-    if min(lengths) > 2 and len({part[0] for part in parts}) == 1:  # one folder around all classes
-        parts, lengths = [part[1:] for part in parts], {length - 1 for length in lengths}
-    if lengths not in ({2}, {3}):
-        name = next(name for name, part in zip(names, parts, strict=True) if len(part) != 2)
-        raise ValueError(
-            f"path must hold images as CLASS/NAME.png and nothing else, or all as GROUP/CLASS/NAME.png, got {name!r} "
-            f"in {where!r}"
-        )
-    classes: _Members = {}
-    for name, part in zip(names, parts, strict=True):
-        classes.setdefault("/".join(part[:-1]), []).append((files, name))
-    return dict(sorted(classes.items()))
-
-
-def _check_disjoint(parts: list[_Part], where: str) -> None:
-    seen: dict[str, str | None] = {}
-    for part in parts:
-        for name in part.classes:
-            if name in seen:
-                raise ValueError(
-                    f"class {name!r} stands in two splits of {where} ({seen[name]}, {part.split}); few-shot splits "
-                    "have different classes: divide them with splits="
-                )
-            seen[name] = part.split
-
-
-def _read(
-    classes: _Members, where: str, size: int | None, channels: int | None, invert: _images.Invert,
-    cache_bytes: int | None,
-) -> tuple[np.ndarray | _image_store.StoredImages, np.ndarray]:  # fmt: skip
-    entries = [entry for members in classes.values() for entry in members]
-    labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(members) for members in classes.values()])
-
-    def load(row: int) -> np.ndarray:
-        files, name = entries[row]
-        image = _images.decode(files.read(name), str(files.path / name), size=size, channels=channels)
-        return _images.invert_images(image[None], invert)[0]
-
-    def name(row: int) -> str:
-        return entries[row][1]
-
-    return _image_store.read_images(load, name, len(entries), where=where, cache_bytes=cache_bytes), labels

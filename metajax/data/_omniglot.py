@@ -12,8 +12,9 @@ import numpy as np
 from PIL import Image
 
 from metajax.core import _validate
-from metajax.data import _cache, _images
+from metajax.data import _cache
 from metajax.data._sources import SPLITS, ClassSource, nodes_of_groups
+from metajax.data.readers import _images
 
 _VERSION = 1  # of what the cache holds
 _PARTS = {"images_background": 964, "images_evaluation": 659}  # and their classes

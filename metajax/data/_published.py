@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from metajax.core import _validate
-from metajax.data import _images
 from metajax.data._class_splits import divide
 from metajax.data._image_folder import image_folder
 from metajax.data._mixture import mixture
 from metajax.data._sources import SPLITS, ClassSource, Source
+from metajax.data.readers import _images
 
 META_DATASET = (
     "ilsvrc_2012", "omniglot", "aircraft", "cu_birds", "dtd", "quickdraw", "fungi", "vgg_flower", "traffic_sign",

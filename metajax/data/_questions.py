@@ -11,11 +11,12 @@ import numpy as np
 
 from metajax.core import _validate
 from metajax.core._types import TaskType
-from metajax.data import _tokens
 from metajax.data._class_splits import Splits, divide
 from metajax.data._sources import SPLITS, ClassSource
-from metajax.data._squad import Question, read_parallel
-from metajax.data._text_files import regular_file
+from metajax.data.readers import _tokens
+from metajax.data.readers._answers import windows
+from metajax.data.readers._files import regular_file
+from metajax.data.readers._squad import Question, read_parallel
 from metajax.tasks import spans
 
 Path = str | os.PathLike[str]
@@ -156,7 +157,7 @@ def question_answering(
     if not questions:
         raise ValueError(f"files must hold questions, and {name} has none in {split}")
     number = {task: place for place, task in enumerate(tasks)}
-    rows = _rows(encoder, questions, max_length, overlap)
+    rows = windows(encoder, questions, max_length, overlap)
     labels = [number[f"{questions[row.id].language}/{questions[row.id].article}"] for row in rows]
     targets = np.array([row.target for row in rows], np.int32).reshape(-1, 2)
     length = np.array([len(row.tokens) for row in rows], np.int32)
@@ -203,64 +204,3 @@ def _languages(languages: Any, split: str, files: Mapping[str, Path]) -> list[st
         for language in listed:
             _validate.one_of(f"a language of languages[{key!r}]", language, tuple(files))
     return list(languages[split])
-
-
-@dataclasses.dataclass(frozen=True)
-class _Row:
-    """One window of one question; lists have one entry for each of its tokens."""
-
-    id: int
-    tokens: list[int]
-    types: list[int]
-    context: list[bool]
-    offsets: list[tuple[int, int]]
-    target: tuple[int, int]
-
-
-def _rows(encoder: Any, questions: Sequence[Question], max_length: int, overlap: int) -> list[_Row]:
-    rows: list[_Row] = []
-    pairs = [(question.text, question.context) for question in questions]
-    encodings = _tokens.encode_pairs(encoder, pairs, [question.where for question in questions])
-    for number, (question, encoding) in enumerate(zip(questions, encodings, strict=True)):
-        first, behind = _tokens.span_of(encoding, 1)
-        if first == behind:
-            raise ValueError(f"the context of {question.where} gives no tokens")
-        tokens, types, offsets = encoding.ids, encoding.type_ids, encoding.offsets  # each access makes a new list
-        answer = _answer_tokens(offsets[first:behind], question)
-        room = max_length - (len(tokens) - (behind - first))
-        if room < behind - first and room <= overlap:
-            raise ValueError(
-                f"max_length, {max_length}, must leave room for more than overlap, {overlap}, tokens of context beside "
-                f"{question.where}, which leaves {room}"
-            )
-        starts = range(0, max(behind - first - overlap, 1), room - overlap) if room < behind - first else range(1)
-        best = _best_window(starts, room, behind - first, answer)
-        for start in starts:
-            kept = [*range(first), *range(first + start, min(first + start + room, behind))]
-            kept += range(behind, len(tokens))
-            rows.append(
-                _Row(
-                    number,
-                    [tokens[place] for place in kept],
-                    [types[place] for place in kept],
-                    [first <= place < behind for place in kept],
-                    [offsets[place] for place in kept],
-                    (first + answer[0] - start, first + answer[1] - start) if start == best else (-1, -1),
-                )
-            )
-    return rows
-
-
-def _answer_tokens(offsets: Sequence[tuple[int, int]], question: Question) -> tuple[int, int]:
-    """The first and the last token of the context that cover some of the first answer."""
-    covering = [place for place, (start, end) in enumerate(offsets) if start < question.end and end > question.start]
-    if not covering:
-        raise ValueError(f"the answer of {question.where}, {question.answers[0]!r}, gives no tokens")
-    return covering[0], covering[-1]
-
-
-def _best_window(starts: Sequence[int], room: int, count: int, answer: tuple[int, int]) -> int | None:
-    """The start of the window that holds the answer with most context on its poorer side; None where none holds it."""
-    margins = {start: min(answer[0] - start, min(start + room, count) - 1 - answer[1]) for start in starts}
-    best = max(margins, key=lambda start: margins[start])
-    return best if margins[best] >= 0 else None

@@ -4,32 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
 
 import numpy as np
 
 from metajax.core import _validate
-from metajax.data import _tokens
 from metajax.data._class_splits import Splits, divide
 from metajax.data._sources import SPLITS, ClassSource
-from metajax.data._text_files import Row, read_json, read_rows, regular_file, text_files
+from metajax.data.readers import _tokens
+from metajax.data.readers._files import Row, read_rows, text_files
+from metajax.data.readers._texts import encode_rows, read_domains
 
 Path = str | os.PathLike[str]
-LONG = ("truncate", "refuse")
-
-
-class Encoded(NamedTuple):
-    """Texts as tokens.
-
-    Attributes:
-      inputs: `{"tokens": int32 [n, max_length], "mask": bool [n, max_length]}`, False where there is padding.
-      lengths: `[n]`, how many tokens each text has.
-      truncated: how many texts lost their ends.
-    """
-
-    inputs: dict[str, np.ndarray]
-    lengths: np.ndarray
-    truncated: int
 
 
 def text(
@@ -148,35 +133,6 @@ def text(
     )
 
 
-def read_domains(domain: Any) -> dict[str, str]:
-    """The domain of each label.
-
-    Args:
-      domain: labels by domain, or a .json file of that.
-
-    Raises:
-      ValueError: it is none, or a label stands in two domains.
-
-    >>> read_domains({"travel": ["flight"], "bank": ["card"]})
-    {'flight': 'travel', 'card': 'bank'}
-    """
-    where = "domain"
-    if not isinstance(domain, Mapping):
-        file = regular_file("domain", domain)
-        where, domain = f"domain {str(file)!r}", read_json(file)
-    if not isinstance(domain, Mapping):
-        raise ValueError(f"{where} must map domains to lists of labels, got a {type(domain).__name__}")
-    by_label: dict[str, str] = {}
-    for key, labels in domain.items():
-        names = [key, *labels] if isinstance(labels, Sequence) and not isinstance(labels, str) else [None]
-        if not all(isinstance(name, str) for name in names):
-            raise ValueError(f"{where} must map {key!r} to a list of labels, got {labels!r}")
-        for label in labels:
-            if by_label.setdefault(label, key) != key:
-                raise ValueError(f"{where} has label {label!r} in two domains, {by_label[label]!r} and {key!r}")
-    return by_label
-
-
 def _classes(rows: Sequence[Row], by_label: dict[str, str] | None, column: bool) -> tuple[dict[str, str], list[str]]:
     """The domain of each class ("" where there are none), and the class of each row."""
     classes: dict[str, str] = {}
@@ -196,39 +152,3 @@ def _classes(rows: Sequence[Row], by_label: dict[str, str] | None, column: bool)
             )
         of_row.append(class_name)
     return classes, of_row
-
-
-def encode_rows(
-    encoder: Any, rows: Sequence[Row], max_length: int, *, prefix: str = "", on_long: str = "truncate"
-) -> Encoded:
-    """Tokenises texts; the arguments are those of `text`, and `encoder` is what `load_tokenizer` gives.
-
-    Raises:
-      ValueError: a text cannot be tokenised, gives no tokens, or is too long where such texts are refused.
-    """
-    _validate.one_of("on_long", on_long, LONG)
-    _validate.instance("prefix", prefix, str)
-    encoder.enable_truncation(max_length)
-    tokens, lengths = np.zeros([len(rows), max_length], np.int32), np.zeros(len(rows), np.int32)
-    truncated = 0
-    for first in range(0, len(rows), _tokens.BLOCK):
-        for place, encoding in enumerate(_encode(encoder, rows[first : first + _tokens.BLOCK], prefix), first):
-            ids = encoding.ids
-            if not ids:
-                raise ValueError(f"the text in {rows[place].where} gives no tokens")
-            if encoding.overflowing:
-                truncated += 1
-                if on_long == "refuse":
-                    raise ValueError(f"the text in {rows[place].where} has more than {max_length} tokens, max_length")
-            tokens[place, : len(ids)] = ids
-            lengths[place] = len(ids)
-    return Encoded({"tokens": tokens, "mask": np.arange(max_length) < lengths[:, None]}, lengths, truncated)
-
-
-def _encode(encoder: Any, rows: Sequence[Row], prefix: str) -> list[Any]:
-    try:
-        return encoder.encode_batch_fast([prefix + row.text for row in rows])
-    except Exception as error:  # which does not say which text it was
-        if len(rows) == 1:
-            raise ValueError(f"the text in {rows[0].where} cannot be tokenised ({error})") from error
-    return [encoding for row in rows for encoding in _encode(encoder, [row], prefix)]

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from metajax.core import _validate
-from metajax.data import _cache, _image_store, _images, _records
+from metajax.data import _cache, _records
 from metajax.data._class_splits import Splits, divide
 from metajax.data._sources import SPLITS, ClassSource, nodes_of_groups
+from metajax.data.readers import _image_store, _images
 
 _VERSION = 1  # of what the cache holds
 _OPEN_FILES = 128  # at most, of one source: systems allow a process some hundreds

@@ -28,6 +28,9 @@ class Layout(NamedTuple):
     read: Callable[[np.ndarray], np.ndarray]
 
 
+ENCODER = {"mean": "features", "cls": "features", "tokens": "each token", "span": "span"}
+DECODER = {"tokens": "tokens", "features": "features"}
+VISION = {"cls": "features", "mean": "features"}
 PLAIN = Layout(lambda shape: shape, lambda tensor: tensor)
 TRANSPOSED = Layout(lambda shape: shape[::-1], lambda tensor: tensor.T)
 
@@ -38,7 +41,8 @@ class Architecture:
 
     Attributes:
       model: `(head, outputs, dtype, remat) -> Model`.
-      heads: the heads that `model` knows; the first is the one of the pretrained model.
+      heads: the heads that `model` knows, and what comes out of each: "features" `[n, d]`, logits of "tokens", a "span",
+        or features of "each token". The first is the head of the pretrained model.
       names: names of tensors by the path of the leaf that they become; `{}` is the number of a block, whose tensors are
         stacked.
       prefixes: what may stand in front of names.
@@ -49,7 +53,7 @@ class Architecture:
     """
 
     model: Callable[..., Model]
-    heads: tuple[str, ...]
+    heads: Mapping[str, str]
     names: dict[str, str]
     prefixes: tuple[str, ...]
     kind: str
@@ -129,7 +133,7 @@ def _encoder(
     for part, place in places.items():
         names |= _linear(f"blocks/{part}", place)
     positions = rows - sizes.get("first_position", 0)
-    return Architecture(model, ("mean", "cls", "tokens", "span"), names, prefixes, "text", positions)
+    return Architecture(model, ENCODER, names, prefixes, "text", positions)
 
 
 def llama(config: Config) -> Architecture:
@@ -172,7 +176,7 @@ def llama(config: Config) -> Architecture:
     for part in ("query", "key") if qk_norm else ():
         names |= _norm(f"blocks/{part}_norm", f"{layer}.self_attn.{part[0]}_norm", bias=False)
     names[HEAD] = "lm_head.weight"
-    return Architecture(model, ("tokens", "features"), names, ("model.", ""), "text", positions)
+    return Architecture(model, DECODER, names, ("model.", ""), "text", positions)
 
 
 def vit(config: Config) -> Architecture:
@@ -211,7 +215,7 @@ def vit(config: Config) -> Architecture:
         ),
     }
     image = (size, size, channels)
-    return Architecture(model, ("cls", "mean"), names, ("", "vit."), "image", image=image, layouts=layouts)
+    return Architecture(model, VISION, names, ("", "vit."), "image", image=image, layouts=layouts)
 
 
 # Factories of `metajax.models` that a config of model_type "metajax" may name, and the kind of their inputs.
@@ -219,8 +223,8 @@ FACTORIES: dict[str, tuple[Callable[..., Model], str]] = {
     "conv4": (models.conv4, "image"), "decoder": (models.decoder, "text"), "encoder": (models.encoder, "text"),
     "resnet12": (models.resnet12, "image"), "vit": (models.vit, "image"),
 }  # fmt: skip
-# The option that says which outputs a model gives, and those of its values that share parameters.
-_HEADS = {"encoder": ("head", ("mean", "cls", "tokens")), "vit": ("pooling", ("cls", "mean"))}
+# The option that says which outputs a model gives, those of its values that share parameters, and what comes out.
+_HEADS = {"encoder": ("head", ("mean", "cls", "tokens"), ENCODER), "vit": ("pooling", ("cls", "mean"), VISION)}
 _GIVEN = ("outputs", "dtype", "remat")  # options that the loading call decides
 
 
@@ -236,13 +240,14 @@ def own(config: Config) -> Architecture:
     for option in accepted:
         if known[option].default is inspect.Parameter.empty and option not in options:
             raise ValueError(f"options must hold {option} for {name}, got {options!r}")
-    heads: tuple[str, ...]
     if name == "decoder":
-        keyword, heads = "outputs", ("features",) if config.get("head") == "features" else ("tokens", "features")
+        keyword, order = "outputs", ["features"] if config.get("head") == "features" else [*DECODER]
+        kinds = DECODER
     else:
-        keyword, shared = _HEADS.get(str(name), ("", ("features",)))
+        keyword, shared, kinds = _HEADS.get(str(name), ("", ("features",), {"features": "features"}))
         saved = options.get(keyword, known[keyword].default) if keyword else "features"
-        heads = (saved, *(head for head in shared if head != saved and saved in shared))
+        order = [saved, *(head for head in shared if head != saved and saved in shared)]
+    heads = {head: kinds[head] for head in order}
 
     def model(head: Any, outputs: int | None, dtype: Any, remat: Any) -> Model:
         given = {"dtype": dtype, "remat": remat, keyword: head}
@@ -257,7 +262,7 @@ def own(config: Config) -> Architecture:
         positions = _number(config, "max_length")
     else:
         positions = options.get("positions", known["positions"].default) - options.get("first_position", 0)
-    made = jax.eval_shape(model(heads[0], None, np.float32, False).init, jax.random.key(0), example(image))
+    made = jax.eval_shape(model(order[0], None, np.float32, False).init, jax.random.key(0), example(image))
     names = {path: path for path in _tree.paths(made)}
     return Architecture(model, heads, names, ("",), kind, positions, image, dict.fromkeys(names, PLAIN))
 

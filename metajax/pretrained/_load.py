@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from metajax.core import _tree, _validate
-from metajax.core._types import Model, Params
-from metajax.data import _tokens
+from metajax.core._types import Model, Params, TaskType
+from metajax.data.readers import _tokens
 from metajax.models._blocks import Remat
 from metajax.models._wrap import as_floats
 from metajax.pretrained import _architectures
 from metajax.pretrained._tensors import Tensors
+from metajax.tasks._lookup import ALL
 
 _PREPROCESSOR = "preprocessor_config.json"
 _MEANS = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
@@ -70,6 +71,7 @@ class PretrainedModel:
       report: which tensors of the folder went where.
       options: what else the model is made of, to open it again: `head`, `outputs`, `dtype`, `remat`, and what
         preprocessor_config.json holds.
+      tasks: the task types that what comes out of the model serves, which its head decides.
 
     >>> PretrainedModel.__name__
     'PretrainedModel'
@@ -84,6 +86,7 @@ class PretrainedModel:
     image: tuple[int, int, int] | None
     report: Report = dataclasses.field(repr=False)
     options: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+    tasks: tuple[TaskType, ...] = ()
 
 
 def load_pretrained_model(
@@ -146,8 +149,20 @@ def load_pretrained_model(
         "preprocessor": read_preprocessor(folder),
     }  # fmt: skip
     return PretrainedModel(
-        model, params, config, architecture.kind, tokenizer, architecture.positions, architecture.image, report, options
-    )
+        model, params, config, architecture.kind, tokenizer, architecture.positions, architecture.image, report,
+        options, tasks_of(architecture, head, outputs),
+    )  # fmt: skip
+
+
+def tasks_of(architecture: _architectures.Architecture, head: str, outputs: int | None) -> tuple[TaskType, ...]:
+    """The task types that a head serves.
+
+    A head that gives a vector of an example is one of features; with a single output on top it scores texts.
+    """
+    kind = architecture.heads[head]
+    if kind == "features" and outputs == 1 and architecture.kind == "text":
+        kind = "score"
+    return tuple(task for task in ALL if kind in task.heads)
 
 
 def read_tokenizer(
@@ -224,7 +239,7 @@ def _made(
 ) -> Model:  # fmt: skip
     if outputs is not None:
         _validate.positive_int("outputs", outputs)
-    _validate.one_of("head", head, architecture.heads)
+    _validate.one_of("head", head, tuple(architecture.heads))
     if head == "tokens" and outputs is not None and "features" in architecture.heads:
         raise ValueError(f"outputs must be None for the logits of tokens of a decoder, got {outputs}")
     model = architecture.model(head, outputs, dtype, remat)
@@ -250,7 +265,7 @@ def default_head(folder: pathlib.Path, architecture: _architectures.Architecture
             )
     path = folder / "1_Pooling" / "config.json"
     if not path.is_file():
-        return "features" if outputs is not None and "features" in architecture.heads else architecture.heads[0]
+        return "features" if outputs is not None and "features" in architecture.heads else next(iter(architecture.heads))
     modes = [name.removeprefix("pooling_mode_") for name, chosen in _read_json(path).items() if chosen is True]
     head = _POOLING.get(modes[0]) if len(modes) == 1 else None
     if head not in architecture.heads:

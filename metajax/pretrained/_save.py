@@ -109,7 +109,7 @@ def _gives_tokens(tensors: Mapping[str, np.ndarray], *, tied: bool) -> bool:
 
 def _check(tensors: Mapping[str, np.ndarray], architecture: _architectures.Architecture, told: str) -> None:
     """Refuses parameters that the model would not be loaded with."""
-    model = architecture.model(architecture.heads[0], None, np.float32, False)
+    model = architecture.model(next(iter(architecture.heads)), None, np.float32, False)
     example = _architectures.example(architecture.image)
     wanted = named(jax.eval_shape(model.init, jax.random.key(0), example), np.shape)
     for name, shape in wanted.items():

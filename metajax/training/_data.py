@@ -13,7 +13,7 @@ import numpy as np
 
 from metajax import data, pretrained
 from metajax.core import _validate
-from metajax.data._text_files import parts_of, text_files
+from metajax.data.readers._files import parts_of, text_files
 
 Config = Mapping[str, Any]
 _Open = Callable[[str, str, dict[str, Any]], data.Source]  # (path, split, fields)

@@ -18,7 +18,7 @@ from metajax import adapters, data, hypergrad, learners, models, pretrained
 from metajax.core import _validate
 from metajax.core._losses import span_cross_entropy, squared_error
 from metajax.core._types import Hypergrad, Learner, Loss, Model, Params
-from metajax.data._tokens import load_tokenizer
+from metajax.data.readers._tokens import load_tokenizer
 from metajax.strategies._contrast import TRAINED, contrastive
 from metajax.strategies._curriculum import Stage
 from metajax.training import _checkpoint, _data

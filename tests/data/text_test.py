@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from metajax.data import EpisodeSpec, _text, batches, device_sampler, episode, episode_batch, episodes, text
-from metajax.data._text_files import parts_of
+from metajax.data.readers._files import parts_of
 
 tokenizers = pytest.importorskip("tokenizers", reason="needs the extra 'text'")
 

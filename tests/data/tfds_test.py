@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metajax.data import EpisodeSpec, _images, _records, _tfds, device_sampler, episode_batch, episodes, tfds_source
+from metajax.data import EpisodeSpec, _records, _tfds, device_sampler, episode_batch, episodes, tfds_source
+from metajax.data.readers import _images
 from metajax.data._class_splits import divide
 
 tfds = pytest.importorskip("tensorflow_datasets", reason="needs tensorflow-datasets to prepare sets")

@@ -9,7 +9,7 @@ import pytest
 import worlds
 
 import metajax
-from metajax.data._image_folder import read_image_folder
+from metajax.data.readers._folders import read_image_folder
 
 CLASSES = ("maple", "oak", "pine")
 

@@ -14,7 +14,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from metajax.core import _validate
-from metajax.data import _image_folder, _images
+from metajax.data.readers import _folders
+from metajax.data.readers import _images
 
 _Classes = Mapping[str, list[tuple[_images.Files, str]]]  # class -> its files, and where to read them
 _Examples = Iterator[tuple[str, dict[str, Any]]]
@@ -117,7 +118,7 @@ class Omniglot(_Folders, skip_registration=True):  # type: ignore[call-arg]
                     f"path must hold images_background and images_evaluation (folders or .zip), got {str(folder)!r} "
                     f"without images_{split}"
                 )
-            found[split] = _image_folder.classes_of(opened.enter_context(_images.open_files(path)))
+            found[split] = _folders.classes_of(opened.enter_context(_images.open_files(path)))
         return found
 
     def _stored(self, content: bytes, name: str) -> bytes:
@@ -173,7 +174,7 @@ class ImageFolder(_Folders, skip_registration=True):  # type: ignore[call-arg]
         return self._described((None, None, first.shape[2]), description="Images in folders of classes.")
 
     def _open(self, opened: contextlib.ExitStack) -> dict[str, _Classes]:
-        return {part.split or "train": part.classes for part in _image_folder.parts_of(opened, self._path)}
+        return {part.split or "train": part.classes for part in _folders.parts_of(opened, self._path)}
 
     def _stored(self, content: bytes, name: str) -> bytes:
         image = _images.decode(content, name, channels=self._channels)

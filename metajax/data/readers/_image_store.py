@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from metajax.core import _validate
-from metajax.data import _images
+from metajax.data.readers import _images
 
 Load = Callable[[int], np.ndarray]  # (row) -> uint8 [height, width, channels]
 

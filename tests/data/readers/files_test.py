@@ -5,13 +5,13 @@ import os
 
 import pytest
 
-from metajax.data import _text_files
+from metajax.data.readers import _files
 
 COLUMNS = {"text": "text", "label": "label"}
 
 
 def read(path, parts=None, columns=COLUMNS):
-    return _text_files.read_rows(_text_files.text_files(path), columns, parts)
+    return _files.read_rows(_files.text_files(path), columns, parts)
 
 
 def pairs(path):
@@ -107,9 +107,9 @@ def test_what_is_no_file(tmp_path):
 
 def test_files_that_are_too_large(tmp_path, monkeypatch):
     content = b"text\tlabel\n" + b"a\tx\n" * 1000
-    monkeypatch.setattr(_text_files, "MAX_BYTES", len(content) - 1)
+    monkeypatch.setattr(_files, "MAX_BYTES", len(content) - 1)
     for name, stored in (("x.tsv", content), ("y.tsv.gz", gzip.compress(content))):
         (tmp_path / name).write_bytes(stored)
         refuse(rf"'.*{name}' has more than {len(content) - 1} bytes, unpacked", tmp_path / name)
-    monkeypatch.setattr(_text_files, "MAX_BYTES", len(content))
+    monkeypatch.setattr(_files, "MAX_BYTES", len(content))
     assert len(read(tmp_path / "y.tsv.gz")) == 1000

@@ -16,7 +16,7 @@ import worlds
 from PIL import Image
 
 from metajax.data import EpisodeSpec, device_sampler, episode_batch, episodes, image_folder
-from metajax.data._image_store import StoredImages, read_images
+from metajax.data.readers._image_store import StoredImages, read_images
 
 SPEC = EpisodeSpec(3, 1, 2)
 

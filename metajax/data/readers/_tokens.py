@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from metajax.core import _validate
-from metajax.data._text_files import read_content, regular_file
+from metajax.data.readers._files import read_content, regular_file
 
 BLOCK = 1024  # texts tokenised at once
 

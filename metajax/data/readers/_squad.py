@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from metajax.data._text_files import a_text, read_json
+from metajax.data.readers._files import a_text, read_json
 
 
 class Question(NamedTuple):

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metajax.data import _images
-from metajax.data._image_folder import read_image_folder
-from metajax.data._images import decode
+from metajax.data.readers import _images
+from metajax.data.readers._folders import read_image_folder
+from metajax.data.readers._images import decode
 
 
 def png(array, mode=None, form="PNG", **options):
