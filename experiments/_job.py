@@ -69,15 +69,39 @@ class Job(NamedTuple):
         sampler = None if self.sampler is None else data.device_sampler(train, spec)
         return self._replace(train=train, experiment=self.experiment._replace(train_spec=spec), sampler=sampler), end
 
-    def init(self, *, begin: bool = True) -> Any:
-        """The state before the first step; without `begin`, that of no other run, for its structure alone."""
+    def init(self, *, begin: bool = True) -> tuple[Any, Any]:
+        """The state before the first step, and the frozen base beside it or None.
+
+        Without `begin`, that of no other run, for its structure alone.
+        """
         import jax
 
+        from metajax import parallel
+
         start = self.experiment.start
-        params = None if start is None else start(self.example.support.inputs)
+        params, frozen = None, None
+        if start is not None:
+            params, frozen = self.experiment.split(start(self.example.support.inputs))
         if begin and self.config.init:
             params = self.beginning(params).params
-        return self.outer.init(jax.random.key(self.config.seed), self.example, params)
+        if frozen is not None and self.mesh.size > 1:
+            rules = _placement.rules(self.config, self.mesh)
+            frozen = parallel.put(frozen, parallel.frozen_shardings(frozen, self.mesh, rules))
+        elif frozen is not None:
+            frozen = jax.tree.map(jax.numpy.asarray, frozen)  # once, not in every step
+        return self.outer.init(jax.random.key(self.config.seed), self.example, params, frozen=frozen), frozen
+
+    def shapes(self) -> tuple[Any, Any]:
+        """The shapes of what `init` gives; no array is made."""
+        import jax
+
+        def make(key: Any) -> tuple[Any, Any]:
+            params, frozen = None, None
+            if self.experiment.beside:
+                params, frozen = self.experiment.split(self.experiment.trained.init(key, self.example.support.inputs))
+            return self.outer.init(key, self.example, params, frozen=frozen), frozen
+
+        return jax.eval_shape(make, jax.random.key(0))
 
     def beginning(self, params: Any = None) -> Any:
         """What this run takes of the one that `config.init` names.
@@ -91,10 +115,11 @@ class Job(NamedTuple):
         import jax
 
         from metajax import training
+        from metajax.training._data import weights_sha256
 
         if params is None:
             params = self.experiment.trained.init(jax.random.key(self.config.seed), self.example.support.inputs)
-        return training.begin_with(self.config.init, params)
+        return training.begin_with(self.config.init, params, base=weights_sha256(self.config))
 
     def stream(self, start: int) -> Any:
         """The batches of the pipeline from a position on, each task on the device that trains on it."""
@@ -158,9 +183,8 @@ def _trace(job: Job, one: Any) -> None:
     import jax.numpy as jnp
 
     batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((job.tasks, *leaf.shape[1:]), jnp.asarray(leaf).dtype), one)
-    jax.eval_shape(
-        lambda key, batch: job.outer.update(job.outer.init(key, job.example), batch), jax.random.key(0), batch
-    )
+    state, frozen = job.shapes()
+    jax.eval_shape(job.outer.update, state, batch, *(() if frozen is None else (frozen,)))
 
 
 def meta_step(config: Any, experiment: Any, mesh: Any) -> Any:
@@ -192,6 +216,7 @@ def _replayed(outer: Any, config: Any, experiment: Any) -> Any:
     import jax
 
     from metajax import strategies
+    from metajax.core import outer_objective
 
     fields, learner = config.replay, experiment.trained
     if experiment.batches:
@@ -203,23 +228,13 @@ def _replayed(outer: Any, config: Any, experiment: Any) -> Any:
 
     def losses(params: Any, episodes: Any) -> Any:
         """Of each task, after adaptation."""
-        return jax.vmap(lambda one: learner.outer_loss(learner.adapt(params, one.support), params, one.query)[0])(
-            episodes
-        )
+        return jax.vmap(lambda one: outer_objective(learner, params, one)[0])(episodes)
 
     try:
         memory = strategies.prioritised(fields.capacity)
     except ImportError as error:
         raise ValueError(f"replay.by_loss must be False here, got True: {error}") from error
     return strategies.replayed(outer, memory, fields.count, priority=losses)
-
-
-def evaluate(config: Any, learner: Any, params: Any, source: Any, spec: Any, **options: Any) -> Any:
-    """Evaluates a learner as its source is judged: the answers of an `AnswerSource`, and else classes or values."""
-    from metajax import data, evaluation, training
-
-    judge = evaluation.evaluate_answers if isinstance(source, data.AnswerSource) else evaluation.evaluate
-    return judge(learner, params, source, spec, normalisation=training.normalisation(config), **options)
 
 
 @contextlib.contextmanager

@@ -91,12 +91,14 @@ class Run:
 
     def finish(self, config: Any, found: Any, params: Any, *, seconds: float) -> None:
         """Writes results.json, after which the run counts as finished."""
+        from metajax import training
+
         results = {
             "learner": config.learner.name,
             **describe(found),
             "train_seconds": round(seconds, 1),
             "steps": config.outer.steps,
-            "params_sha256": params_sha256(params),
+            "params_sha256": training.params_sha256(params),
         }
         write_json(self.folder / "results.json", results)
 
@@ -114,35 +116,30 @@ def _lock(folder: pathlib.Path) -> Any:
 
 def describe(found: Any) -> dict[str, Any]:
     """The fields of an evaluation that results.json and evaluation.json share."""
-    if found.metric == "accuracy":
-        values = {"accuracy_mean": found.mean, "accuracy_ci95": found.ci95}
-    elif found.metric == "f1":
-        values = {"metric": "f1", "f1_mean": found.mean, "f1_ci95": found.ci95}
-        values |= {"exact_match_mean": found.after.exact_match, "exact_match_ci95": found.after.exact_match_ci95}
-        if found.before is not None:
-            values |= {"f1_before_mean": found.before.f1, "f1_before_ci95": found.before.f1_ci95}
-            values |= dict(zip(("f1_gain_mean", "f1_gain_ci95"), found.gain, strict=True))
-    else:
-        values = {"metric": found.metric, "value_mean": found.mean, "value_ci95": found.ci95}
+    from metajax import evaluation
+
+    told: dict[str, tuple[float, float]] = {}
+    for suffix, scores in (("", found.scores), ("_before", found.before or {})):
+        told |= {f"{name}{suffix}": evaluation.mean_and_interval(values) for name, values in scores.items()}
+    if found.gain is not None:
+        told[f"{found.metric}_gain"] = found.gain
+    values = {
+        f"{name}_{part}": value
+        for name, pair in told.items()
+        for part, value in zip(("mean", "ci95"), pair, strict=True)
+    }
     return {
         "ways": found.spec.ways,
         "shots": found.spec.shots,
         "queries": found.spec.queries,
         "episodes": found.episodes,
+        "metric": found.metric,
         **values,
+        **({"nonfinite": found.nonfinite} if found.nonfinite else {}),
         "transductive": found.transductive,
         "normalisation": found.normalisation,
         "seed": found.seed,
     }
-
-
-def params_sha256(params: Any) -> str:
-    """A hash of the meta-parameters: paths, dtypes, shapes and bytes."""
-    from metajax.core import _tree
-
-    digest = hashlib.sha256()
-    _tree.update_hash(digest, params)
-    return digest.hexdigest()
 
 
 def out_folder(value: str) -> pathlib.Path:

@@ -15,9 +15,9 @@ def parse(given: Sequence[str], config: Mapping[str, Any]) -> dict[str, str]:
     Raises:
       ValueError: an entry of another form, a name that stands twice, or a run on no images.
     """
-    from metajax.training._data import NOT_IMAGES
+    from metajax.training._data import kind_of
 
-    if config["data"]["name"] in NOT_IMAGES:
+    if kind_of(config).inputs != "image":
         raise ValueError(f"suite must be of a run on images, got one on {config['data']['name']}")
     paths: dict[str, str] = {}
     for entry in given:

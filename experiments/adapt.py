@@ -18,15 +18,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from absl import flags
 
 from experiments import _launch
-
-if TYPE_CHECKING:
-    from experiments import _texts
 
 _BATCH = 256  # queries that are predicted at once
 
@@ -43,30 +40,6 @@ _TEXT = flags.DEFINE_string("text_column", None, "Column of texts; as in the run
 _LABEL = flags.DEFINE_string("label_column", None, "Column of labels; as in the run's config by default.")
 
 
-class _Support(NamedTuple):
-    """Labelled inputs, leaves `[n, ...]`; labels `[n]` are positions in `classes`, or of choices where these are ()."""
-
-    inputs: Any
-    labels: np.ndarray
-    classes: tuple[str, ...]
-
-
-class _Query(NamedTuple):
-    """Inputs to predict, leaves `[n, ...]`.
-
-    Attributes:
-      inputs: likewise.
-      names: what the table calls them.
-      choices: of each, what it may be: the classes of the support set, or the choices of a question.
-      labels: positions in them, or None.
-    """
-
-    inputs: Any
-    names: tuple[str, ...]
-    choices: list[tuple[str, ...]]
-    labels: np.ndarray | None
-
-
 def main() -> int:
     """Adapts, predicts and prints the table."""
     _launch.prepare()
@@ -78,35 +51,38 @@ def main() -> int:
 
     config = _inputs.with_columns(metajax.training.load_config(_WORKDIR.value), _TEXT.value, _LABEL.value)
     experiment = metajax.training.build(config)
-    if experiment.metric != "accuracy":
-        raise ValueError(
-            f"workdir must be a run on images, labelled text or questions with choices, got one on "
-            f"{config['data']['name']}"
-        )
+    task = metajax.tasks.of(experiment.learner)
+    reader, form = _reader(config, task)
     _inputs.check_steps(_STEPS.value, config)
-    what = {"text": "texts", "multiple_choice": "questions"}.get(config["data"]["name"], "images")
-    notes: list[str] = []
-    if what == "images":
-        support, query = _read_images(metajax.training.image_options(config))
-    else:
-        support, query, notes = _read_texts(config) if what == "texts" else _read_questions(config)
-    classes, count = support.classes, len(support.labels)
-    if len(classes) < 2 and what != "questions":
+    what = "questions" if not task.classes else f"{form.kind}s"
+    with _named("support"):
+        support = reader.read(form, _SUPPORT.value)
+    with _named("query"):
+        query = reader.read(form, _QUERY.value, classes=support.classes, labelled=False)
+    notes = [
+        f"truncated {part.truncated} of {len(part.shown)} {name} {what} to {config['data']['length']} tokens"
+        for name, part in (("support", support), ("query", query))
+        if part.truncated
+    ]
+    classes, count = support.classes, len(support.targets)
+    if task.classes and len(classes) < 2:
         raise ValueError(f"support must hold two classes at least, got {len(classes)}: {', '.join(classes)}")
+    support, query = (part._replace(inputs=_features(config, part.inputs)) for part in (support, query))
     learner, params = metajax.load_run(_WORKDIR.value, checkpoint=_CHECKPOINT.value, inputs=support.inputs)
     for name, part in (("support", support), ("query", query)):
         _inputs.check_inputs(name, part.inputs, learner, params)
-    if what == "images" and support.inputs.shape[1:] != query.inputs.shape[1:]:
+    if form.kind == "image" and support.inputs.shape[1:] != query.inputs.shape[1:]:
         shapes = (support.inputs.shape[1:], query.inputs.shape[1:])
         raise ValueError(f"query must hold images like support, {shapes[0]}, got {shapes[1]}")
 
     class_mask = jnp.ones(len(classes), bool) if classes else None
-    examples = metajax.Examples(support.inputs, support.labels, jnp.ones(count, bool), class_mask)
+    examples = metajax.Examples(support.inputs, support.targets, jnp.ones(count, bool), class_mask)
     steps = experiment.eval_steps if _STEPS.value is None else _STEPS.value
     policy = metajax.training.normalisation(config)
     batch = None if policy == "batch" else _BATCH  # all at once where they depend on each other
     logits = metajax.evaluation.predict(learner, params, examples, query.inputs, num_steps=steps, batch=batch)
-    probabilities = softmax(np.asarray(logits, np.float64)[:, : max(map(len, query.choices))])
+    choices = [classes] * len(query.shown) if query.choices is None else query.choices
+    probabilities = softmax(np.asarray(logits, np.float64)[:, : max(map(len, choices))])
 
     note = f" (transductive: the query {what} are predicted together)" if policy == "batch" else ""
     told = f"{len(classes)} classes, " if classes else ""
@@ -114,11 +90,38 @@ def main() -> int:
     print(f"normalisation {policy}{note}")
     for line in notes:
         print(line)
-    print(_table("file" if what == "images" else what.removesuffix("s"), query, probabilities))
-    if query.labels is not None:
-        right = (probabilities.argmax(axis=1) == query.labels) & np.isfinite(probabilities).all(axis=1)
+    title = "file" if form.kind == "image" else what.removesuffix("s")
+    print(_table(title, query.shown, choices, query.targets, probabilities))
+    if query.targets is not None:
+        right = (probabilities.argmax(axis=1) == query.targets) & np.isfinite(probabilities).all(axis=1)
         print(f"accuracy {100 * right.mean():.2f} % ({len(right)} {what})")
     return 0
+
+
+def _reader(config: dict[str, Any], task: Any) -> tuple[Any, Any]:
+    """What reads the files of a run, and the form in which the run takes them."""
+    from metajax import training
+    from metajax.data import readers
+
+    try:
+        form = training.input_form(config)
+        return readers.reader_of(task, form.kind), form
+    except ValueError as error:
+        raise ValueError(
+            f"workdir must be a run on images, labelled text or questions with choices, got one on "
+            f"{config['data']['name']}"
+        ) from error
+
+
+def _features(config: dict[str, Any], inputs: Any) -> Any:
+    """The inputs `[n, ...]`, or what a frozen model makes of them."""
+    import jax
+
+    from metajax import data
+    from metajax.training._data import with_features
+
+    labels = np.zeros(len(jax.tree.leaves(inputs)[0]), int)
+    return with_features(config, data.ClassSource("the files", "test", inputs, labels, ("",))).inputs
 
 
 @contextlib.contextmanager
@@ -127,88 +130,26 @@ def _named(flag: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        told = str(error).removeprefix("path ").removeprefix("files ")
+        told = str(error).removeprefix("path ").removeprefix("files ").removeprefix("task ")
         raise ValueError(f"{flag} {told}" if told.startswith(("must", "names")) else f"{flag}: {told}") from error
 
 
-def _read_texts(config: dict[str, Any]) -> tuple[_Support, _Query, list[str]]:
-    """Support, query, and lines about both."""
-    from experiments import _texts
+def _table(title: str, names: Any, choices: Any, labels: Any, probabilities: np.ndarray) -> str:
+    """A line for each query example.
 
-    with _named("support"):
-        support = _texts.read(_SUPPORT.value, config)
-    with _named("query"):
-        query = _texts.read(_QUERY.value, config, classes=support.classes)
-    return _as_read(support, query, "texts", config)
-
-
-def _read_questions(config: dict[str, Any]) -> tuple[_Support, _Query, list[str]]:
-    """Likewise, of questions with choices."""
-    from experiments import _texts
-
-    with _named("support"):
-        support = _texts.read_questions(_SUPPORT.value, config, answered=True)
-    with _named("query"):
-        query = _texts.read_questions(_QUERY.value, config, answered=False)
-    return _as_read(support, query, "questions", config)
-
-
-def _as_read(
-    support: _texts.Texts, query: _texts.Texts, what: str, config: dict[str, Any]
-) -> tuple[_Support, _Query, list[str]]:
-    assert support.labels is not None  # required of a support file
-    notes = [
-        f"truncated {part.truncated} of {len(part.shown)} {name} {what} to {config['data']['length']} tokens"
-        for name, part in (("support", support), ("query", query))
-        if part.truncated
-    ]
-    choices = [query.classes] * len(query.shown) if query.choices is None else query.choices
-    found = _Query(query.inputs, query.shown, choices, query.labels)
-    return _Support(support.inputs, support.labels, support.classes), found, notes
-
-
-def _read_images(options: dict[str, Any]) -> tuple[_Support, _Query]:
-    from metajax.data._image_folder import read_image_folder
-
-    with _named("support"):
-        images, labels, classes, _ = read_image_folder(_SUPPORT.value, **options)
-    with _named("query"):
-        query = _read_query(_QUERY.value, classes, options)
-    return _Support(images, labels, classes), query
-
-
-def _read_query(path: str, classes: tuple[str, ...], options: dict[str, Any]) -> _Query:
-    from metajax.data.readers import _images
-    from metajax.data._image_folder import read_image_folder
-
-    with _images.open_files(path) as files:
-        if any("/" in name for name in files.names):
-            read = read_image_folder(path, **options)
-            unknown = [name for name in read.class_names if name not in classes]
-            if unknown:
-                raise ValueError(
-                    f"must hold classes of support ({', '.join(classes)}), got {', '.join(map(repr, unknown))}"
-                )
-            places = np.array([classes.index(name) for name in read.class_names])
-            return _Query(read.images, read.file_names, [classes] * len(read.labels), places[read.labels])
-        if not files.names:
-            raise ValueError(f"must be a folder of images, got {path!r}, which holds no files")
-        images = [
-            _images.decode(files.read(name), name, size=options["size"], channels=options["channels"])
-            for name in files.names
-        ]
-        stacked = _images.stack(images, list(files.names), repr(path))
-        inverted = _images.invert_images(stacked, options["invert"])
-        return _Query(inverted, files.names, [classes] * len(inverted), None)
-
-
-def _table(title: str, query: _Query, probabilities: np.ndarray) -> str:
+    Args:
+      title: of the examples.
+      names: of each.
+      choices: of each, what it may be: the classes of the support set, or the choices of a question.
+      labels: positions in them, or None.
+      probabilities: `[n, choices]`.
+    """
     rows: list[tuple[str, ...]] = [(title, "predicted", "probability")]
-    for name, choices, row in zip(query.names, query.choices, probabilities, strict=True):
+    for name, possible, row in zip(names, choices, probabilities, strict=True):
         known = np.isfinite(row).all()
-        rows.append((name, choices[row.argmax()] if known else "?", f"{row.max():.4f}" if known else "nan"))
-    if query.labels is not None:
-        truth = ("true", *(choices[label] for choices, label in zip(query.choices, query.labels, strict=True)))
+        rows.append((name, possible[row.argmax()] if known else "?", f"{row.max():.4f}" if known else "nan"))
+    if labels is not None:
+        truth = ("true", *(possible[label] for possible, label in zip(choices, labels, strict=True)))
         rows = [(*row, name) for row, name in zip(rows, truth, strict=True)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)

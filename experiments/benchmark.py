@@ -103,7 +103,7 @@ def _checkpoints() -> dict[str, Any]:
         batch, folders = next(stream), itertools.count()
 
         def fit(saves: bool) -> None:
-            state = jax.block_until_ready(job.init())
+            state = jax.block_until_ready(job.init()[0])
             begin = time.perf_counter()
             callbacks = []
             if saves:

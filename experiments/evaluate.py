@@ -101,14 +101,17 @@ def main() -> int:
         "seed": config["evaluation"]["seed"] if _SEED.value is None else _SEED.value,
         "num_steps": experiment.eval_steps if _STEPS.value is None else _STEPS.value,
     }
-    if _SHUFFLE.value and config["data"]["name"] in ("squad", "multiple_choice"):
+    if _SHUFFLE.value and not metajax.tasks.of(learner).classes:
         name = config["data"]["name"]
         raise ValueError(f"shuffle_support must not be given for {name}, which has no classes, got True")
     outside = metajax.training.open_out_of_scope(config, path=_DATA.value) if source.split == "test" else None
     truncated = getattr(source, "truncated", 0)
     deployed, known, (source, outside) = metajax.training.on_features(config, learner, params, source, outside)
     with _job.bar(options["episodes"], "evaluation") as progress:
-        found = _job.evaluate(config, deployed, known, source, spec, progress=progress, **options)
+        found = metajax.evaluation.evaluate(
+            deployed, known, source, spec, normalisation=metajax.training.normalisation(config), progress=progress,
+            **options,
+        )  # fmt: skip
     more, notes = _more(config, found, deployed, known, source, outside, spec, options)
     if truncated:
         more["truncated"] = truncated
@@ -127,7 +130,7 @@ def main() -> int:
         "checkpoint": _CHECKPOINT.value,
         **({"soup": _SOUP.value} if _SOUP.value else {}),
         **more,
-        "params_sha256": _runs.params_sha256(params),
+        "params_sha256": metajax.training.params_sha256(params),
     }
     print(f"{'learner':<13}  {config['learner']['name']} from {workdir}")
     told = " (the pretrained weights, before meta-training)" if _CHECKPOINT.value == "start" else ""
@@ -192,11 +195,10 @@ def _more(
         # the nearest prototype says how far a text is from all of them, which probabilities leave out
         score: Any = "logit" if config["learner"]["name"] == "prototypical" else "probability"
         with _job.bar(options["episodes"], "out of scope") as progress:
-            told = metajax.evaluation.evaluate_out_of_scope(
-                learner, params, source, outside, spec, score=score, progress=progress, **options
-            )
-        fields |= {"oos_auroc_mean": told.mean, "oos_auroc_ci95": told.ci95, "oos_score": told.score}
-        notes.append(f"{'out of scope':<13}  {len(outside.labels)} texts: {told}")
+            judge = metajax.evaluation.out_of_scope(outside, score=score)
+            told = metajax.evaluation.evaluate(learner, params, source, spec, judge=judge, progress=progress, **options)
+        fields |= {"oos_auroc_mean": told.mean, "oos_auroc_ci95": told.ci95, "oos_score": score}
+        notes.append(f"{'out of scope':<13}  {len(outside.labels)} texts: {told.summary()} by {score}")
     return fields, notes
 
 

@@ -29,8 +29,8 @@ def main() -> int:
 
     from experiments import _runs
     from metajax.core import _validate
-    from metajax.data.readers._texts import read_domains
     from metajax.data.readers._files import read_rows, text_files
+    from metajax.data.readers._texts import read_domains
 
     out, rng = _runs.out_folder(_OUT.value), np.random.default_rng(_validate.int_at_least("seed", _SEED.value, 0))
     choices = _validate.int_at_least("choices", _CHOICES.value, 2)

@@ -114,19 +114,20 @@ def make(job: _job.Job) -> tuple[Plan, Any]:
         )
 
     mesh, rules = job.mesh, _placement.rules(job.config, job.mesh)
-    state = jax.eval_shape(job.init)
-    state = placed(state, parallel.state_shardings(state, mesh, rules))
+    state, frozen = job.shapes()
+    state = placed(state, parallel.state_shardings(state, mesh, rules, frozen=frozen))
+    base = () if frozen is None else (placed(frozen, parallel.frozen_shardings(frozen, mesh, rules)),)
     by_task = parallel.task_sharding(mesh)
     batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((job.tasks, *leaf.shape), leaf.dtype), job.example)
     batch = placed(batch, jax.tree.map(lambda _: by_task, batch))
     begin = time.perf_counter()
-    program: Any = jax.jit(job.outer.update, donate_argnums=0).lower(state, batch).compile()
+    program: Any = jax.jit(job.outer.update, donate_argnums=0).lower(state, batch, *base).compile()
     seconds = time.perf_counter() - begin
-    parameters = _bytes(state.params)
-    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params))
+    parameters = _bytes((state.params, base))
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state.params, base)))
     gathered = whole // mesh.shape["model"] - parameters if mesh.shape["fsdp"] > 1 else 0
     flops, traffic = (
-        count(job.outer.update, state, batch) / mesh.shape["model"] for count in (_cost.flops, _cost.traffic)
+        count(job.outer.update, state, batch, *base) / mesh.shape["model"] for count in (_cost.flops, _cost.traffic)
     )
     return Plan(
         mesh.size, dict(mesh.shape), parameters, _bytes(state.opt_state), _bytes(state.hypergrad_state), _bytes(batch),
@@ -200,11 +201,12 @@ def _measure(job: _job.Job, program: Any) -> float:
 
     place = parallel.task_sharding(job.mesh)
     batch = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (job.tasks, *leaf.shape)), job.example)
-    state, batch = job.init(), jax.device_put(batch, place)
+    (state, frozen), batch = job.init(), jax.device_put(batch, place)
+    base = () if frozen is None else (frozen,)
     found = []
     for _ in range(_STEPS + 1):
         begin = time.perf_counter()
-        state, _ = jax.block_until_ready(program(state, batch))
+        state, _ = jax.block_until_ready(program(state, batch, *base))
         found.append(time.perf_counter() - begin)
     return statistics.median(found[1:])
 

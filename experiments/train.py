@@ -94,55 +94,57 @@ def _train(job: _job.Job, workdir: pathlib.Path, profile: str | None) -> tuple[A
     Returns:
       The meta-parameters as NumPy arrays, and the seconds that training took.
     """
-    from metajax import parallel, training
+    from metajax import core, parallel, training
+    from metajax.training._data import base_sha256
 
-    checkpoints = training.Checkpoints(workdir / "checkpoints")
+    checkpoints = training.Checkpoints(workdir / "checkpoints", base=base_sha256(job.config))
 
-    def begin() -> tuple[Any, dict[str, Any]]:
+    def begin() -> tuple[Any, Any, dict[str, Any]]:
         found = checkpoints.latest()
-        state, extra = job.init(begin=found is None), {"seconds": 0.0, "best": None}
+        (state, frozen), extra = job.init(begin=found is None), {"seconds": 0.0, "best": None}
         if found is not None:
             state, extra = checkpoints.restore(state)
-        return state, {"position": int(state.step) * job.stride, "rollbacks": 0, "waiting": [], **extra}
+        return state, frozen, {"position": int(state.step) * job.stride, "rollbacks": 0, "waiting": [], **extra}
 
-    state, extra = begin()
+    state, frozen, extra = begin()
     if int(state.step):
         _say(f"resuming at step {int(state.step)}")
     while (start := int(state.step)) < job.config.outer.steps:
         try:
-            state, extra["seconds"] = _fit(job, workdir, checkpoints, state, extra, profile)
+            state, extra["seconds"] = _fit(job, workdir, checkpoints, state, frozen, extra, profile)
         except training.Rollback as spike:
             count = extra["rollbacks"] + 1
             if count > job.config.watch.rollbacks:
                 raise
             reached = extra["position"] + (spike.step - start) * job.stride  # in the stream, with the spike's episodes
-            state, extra = begin()
+            state, frozen, extra = begin()
             extra |= {"rollbacks": count, "position": reached}
             _say(f"{spike}: back to step {int(state.step)}, with other episodes (rollback {count})")
             profile = None  # traced already, or never
     checkpoints.close()
-    return parallel.to_host(job.deployed(state)), extra["seconds"]
+    return parallel.to_host(core.merge(job.deployed(state), frozen)), extra["seconds"]
 
 
 def _fit(
-    job: _job.Job, workdir: pathlib.Path, checkpoints: Any, state: Any, extra: dict[str, Any], profile: str | None
-) -> tuple[Any, float]:
+    job: _job.Job, workdir: pathlib.Path, checkpoints: Any, state: Any, frozen: Any, extra: dict[str, Any],
+    profile: str | None,
+) -> tuple[Any, float]:  # fmt: skip
     """Trains until the last step; gives the state and the seconds of training, those before this start included."""
     import jax
 
-    from metajax import parallel, training
+    from metajax import evaluation, parallel, training
     from metajax.training._loop import closing
 
-    config, steps, metric = job.config, job.config.outer.steps, job.experiment.metric
+    config, steps = job.config, job.config.outer.steps
+    metric = evaluation.default_judge(job.experiment.learner, job.validation).metric
     start, first = int(state.step), jax.process_index() == 0
     episodes: Any = None  # where the device draws them
 
     def score(params: Any) -> dict[str, float]:
         # NumPy, as after training: one compilation for both, on one device
         whole = parallel.to_host(params)
-        return parallel.from_first(
-            lambda: {f"validation_{metric}": _evaluate(job, whole, job.validation, config.validation.episodes).mean}
-        )
+        found = parallel.from_first(lambda: _evaluate(job, whole, job.validation, config.validation.episodes).mean)
+        return {f"validation_{metric.name}": found}
 
     recorder = training.Recorder(
         workdir if first else None, every=config.log.every, start=start, seconds=extra["seconds"],
@@ -152,7 +154,7 @@ def _fit(
         print("TensorFlow is not installed: metrics.jsonl is written, TensorBoard events are not")
     validating = training.Validation(
         score, recorder, every=config.validation.every, checkpoints=checkpoints, steps=steps, best=extra["best"],
-        better=(f"validation_{metric}", -1 if metric == "mse" else 1), of=job.deployed,
+        better=(f"validation_{metric.name}", 1 if metric.higher_is_better else -1), of=job.deployed, frozen=frozen,
     )  # fmt: skip
 
     def kept() -> dict[str, Any]:
@@ -177,12 +179,12 @@ def _fit(
                     job.outer, state, data, sample, batch=config.outer.meta_batch, steps=end,
                     seed=(config.seed + (extra["rollbacks"] << 32)) % 2**64,
                     chunk=math.gcd(config.log.every, config.validation.every, config.checkpoint.every),
-                    callbacks=within,
+                    frozen=frozen, callbacks=within,
                 )  # fmt: skip
                 continue
             episodes = stage.stream(position)
             with contextlib.closing(episodes):
-                state = training.fit(job.outer, state, episodes, steps=end, callbacks=within)
+                state = training.fit(job.outer, state, episodes, steps=end, frozen=frozen, callbacks=within)
                 position = episodes.position
     return state, recorder.seconds
 
@@ -240,12 +242,12 @@ def _report(job: _job.Job, folder: _runs.Run, params: Any, seconds: float) -> No
 
 
 def _evaluate(job: _job.Job, params: Any, source: Any, episodes: int, progress: Any = None) -> Any:
-    from metajax import training
+    from metajax import evaluation, training
 
     learner, params, (source,) = training.on_features(job.config, job.experiment.learner, params, source)
-    return _job.evaluate(
-        job.config, learner, params, source, job.experiment.spec, episodes=episodes, seed=job.config.evaluation.seed,
-        num_steps=job.experiment.eval_steps, progress=progress,
+    return evaluation.evaluate(
+        learner, params, source, job.experiment.spec, episodes=episodes, seed=job.config.evaluation.seed,
+        num_steps=job.experiment.eval_steps, normalisation=training.normalisation(job.config), progress=progress,
     )  # fmt: skip
 
 

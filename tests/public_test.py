@@ -39,7 +39,7 @@ def test_what_is_public_is_listed_once_in_order_and_there():
         assert module.__doc__, package
         assert all(hasattr(module, name) for name in module.__all__), package
     assert set(metajax.core.__all__) - set(metajax.__all__) == {
-        "accuracy", "cross_entropy", "span_cross_entropy", "squared_error",
+        "accuracy", "cross_entropy", "merge", "outer_objective", "span_cross_entropy", "split", "squared_error",
     }  # fmt: skip
 
 

@@ -95,7 +95,7 @@ def base() -> ConfigDict:
                 "content_free": "",  # in_context: a text that says nothing, to calibrate by; "" does not
             },
             # moco, simclr: divisor of the cosines, size of the compared vectors, hidden units of the heads. moco: share
-            # of the average that stays in a step, keys of earlier batches (multiple of outer.meta_batch; 0 is MoCo v3)
+            # of the average that stays in a step, keys of earlier batches (0 is MoCo v3)
             "contrast": {"momentum": 0.99, "queue": 4096, "temperature": 0.2, "dim": 128, "hidden": 256},
             # mixed_mode, unrolled, first_order, displacement, finite_difference, forward_mode, implicit, sama
             "hypergrad": {"name": "mixed_mode"},

@@ -147,6 +147,7 @@ def read_sources(base: PretrainedModel, program: Program, given: list[Any]) -> l
 
 
 def _source(base: PretrainedModel, program: Program, reading: Reading, choices: int) -> ClassSource:
+    assert reading.targets is not None  # a task has labels
     inputs, options = reading.inputs, dict[str, Any]()
     if reading.lengths is not None:
         lengths = form_of(base).lengths

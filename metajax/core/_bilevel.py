@@ -110,6 +110,7 @@ def bilevel(
     def judge(
         adapted: Any, meta_params: Params, query: Examples, *, key: Any = None, **inner_losses: Any
     ) -> tuple[jax.Array, Aux]:
+        assert outer_loss is not None
         found = outer_loss(adapted, meta_params, query, key=key, **inner_losses)
         loss, aux = found if isinstance(found, tuple) else (found, Aux())
         if aux.outputs is None and predict is not None and objective != "prequential":

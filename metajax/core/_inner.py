@@ -153,7 +153,7 @@ def _checked_loss(problem: InnerProblem, found: Any, carry: Any) -> tuple[jax.Ar
     value, after = found if pair else (found, ())
     if jnp.shape(value) != ():
         raise ValueError(f"loss of the inner problem must be a scalar, got shape {jnp.shape(value)}")
-    before, now = jax.tree.structure(carry), jax.tree.structure(after)
+    before, now = (str(jax.tree.structure(tree)) for tree in (carry, after))
     if before != now:
         raise ValueError(f"carry of the inner problem must keep its structure, {before}, got {now}")
     for path, old, new in zip(_tree.paths(carry), jax.tree.leaves(carry), jax.tree.leaves(after), strict=True):
@@ -295,11 +295,11 @@ def steps_of(
     if problem.stream is None:
         return Steps()
     data = problem.stream(meta_params, support, keys.stream)
-    sizes = {leaf.shape[0] if jnp.ndim(leaf) else None for leaf in jax.tree.leaves(data)}
-    if not sizes or None in sizes or min(sizes) < num_steps:
+    sizes = {leaf.shape[0] if jnp.ndim(leaf) else 0 for leaf in jax.tree.leaves(data)}
+    if not sizes or min(sizes) < num_steps:
         raise ValueError(
-            f"stream must return data for each of {num_steps} inner steps, leaves [{num_steps}, ...], got leading sizes "
-            f"{', '.join(map(str, sizes)) or 'of no leaf'}"
+            f"stream must return data for each of {num_steps} inner steps, leaves [{num_steps}, ...], got leading "
+            f"sizes {', '.join(map(str, sizes)) or 'of no leaf'}"
         )
     return jax.tree.map(lambda leaf: leaf[:num_steps], _cleared(data, jax.vmap(_losses.clear_padding)))
 

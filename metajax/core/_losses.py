@@ -67,8 +67,8 @@ def require_labels(targets: Any) -> None:
     kind = getattr(targets, "dtype", None)
     if kind is None or not jnp.issubdtype(kind, jnp.integer):
         raise ValueError(
-            f"targets must be integers, labels of classes, got {type(targets).__name__ if kind is None else kind}: other "
-            "targets need another task type, such as task=metajax.tasks.regression, or a loss= of their own"
+            f"targets must be integers, labels of classes, got {type(targets).__name__ if kind is None else kind}: "
+            "other targets need another task type, such as task=metajax.tasks.regression, or a loss= of their own"
         )
 
 

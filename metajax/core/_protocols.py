@@ -121,14 +121,14 @@ class OuterInit(Protocol):
     """`(key, episode, params=None, *, frozen=None, num_tasks=1) -> MetaState`."""
 
     def __call__(
-        self, key: jax.Array, episode: Any, params: Any = None, /, *, frozen: Any = None, num_tasks: int = 1
+        self, key: jax.Array, episode: Any, /, params: Any = None, *, frozen: Any = None, num_tasks: int = 1
     ) -> MetaState: ...
 
 
 class Update(Protocol):
     """`(state, episodes, frozen=None) -> (state, metrics)`."""
 
-    def __call__(self, state: MetaState, episodes: Any, frozen: Any = None, /) -> tuple[MetaState, dict[str, Any]]: ...
+    def __call__(self, state: MetaState, episodes: Any, /, frozen: Any = None) -> tuple[MetaState, dict[str, Any]]: ...
 
 
 class MakePartialSums(Protocol):

@@ -200,8 +200,8 @@ def mixture(sources: Sequence[Source], weights: Sequence[float] | None = None, *
       A source. Where all have classes, so has it: `SOURCE/CLASS`, for `metajax.data.batches`.
 
     Raises:
-      ValueError: no sources, sources of different splits, lengths or task types, weights of another number, that are not
-        positive or do not sum to 1; or (when used) inputs of different form.
+      ValueError: no sources, sources of different splits, lengths or task types, weights of another number, that are
+        not positive or do not sum to 1; or (when used) inputs of different form.
 
     >>> from metajax.data._glyphs import glyphs
     >>> from metajax.data._episodes import episode
@@ -217,7 +217,7 @@ def mixture(sources: Sequence[Source], weights: Sequence[float] | None = None, *
         ("split", {source.split for source in sources}),
         ("length_buckets", {source.length_buckets for source in sources}),
         ("length_axis", {getattr(source, "length_axis", 1) for source in sources}),
-        ("task type", {source.task.name for source in sources if getattr(source, "task", None)}),
+        ("task type", {task.name for source in sources if (task := getattr(source, "task", None))}),
     ):
         if len(found) > 1:
             raise ValueError(f"sources must have one {what}, got {', '.join(map(repr, sorted(found)))}")

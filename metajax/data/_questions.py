@@ -27,8 +27,8 @@ class AnswerSource(ClassSource):
     """Questions whose answers are spans of a context; made by `question_answering`.
 
     A row is a window: a question, and as much of its context as fits. Episodes draw the window of a question that holds
-    its answer, with most context around it, so that every example can be learned from. `metajax.evaluation.answers` puts
-    all windows of the query's questions in their place (`windows`), and so sees no answer.
+    its answer, with most context around it, so that every example can be learned from. `metajax.evaluation.answers`
+    puts all windows of the query's questions in their place (`windows`), and so sees no answer.
 
     Attributes:
       questions: all of them; `inputs["id"]` are places in it.

@@ -57,9 +57,7 @@ class _SamplerSource(MadeSource):
         return Episode(*map(fill, episode, slots, ("support", "query")))
 
 
-def from_sampler(
-    sample: Sample, *, name: str = "tasks", split: str = "train", task: TaskType | None = None
-) -> Source:
+def from_sampler(sample: Sample, *, name: str = "tasks", split: str = "train", task: TaskType | None = None) -> Source:
     """A source that asks a function for each task: simulators, regression, sequences, whatever NumPy can make.
 
     Args:

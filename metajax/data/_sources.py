@@ -56,8 +56,8 @@ class Source(Protocol):
         along axis 1 of the examples, or along `length_axis` where the source has that attribute.
 
     A source may also say what its tasks are: `task`, a `metajax.TaskType`, or None where it does not know (targets of
-    somebody's own). A source with classes has also `num_classes`, `class_names`, `label_bits` and `draw_labelled(bits)`, which draws
-    single examples from all classes for supervised pre-training (see `batches`).
+    somebody's own). A source with classes has also `num_classes`, `class_names`, `label_bits` and
+    `draw_labelled(bits)`, which draws single examples from all classes for supervised pre-training (see `batches`).
     """
 
     @property

@@ -1,7 +1,7 @@
 """Evaluation on fixed episodes, and the report of a run."""
 
 from metajax.evaluation._answers import answer_scores, best_span
-from metajax.evaluation._fewshot import Evaluation, Outputs, evaluate, predict, predict_query
+from metajax.evaluation._fewshot import Evaluation, Outputs, default_judge, evaluate, predict, predict_query
 from metajax.evaluation._judges import Judge
 from metajax.evaluation._metrics import auroc, mean_and_interval
 from metajax.evaluation._out_of_scope import out_of_scope
@@ -16,6 +16,7 @@ __all__ = [
     "answers",
     "auroc",
     "best_span",
+    "default_judge",
     "evaluate",
     "mean_and_interval",
     "out_of_scope",

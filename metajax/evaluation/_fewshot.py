@@ -71,10 +71,10 @@ class Evaluation(NamedTuple):
     shuffled: bool = False
     task: TaskType = tasks.classification
     percent: bool = True
-    scores: Mapping[str, np.ndarray] = {}  # noqa: RUF012 - never written
+    scores: Mapping[str, np.ndarray] = {}
     before: Mapping[str, np.ndarray] | None = None
     nonfinite: int = 0
-    rows: Mapping[str, str] = {}  # noqa: RUF012 - never written
+    rows: Mapping[str, str] = {}
 
     @property
     def gain(self) -> tuple[float, float] | None:
@@ -207,11 +207,10 @@ def evaluate(
         _validate.int_at_least("num_steps", num_steps, 0)
     batch = min(_validate.positive_int("batch", batch), episodes)
     task = tasks.of(learner)
-    if source.task is not None:
-        require_same(source.task, task, name="source", other_name="learner")
+    require_same(getattr(source, "task", None), task, name="source", other_name="learner")
     if shuffle_support and not task.classes:
         raise ValueError(f"shuffle_support must be False for {task.name}, whose targets are no labels, got True")
-    judge = _default_judge(learner, source) if judge is None else judge
+    judge = default_judge(learner, source) if judge is None else judge
     judge.check(source)
     steps = {"after": num_steps}
     if learner.problem is not None and (judge.before if before is None else before):
@@ -271,7 +270,18 @@ def evaluate(
     )  # fmt: skip
 
 
-def _default_judge(learner: Learner, source: Source) -> Judge:
+def default_judge(learner: Learner, source: Source) -> Judge:
+    """Returns how `evaluate` judges episodes of a source where it gets no judge.
+
+    Args:
+      learner: what adapts.
+      source: where episodes are drawn from.
+
+    >>> import metajax
+    >>> learner = metajax.learners.prototypical(metajax.models.conv4())
+    >>> default_judge(learner, metajax.data.glyphs()).metric.name
+    'accuracy'
+    """
     if learner.objective == "prequential":
         return ByLoss()
     return answers() if isinstance(source, AnswerSource) else ByMetric(tasks.of(learner))

@@ -69,8 +69,7 @@ class _OutOfScope:
         return Metric("out_of_scope_auroc", lambda outputs, targets: outputs)
 
     def check(self, source: Any) -> None:
-        if source.task is not None:
-            require_same(source.task, classification, name="source", other_name="out_of_scope()")
+        require_same(getattr(source, "task", None), classification, name="source", other_name="out_of_scope()")
 
     def prepare(self, source: Any, chunk: Episode, seed: int, start: int) -> Prepared:
         chunk, others = _beside(chunk, self.outside, seed, start)

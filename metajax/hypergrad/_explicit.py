@@ -126,7 +126,7 @@ def first_order(*, step_weights: Sequence[float] | None = None) -> Hypergrad:
 
 
 def stopped_gradient(recorded: bool) -> _inner.Gradient:
-    """The inner gradient, and the loss as the update rule reads it, as constants; not so the loss that is `recorded`."""
+    """The inner gradient, and the loss as the update rule reads it, as constants; the `recorded` loss is none."""
 
     def gradient(loss: Callable[..., Any]) -> Callable[..., Any]:
         run = _inner.plain_gradient(loss)

@@ -59,9 +59,13 @@ def mixed_loop(every: int = EVERY, unroll: int = 1) -> _inner.Loop:
     ) -> tuple[InnerState, tuple[jax.Array, Any]]:  # fmt: skip
         if num_steps == 0:
             return _inner.scan_loop()(problem, start, arguments, steps, 0, visit)
-        run = jax.custom_vjp(lambda *inputs: _forward(problem, *inputs, num_steps, visit, size, unroll)[0])
         segments = -(-num_steps // every)  # of equal length, but for the last one
         size = -(-num_steps // segments)
+        run = jax.custom_vjp(
+            lambda start, arguments, steps: _forward(
+                problem, start, arguments, steps, num_steps, visit, size, unroll
+            )[0]
+        )  # fmt: skip
 
         def forward(*inputs: Any) -> tuple[Any, _Residuals]:
             is_primal = lambda leaf: hasattr(leaf, "perturbed")  # noqa: E731

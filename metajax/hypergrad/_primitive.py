@@ -23,8 +23,9 @@ def value_and_grad(learner: Learner, estimator: Hypergrad) -> Callable[..., tupl
       are the predictions for the query set, and `metrics` hold, with an inner loop, `inner_loss` `[num_steps]`.
 
     Raises:
-      ValueError: a part of another type, or a learner that lacks one; or (when called) an estimator that keeps a state from one outer step to the
-        next, such as `persistent_truncation`, whose `init` and `value_and_grad` take and return it.
+      ValueError: a part of another type, or a learner that lacks one; or (when called) an estimator that keeps a
+        state from one outer step to the next, such as `persistent_truncation`, whose `init` and `value_and_grad` take
+        and return it.
 
     >>> import jax.numpy as jnp, optax, metajax
     >>> model = metajax.Model(lambda key, x: jnp.zeros([3, 2]), lambda w, x: x @ w)

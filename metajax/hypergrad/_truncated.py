@@ -107,7 +107,8 @@ def _last_steps(k: int, start: Start, losses: Start, last: _inner.Loop) -> _inne
         before = num_steps - k
         if before <= 0:
             return last(problem, begin, arguments, steps, num_steps, visit)
-        first, rest = (jax.tree.map(lambda leaf: leaf[part], steps) for part in (slice(before), slice(before, None)))
+        first = jax.tree.map(lambda leaf: leaf[:before], steps)
+        rest = jax.tree.map(lambda leaf: leaf[before:], steps)
         fixed = arguments._replace(
             meta_params=jax.lax.stop_gradient(arguments.meta_params), context=jax.lax.stop_gradient(arguments.context)
         )
@@ -184,9 +185,9 @@ def persistent_truncation(
     The state of a task is its inner state and its episode; `outer_update(...).init(..., num_tasks=...)` makes one for
     each task of a batch. For few-shot learning this means that an episode stays at its place in the batch for
     `num_steps / k` outer steps while those passed for this place are not looked at, and that its fast weights
-    started from older meta-parameters. `aux.episode` is the episode that loss and outputs speak of. Of a stream, segment
-    s reads the data of the steps `s k` to `(s + 1) k - 1`; the carry goes on from segment to segment, and the objective
-    sees the inner losses of the segment.
+    started from older meta-parameters. `aux.episode` is the episode that loss and outputs speak of. Of a stream,
+    segment s reads the data of the steps `s k` to `(s + 1) k - 1`; the carry goes on from segment to segment, and the
+    objective sees the inner losses of the segment.
 
     Args:
       k: inner steps of each outer step.

@@ -69,8 +69,8 @@ def bayesian(
       average: what `predict` averages over draws: "probabilities", returned as logarithms, or "outputs"; None takes
         probabilities where the loss of the task type is the cross-entropy.
       task: the task type, None for classification.
-      loss: `(outputs, targets) -> [n]`, a negative log-likelihood up to constants, instead of that of the task type; see
-        `metajax.tasks.resolve`.
+      loss: `(outputs, targets) -> [n]`, a negative log-likelihood up to constants, instead of that of the task type;
+        see `metajax.tasks.resolve`.
 
     Returns:
       A `Learner`. The `params` of what `adapt` returns are the posterior, `{"mean", "log_scale"}` like the prior, and

@@ -80,7 +80,9 @@ class _Encoder(nnx.Module):
             values = _mean(values, inputs.get("mask"))
         outputs = values if self.head is None else self.head(values)
         if self.pooling == "span" and "mask" in inputs:
-            outputs = jnp.where(inputs.get("context", inputs["mask"])[..., None], outputs, _losses.absent_logit(outputs.dtype))
+            outputs = jnp.where(
+                inputs.get("context", inputs["mask"])[..., None], outputs, _losses.absent_logit(outputs.dtype)
+            )
         return outputs
 
 

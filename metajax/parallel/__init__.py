@@ -4,7 +4,7 @@ from metajax.parallel._collectives import collective_bytes
 from metajax.parallel._mesh import make_mesh
 from metajax.parallel._processes import agree, exchange, from_first, process_block, to_host
 from metajax.parallel._rules import largest_axis, partition_specs
-from metajax.parallel._spmd import frozen_shardings, num_groups, pad_tasks, shard, state_shardings, task_sharding
+from metajax.parallel._spmd import frozen_shardings, num_groups, pad_tasks, put, shard, state_shardings, task_sharding
 
 __all__ = [
     "agree",
@@ -18,6 +18,7 @@ __all__ = [
     "pad_tasks",
     "partition_specs",
     "process_block",
+    "put",
     "shard",
     "state_shardings",
     "task_sharding",

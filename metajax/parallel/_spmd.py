@@ -22,20 +22,21 @@ def shard(outer: OuterUpdate, mesh: Mesh, rules: _rules.Rules = ()) -> OuterUpda
 
     Each device (or group of devices along `model`) takes its own tasks with the whole parameters, which it gathers from
     its `fsdp` neighbours once a step, and nothing is communicated until the sums over tasks are reduced: one all-reduce
-    of the hypergradient, or a reduce-scatter of what is divided. So the traffic does not grow with tasks, inner steps or
-    examples. Optimizer state is divided as its parameters are, and the optimizer runs on the parts. Along `model` the
-    compiler divides the computation, as the rules divide the weights.
+    of the hypergradient, or a reduce-scatter of what is divided. So the traffic does not grow with tasks, inner steps
+    or examples. Optimizer state is divided as its parameters are, and the optimizer runs on the parts. Along `model`
+    the compiler divides the computation, as the rules divide the weights.
 
     Args:
       outer: of `metajax.outer_update`, without an axis name.
       mesh: of `make_mesh`.
       rules: which parameter is divided how (see `partition_specs`), () for none. Only one dimension of a parameter can
-        lie on `fsdp`, alone. A frozen base lies by the same rules: `jax.device_put(frozen, frozen_shardings(...))`.
+        lie on `fsdp`, alone. A frozen base lies by the same rules:
+        `put(frozen, frozen_shardings(frozen, mesh, rules))`.
 
     Returns:
       An `OuterUpdate` with the same signature, for `jit`, on arrays that lie on the mesh: `init` makes the state where
-      it belongs (the shapes first, then one compiled program), and episodes are divided along `task_sharding`, or by the
-      compiler. State that goes in comes out with the same shardings, and may be donated.
+      it belongs (the shapes first, then one compiled program), and episodes are divided along `task_sharding`, or by
+      the compiler. State that goes in comes out with the same shardings, and may be donated.
 
     Raises:
       ValueError: `outer` is not what `outer_update` made, or has an axis name; rules that `partition_specs` refuses; or
@@ -64,20 +65,18 @@ def shard(outer: OuterUpdate, mesh: Mesh, rules: _rules.Rules = ()) -> OuterUpda
     by_hand = set(axes) if mesh.shape.get("model", 1) > 1 else set(mesh.axis_names)
     by_task = PartitionSpec(axes) if axes else _WHOLE
 
-    def init(
-        key: jax.Array, episode: Any, params: Any = None, *, frozen: Any = None, num_tasks: int = 1
-    ) -> MetaState:
+    def init(key: jax.Array, episode: Any, params: Any = None, *, frozen: Any = None, num_tasks: int = 1) -> MetaState:
         def make(key: jax.Array, episode: Any, params: Any, frozen: Any) -> MetaState:
             return outer.init(key, episode, params, frozen=frozen, num_tasks=num_tasks)
 
         shapes = jax.eval_shape(make, key, episode, params, frozen)
         placed = state_shardings(shapes, mesh, rules, frozen=frozen)
         everywhere = NamedSharding(mesh, _WHOLE)
-        key, episode = jax.tree.map(lambda leaf: _bring(leaf, everywhere), (key, episode))
+        key, episode = put((key, episode), jax.tree.map(lambda _: everywhere, (key, episode)))
         # arguments, not constants of the program, and divided before they come together with others
-        params = None if params is None else jax.tree.map(_bring, params, placed.params)
+        params = None if params is None else put(params, placed.params)
         if frozen is not None:
-            frozen = jax.tree.map(_bring, frozen, frozen_shardings(frozen, mesh, rules))
+            frozen = put(frozen, frozen_shardings(frozen, mesh, rules))
         return jax.jit(make, out_shardings=placed)(key, episode, params, frozen)
 
     def update(state: MetaState, episodes: Any, frozen: Any = None) -> tuple[MetaState, dict[str, Any]]:
@@ -90,9 +89,7 @@ def shard(outer: OuterUpdate, mesh: Mesh, rules: _rules.Rules = ()) -> OuterUpda
 
         def local(parts: Any, hypergrad_state: Any, step: Any, key: Any, episodes: Any) -> tuple[Any, Any]:
             params, frozen = jax.tree.map(_gather, parts, dimensions)
-            total, per_task = partial_sums(
-                MetaState(params, (), hypergrad_state, step, key), episodes, frozen, axes
-            )
+            total, per_task = partial_sums(MetaState(params, (), hypergrad_state, step, key), episodes, frozen, axes)
             # None where a parameter is not trained
             grads = jax.tree.map(
                 lambda grad, dimension: None if grad is None else _reduce(grad, dimension, axes),
@@ -153,7 +150,7 @@ def frozen_shardings(frozen: Any, mesh: Mesh, rules: _rules.Rules = ()) -> Any:
       rules: as for `shard`.
 
     Returns:
-      A tree of `NamedSharding`, for `jax.device_put`.
+      A tree of `NamedSharding`, for `put`.
 
     Raises:
       ValueError: rules that divide a leaf as `partition_specs` refuses it.
@@ -224,14 +221,30 @@ def pad_tasks(episodes: Any, multiple: int) -> Any:
     return padded._replace(query=padded.query._replace(mask=padded.query.mask.at[count:].set(False)))
 
 
-def _bring(leaf: Any, sharding: NamedSharding) -> Any:
-    """`jax.device_put`, which over several processes takes neither keys nor what one process has put on a device."""
+def put(tree: Any, shardings: Any) -> Any:
+    """Lays the leaves of a tree where their shardings say.
+
+    `jax.device_put`, which over several processes takes neither keys nor what one process has put on a device.
+
+    Args:
+      tree: arrays, the same in all processes of a job.
+      shardings: a tree of `NamedSharding`, such as `frozen_shardings` gives.
+
+    >>> from metajax.parallel import make_mesh
+    >>> mesh = make_mesh(devices=jax.devices()[:1])
+    >>> put({"w": np.ones(2)}, {"w": NamedSharding(mesh, PartitionSpec())})["w"].tolist()
+    [1.0, 1.0]
+    """
+    return jax.tree.map(_put_leaf, tree, shardings)
+
+
+def _put_leaf(leaf: Any, sharding: NamedSharding) -> Any:
     if isinstance(leaf, jax.core.Tracer):
         return leaf
     if sharding.is_fully_addressable or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
         return jax.device_put(leaf, sharding)
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(_bring(jax.random.key_data(leaf), sharding), impl=jax.random.key_impl(leaf))
+        return jax.random.wrap_key_data(_put_leaf(jax.random.key_data(leaf), sharding), impl=jax.random.key_impl(leaf))
     return jax.device_put(np.asarray(leaf), sharding)
 
 

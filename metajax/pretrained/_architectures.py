@@ -41,8 +41,8 @@ class Architecture:
 
     Attributes:
       model: `(head, outputs, dtype, remat) -> Model`.
-      heads: the heads that `model` knows, and what comes out of each: "features" `[n, d]`, logits of "tokens", a "span",
-        or features of "each token". The first is the head of the pretrained model.
+      heads: the heads that `model` knows, and what comes out of each: "features" `[n, d]`, logits of "tokens", a
+        "span", or features of "each token". The first is the head of the pretrained model.
       names: names of tensors by the path of the leaf that they become; `{}` is the number of a block, whose tensors are
         stacked.
       prefixes: what may stand in front of names.

@@ -265,10 +265,12 @@ def default_head(folder: pathlib.Path, architecture: _architectures.Architecture
             )
     path = folder / "1_Pooling" / "config.json"
     if not path.is_file():
-        return "features" if outputs is not None and "features" in architecture.heads else next(iter(architecture.heads))
+        return (
+            "features" if outputs is not None and "features" in architecture.heads else next(iter(architecture.heads))
+        )
     modes = [name.removeprefix("pooling_mode_") for name, chosen in _read_json(path).items() if chosen is True]
     head = _POOLING.get(modes[0]) if len(modes) == 1 else None
-    if head not in architecture.heads:
+    if head is None or head not in architecture.heads:
         raise ValueError(
             f"head must be given, one of {', '.join(architecture.heads)}: {str(path)!r} asks for "
             f"{', '.join(modes) or 'none'}"

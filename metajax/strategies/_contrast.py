@@ -89,8 +89,8 @@ def contrastive(
     """A learner that is trained to tell images apart, and deployed as a nearest class mean in its features.
 
     Two views of each image of the query set are made; the loss (InfoNCE) is the cross-entropy of finding the one among
-    others by the other one. Padding is no image: it is neither found nor among the others. Labels are not looked at, nor
-    is the support set. What the others are:
+    others by the other one. Padding is no image: it is neither found nor among the others. Labels are not looked at,
+    nor is the support set. What the others are:
 
     | `momentum` | `queue` | | the others |
     |---|---|---|---|

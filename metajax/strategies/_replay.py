@@ -172,9 +172,7 @@ def replayed(
             held = memory.init(jax.tree.map(lambda leaf: leaf[0], Experience(*episode.support[:2])))
             # its size is what an estimator may keep
             support = with_experience(episode.support, draw(held, jax.random.key(0)))
-            state = outer.init(
-                key, episode._replace(support=support), params, frozen=frozen, num_tasks=num_tasks
-            )
+            state = outer.init(key, episode._replace(support=support), params, frozen=frozen, num_tasks=num_tasks)
         # on all devices of the state, also when it is restored
         if not isinstance(state.step, jax.core.Tracer) and len(state.step.sharding.device_set) > 1:
             held = jax.device_put(held, state.step.sharding)

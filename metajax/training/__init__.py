@@ -3,8 +3,8 @@
 from metajax.training._augment import augment
 from metajax.training._beginning import Beginning, begin_with
 from metajax.training._callbacks import Progress, Recorder, Saving, Validation, read_metrics
-from metajax.training._checkpoint import CheckpointError, Checkpoints, warm_start
-from metajax.training._data import image_options, open_out_of_scope, open_source, text_options
+from metajax.training._checkpoint import CheckpointError, Checkpoints, params_sha256, warm_start
+from metajax.training._data import image_options, input_form, open_out_of_scope, open_source
 from metajax.training._device_loop import fit_on_device
 from metajax.training._divergence import LossSpike, Rollback, SkipLimit, Spikes, skip_nonfinite
 from metajax.training._experiment import Experiment, build, load_config, load_run, normalisation, on_features
@@ -39,6 +39,7 @@ __all__ = [
     "fit",
     "fit_on_device",
     "image_options",
+    "input_form",
     "load_config",
     "load_run",
     "normalisation",
@@ -46,8 +47,8 @@ __all__ = [
     "open_out_of_scope",
     "open_source",
     "outer_update",
+    "params_sha256",
     "read_metrics",
     "skip_nonfinite",
-    "text_options",
     "warm_start",
 ]

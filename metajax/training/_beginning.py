@@ -45,7 +45,7 @@ class Beginning:
         return f"begins with {count} of {self.run} (step {self.step}); new: {', '.join(self.new) or 'none'}"
 
 
-def begin_with(workdir: str | pathlib.Path, params: Params) -> Beginning:
+def begin_with(workdir: str | pathlib.Path, params: Params, *, base: str | None = None) -> Beginning:
     """Takes the backbone of another run: of pre-training for meta-training, say.
 
     Learners whose meta-parameters have parts (`pretrain`, `finetune`, `contrastive`) keep the network under `backbone`,
@@ -56,10 +56,12 @@ def begin_with(workdir: str | pathlib.Path, params: Params) -> Beginning:
     Args:
       workdir: a run folder, as `experiments.train` leaves it; its last checkpoint counts.
       params: new meta-parameters, of `learner.init`.
+      base: a hash of the pretrained weights in `params`. Where the run kept its frozen base beside its state, that must
+        be of these, and is no part of what is taken.
 
     Raises:
-      ValueError: the folder holds no sound checkpoint, or an array of the network is not there in this shape; the error
-        names the arrays.
+      ValueError: the folder holds no sound checkpoint, or one on another frozen base, or an array of the network is not
+        there in this shape; the error names the arrays.
 
     >>> import tempfile, metajax
     >>> state = metajax.MetaState({"backbone": {"w": jnp.ones(2)}}, (), (), jnp.array(0), jax.random.key(0))
@@ -71,8 +73,9 @@ def begin_with(workdir: str | pathlib.Path, params: Params) -> Beginning:
     >>> found.params["w"].tolist(), found.taken, found.new
     ([1.0, 1.0], ('w',), ('head',))
     """
-    theirs, step = _checkpoint.restore_params(pathlib.Path(workdir) / "checkpoints")
+    theirs, step = _checkpoint.restore_params(pathlib.Path(workdir) / "checkpoints", base=base)
     there = dict(zip(_tree.paths(_network(theirs)), jax.tree.leaves(_network(theirs)), strict=True))
+    beside = set(_tree.gaps(_network(theirs)))
     taken: list[str] = []
     wrong: list[str] = []
 
@@ -81,7 +84,7 @@ def begin_with(workdir: str | pathlib.Path, params: Params) -> Beginning:
         if other is not None and np.shape(other) == np.shape(leaf):
             taken.append(path)
             return jnp.asarray(other, leaf.dtype)
-        if not _HEAD.search(path):
+        if not _HEAD.search(path) and path not in beside:
             there_is = "not there" if other is None else f"{np.shape(other)} there"
             wrong.append(f"{path} is {there_is}, {np.shape(leaf)} here")
         return leaf
@@ -92,7 +95,7 @@ def begin_with(workdir: str | pathlib.Path, params: Params) -> Beginning:
     if wrong or not taken:
         told = "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "") or "nothing fits"
         raise ValueError(f"init must be a run of the same network, got {str(workdir)!r}: {told}")
-    new = tuple(path for path in _tree.paths(_network(params)) if path not in taken)
+    new = tuple(path for path in _tree.paths(_network(params)) if path not in taken and path not in beside)
     if network_is_part(params):
         new += tuple(path for path in _tree.paths(params) if not path.startswith(f"{_BACKBONE}/"))
         network = {**params, _BACKBONE: network}

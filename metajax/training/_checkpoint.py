@@ -7,6 +7,7 @@ written, names them all; older ones are removed after that. A kill at any moment
 from __future__ import annotations
 
 import concurrent.futures
+import hashlib
 import itertools
 import json
 import pathlib
@@ -43,6 +44,8 @@ class Checkpoints:
     Args:
       folder: where to keep them; made where it does not exist.
       keep: how many of kind `last` stay.
+      base: a hash of the frozen base that stands beside the state, such as `params_sha256(frozen)`; it is written into
+        each checkpoint. None where there is no base.
 
     Attributes:
       damaged: one line for each checkpoint that was passed over: its file, and what is wrong with it.
@@ -61,9 +64,10 @@ class Checkpoints:
     ([1.0, 1.0], {'seconds': 2.0})
     """
 
-    def __init__(self, folder: str | pathlib.Path, *, keep: int = 2):
+    def __init__(self, folder: str | pathlib.Path, *, keep: int = 2, base: str | None = None):
         self._root = pathlib.Path(folder).absolute()
         self._keep = {"last": _validate.positive_int("keep", keep), "best": 1}
+        self._base = base
         self.damaged: list[str] = []
         self._known: _seal.Known = {}  # by process 0
         # Compression costs more than it saves on random numbers. Who restores says where to, so the file of
@@ -111,11 +115,12 @@ class Checkpoints:
             self._writer.save(path, args=ocp.args.PyTreeSave(arrays), force=True)
         except OSError as error:
             raise _failed(path, error) from error
-        self._writing = self._thread.submit(self._finish, path, {"step": step, "extra": extra}, next(_barriers))
+        told = {"step": step, "extra": extra} | ({} if self._base is None else {"base": self._base})
+        self._writing = self._thread.submit(self._finish, path, told, next(_barriers))
 
     def _has(self, path: pathlib.Path, extra: dict[str, Any]) -> bool:
         found = _seal.look(path, self._known) if path.is_dir() else None
-        return isinstance(found, dict) and found["extra"] == extra
+        return isinstance(found, dict) and (found["extra"], found.get("base")) == (extra, self._base)
 
     def _finish(self, path: pathlib.Path, values: dict[str, Any], number: int) -> None:
         """What follows on Orbax's writing, in the background."""
@@ -182,13 +187,15 @@ class Checkpoints:
 
         Raises:
           CheckpointError: what was being written could not be written.
-          ValueError: there is no sound checkpoint, or it does not fit `like`; the error names the leaves.
+          ValueError: there is no sound checkpoint, it does not fit `like` (the error names the leaves), or it stands on
+            another base.
         """
         folder = self._folder(kind)
         self._known.clear()  # what is restored is looked at now
         found = self._newest(folder)
         if found is None:
             raise ValueError(_nothing(folder, self.damaged))
+        _require_base(found, self._base, folder)
         return _leaves.read_state(folder / str(found["step"]), like), found["extra"]
 
     def close(self) -> None:
@@ -213,17 +220,37 @@ class Checkpoints:
         return found
 
 
-def restore_params(folder: str | pathlib.Path, *, kind: str = "last") -> tuple[Params, int]:
+def restore_params(folder: str | pathlib.Path, *, kind: str = "last", base: str | None = None) -> tuple[Params, int]:
     """Restores the meta-parameters alone, as NumPy arrays, and the step they are from.
 
+    Where the frozen base had a leaf, there is None: `metajax.core.merge` joins the two.
+
     Raises:
-      ValueError: there is no sound checkpoint of this kind.
+      ValueError: there is no sound checkpoint of this kind, or it stands on another base.
     """
-    path = _open(folder, kind)
+    path = _open(folder, kind, base)
     return _leaves.read_params(path), int(path.name)
 
 
-def warm_start(folder: str | pathlib.Path, params: Params, *, where: _tree.Where = None, kind: str = "last") -> Params:
+def params_sha256(params: Params) -> str:
+    """Returns a hash of parameters: paths, dtypes, shapes and bytes.
+
+    >>> params_sha256({"w": jax.numpy.ones(2)}) == params_sha256({"w": jax.numpy.ones([2, 1])})
+    False
+    """
+    digest = hashlib.sha256()
+    _tree.update_hash(digest, params)
+    return digest.hexdigest()
+
+
+def warm_start(
+    folder: str | pathlib.Path,
+    params: Params,
+    *,
+    where: _tree.Where = None,
+    kind: str = "last",
+    base: str | None = None,
+) -> Params:
     """Takes meta-parameters from the newest sound checkpoint of another run, such as one of pre-training.
 
     Args:
@@ -232,6 +259,7 @@ def warm_start(folder: str | pathlib.Path, params: Params, *, where: _tree.Where
       where: a regular expression searched in the path of each leaf, or a predicate of the path: which ones to take.
         None for all. The checkpoint may hold others too.
       kind: "last" or "best".
+      base: a hash of the frozen base on which `params` stand, as for `Checkpoints`; None where there is none.
 
     Returns:
       `params` with the leaves that `where` picks from the checkpoint, of the shape, dtype and sharding that was given;
@@ -239,7 +267,7 @@ def warm_start(folder: str | pathlib.Path, params: Params, *, where: _tree.Where
 
     Raises:
       ValueError: there is no sound checkpoint, `where` picks no leaf, or a leaf that it picks is not in the checkpoint
-        or has another shape or dtype there; the error names the leaves.
+        or has another shape or dtype there (the error names the leaves), or the checkpoint stands on another base.
 
     >>> import tempfile, jax, jax.numpy as jnp
     >>> state = MetaState({"body": jnp.ones(2), "head": jnp.ones(5)}, (), (), jnp.array(0), jax.random.key(0))
@@ -252,17 +280,26 @@ def warm_start(folder: str | pathlib.Path, params: Params, *, where: _tree.Where
     ([1.0, 1.0], [0.0, 0.0, 0.0])
     """
     picked, rest = _tree.split(params, where)
-    restored = _leaves.read(_open(folder, kind), {"params": picked}, name="params", part=True)
+    restored = _leaves.read(_open(folder, kind, base), {"params": picked}, name="params", part=True)
     return _tree.fill(restored["params"], rest)
 
 
-def _open(folder: str | pathlib.Path, kind: str) -> pathlib.Path:
+def _open(folder: str | pathlib.Path, kind: str, base: str | None) -> pathlib.Path:
     """The folder of the newest sound checkpoint."""
     place = pathlib.Path(folder).absolute() / _validate.one_of("kind", kind, ("last", "best"))
     found, damaged = from_first(lambda: _seal.newest(place, {}))
     if found is None:
         raise ValueError(_nothing(place, damaged))
+    _require_base(found, base, place)
     return place / str(found["step"])
+
+
+def _require_base(found: dict[str, Any], base: str | None, folder: pathlib.Path) -> None:
+    """Refuses a checkpoint of meta-parameters that were trained on another frozen base."""
+    there = found.get("base")
+    if there not in (None, base):
+        here = "none is given" if base is None else f"{base} is given"
+        raise ValueError(f"base must be that of the checkpoint in {folder}, {there}; {here}")
 
 
 def _nothing(folder: pathlib.Path, damaged: list[str]) -> str:

@@ -6,17 +6,54 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from metajax import data, pretrained
-from metajax.core import _validate
+from metajax import data, pretrained, tasks
+from metajax.core import TaskType, _validate
+from metajax.data.readers import Form
 from metajax.data.readers._files import parts_of, text_files
+from metajax.data.readers._tokens import buckets_of, load_tokenizer
 
 Config = Mapping[str, Any]
 _Open = Callable[[str, str, dict[str, Any]], data.Source]  # (path, split, fields)
+
+
+class Kind(NamedTuple):
+    """What a value of `data.name` stands for.
+
+    Attributes:
+      open: `(path, split, fields) -> source`.
+      task: the type of its tasks.
+      inputs: "image", "text", "tokens" or "numbers".
+      made: whether its examples are made, and read from no path.
+      outputs: `(fields, ways) -> int | None`, numbers that a head gives for an example.
+
+    >>> KINDS["sinusoids"].task.name, KINDS["text"].inputs
+    ('regression', 'text')
+    """
+
+    open: _Open
+    task: TaskType = tasks.classification
+    inputs: str = "image"
+    made: bool = False
+    outputs: Callable[[Mapping[str, Any], int], int | None] = lambda fields, ways: ways
+
+
+def kind_of(config: Config) -> Kind:
+    """What the config's source stands for.
+
+    Raises:
+      ValueError: `data.name` is unknown.
+
+    >>> from experiments.configs import maml_sinusoids
+    >>> kind_of(maml_sinusoids.get_config()).inputs
+    'numbers'
+    """
+    return KINDS[_validate.one_of("data.name", config["data"]["name"], tuple(KINDS))]
+
 
 # fields that configs of old do not have
 _LATER = {
@@ -25,10 +62,9 @@ _LATER = {
     "languages": {}, "overlap": 128, "tokenizer": "", "buckets": (), "prefix": "", "long": "truncate",
     "at_least": 0,
 }  # fmt: skip
-_MADE, _CHARACTERS = ("glyphs", "sinusoids", "cycles"), ("glyphs", "omniglot")
+_CHARACTERS = ("glyphs", "omniglot")
+BATCHES = ("finetune", "moco", "simclr")  # learners that train on batches of examples, and on no episodes
 _CHARACTER = 28  # pixels, where data.size is 0
-TEXTS = ("text", "squad", "multiple_choice")
-NOT_IMAGES = (*TEXTS, "cycles", "sinusoids")
 _PUBLISHED = ("cifar_fs", "fc100", "mini_imagenet", "tiered_imagenet", "cub", "meta_dataset")
 
 
@@ -49,28 +85,27 @@ def open_source(config: Config, split: str, *, path: str | None = None) -> data.
     'test'
     """
     fields = _fields(config)
-    name = _validate.one_of("data.name", fields["name"], tuple(_SOURCES))
-    if name in TEXTS and not fields["tokenizer"]:
+    kind, name = kind_of(config), fields["name"]
+    texts = kind.inputs == "text"
+    if texts and not fields["tokenizer"]:
         raise ValueError("model.path must name the folder of a pretrained model, got ''")
     if name == "glyphs" and path:  # a run on glyphs, looked at on images from elsewhere
         return data.image_folder(path, split=split, **image_options(config))
     given, path = path, path or fields["path"]
-    if name in _MADE and path:
+    if kind.made and path:
         raise ValueError(f"data.path must be empty for {name}, which are made and not read, got {path!r}")
-    if not path and name not in (*_MADE, "tfds"):
+    if not path and not kind.made and name != "tfds":
         raise ValueError(f"data.path must name the folder of {name}, got {path!r}")
     if name == "tfds" and not fields["set"]:
         raise ValueError(f"data.set must name a set of TensorFlow Datasets, got {fields['set']!r}")
     for field, having in (("set", ("tfds",)), ("splits", ("tfds", "image_folder"))):
         if fields[field] and name not in having:
             raise ValueError(f"data.{field} is for {' and '.join(having)}, not for {name}, got {fields[field]!r}")
-    if name in ("squad", "multiple_choice") and given:
-        fields |= {"names": {"test": 1}, "languages": {}}
-    if name == "text" and given:
-        fields |= {"names": {"test": 1}, "domain": "", "divides": "class", "test_path": given}
-    if name in TEXTS and given and split != "test":
-        raise ValueError(f"split must be 'test' for other texts, which are not divided, got {split!r}")
-    source = _SOURCES[name](path, split, fields)
+    if texts and given:
+        if split != "test":
+            raise ValueError(f"split must be 'test' for other texts, which are not divided, got {split!r}")
+        fields |= {"names": {"test": 1}, "languages": {}, "domain": "", "divides": "class", "test_path": given}
+    source = kind.open(path, split, fields)
     if _validate.int_at_least("data.at_least", fields["at_least"], 0):
         if not isinstance(source, data.ClassSource):
             raise ValueError(f"data.at_least must be 0 for {name}, which has no classes, got {fields['at_least']}")
@@ -102,23 +137,42 @@ def open_out_of_scope(config: Config, *, path: str | None = None) -> data.ClassS
     >>> open_out_of_scope(maml_sinusoids.get_config())
     """
     fields = _fields(config)
-    if fields["name"] != "text":
+    kind = kind_of(config)
+    if kind.inputs != "text" or not kind.task.classes:
         return None
     (file,) = text_files(path or fields["test_path"] or fields["path"])
     parts = [part for part in parts_of(file) if part.startswith("oos")]
     if not parts:
         return None
-    return with_features(config, data.text(file, split="test", splits={"test": 1}, parts=parts, **text_options(config)))
+    return with_features(
+        config, data.text(file, split="test", splits={"test": 1}, parts=parts, **_text_options(fields))
+    )
 
 
-def text_options(config: Config) -> dict[str, Any]:
-    """How texts from outside become tokens like those of the run.
+def input_form(config: Config) -> Form:
+    """The form in which a run takes its inputs, for `metajax.data.readers.reader_of`.
 
-    >>> from experiments.configs import proto_lora_clinc
-    >>> text_options(proto_lora_clinc.get_config())["max_length"]
-    24
+    Raises:
+      ValueError: the run takes numbers or made sequences, which nobody has files of; or its tokenizer is not there.
+
+    >>> from experiments.configs import prototypical_glyphs
+    >>> form = input_form(prototypical_glyphs.get_config())
+    >>> form.kind, form.size
+    ('image', 28)
     """
-    fields = _fields(config)
+    kind, fields = kind_of(config), _fields(config)
+    if kind.inputs == "image":
+        return Form("image", **image_options(config))
+    if kind.inputs != "text":
+        raise ValueError(f"data.name must be of images or texts, got {fields['name']!r}")
+    encoder = load_tokenizer(fields["tokenizer"], fields["length"], user="adapt", pair=not kind.task.classes)
+    return Form(
+        "text", tokenizer=encoder, lengths=buckets_of(fields["length"], tuple(fields["buckets"]) or None),
+        prefix=fields["prefix"], on_long=fields["long"], columns=(fields["text"], fields["label"]),
+    )  # fmt: skip
+
+
+def _text_options(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "tokenizer": fields["tokenizer"], "text": fields["text"], "label": fields["label"],
         "max_length": fields["length"], "length_buckets": tuple(fields["buckets"]) or None,
@@ -134,7 +188,7 @@ def _fields(config: Config) -> dict[str, Any]:
 
 def _check_tokens(config: Config, source: Any) -> None:
     """Refuses texts that a pretrained model can't read, before anything is trained."""
-    if config["data"]["name"] not in TEXTS or config["model"]["name"] != "pretrained":
+    if kind_of(config).inputs != "text" or config["model"]["name"] != "pretrained":
         return
     _, architecture, model = pretrained.open_model(pathlib.Path(config["model"]["path"]), head=pretrained_head(config))
     if architecture.kind != "text":
@@ -154,7 +208,8 @@ def with_features(config: Config, source: Any) -> Any:
     """The source, or features of its texts where the config freezes the model that computes them."""
     if not config["model"].get("frozen", False):
         return source
-    if config["data"]["name"] != "text":
+    kind = kind_of(config)
+    if kind.inputs != "text" or not kind.task.classes:
         raise ValueError(
             f"model.frozen must be False for {config['data']['name']}, which is no labelled text, got True"
         )
@@ -164,19 +219,43 @@ def with_features(config: Config, source: Any) -> Any:
     return pretrained.features(base.model, base.params, source)
 
 
-def base_sha256(config: Config) -> str | None:
-    """A hash of the weights that a frozen model has, which are in no checkpoint; None where they are not frozen.
+def base_is_beside(config: Config) -> bool:
+    """Whether the untrained part of a pretrained model stands beside the state, as a frozen base.
+
+    It does where nothing but the pretrained weights decides it: not in a run that begins with another one.
+
+    >>> from experiments.configs import maml_lora_clinc, maml_sinusoids
+    >>> base_is_beside(maml_lora_clinc.get_config()), base_is_beside(maml_sinusoids.get_config())
+    (True, False)
+    """
+    whole = config["model"]["name"] != "pretrained" or config["model"].get("frozen", False)
+    return not whole and bool(config["outer"].get("trainable")) and not config.get("init") and not on_batches(config)
+
+
+def on_batches(config: Config) -> bool:
+    """Whether training takes batches of examples of all classes, and no episodes."""
+    return config["learner"]["name"] in BATCHES
+
+
+def weights_sha256(config: Config) -> str | None:
+    """A hash of the pretrained weights that a run begins with; None where there are none.
 
     >>> from experiments.configs import maml_sinusoids
-    >>> base_sha256(maml_sinusoids.get_config())
+    >>> weights_sha256(maml_sinusoids.get_config())
     """
-    if not config["model"].get("frozen", False):
+    if config["model"]["name"] != "pretrained":
         return None
     digest = hashlib.sha256()
     for file in sorted(pathlib.Path(config["model"]["path"]).glob("*.safetensors")):
         with file.open("rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()
+
+
+def base_sha256(config: Config) -> str | None:
+    """A hash of the weights that are in no checkpoint of a run; None where there are none."""
+    frozen = config["model"].get("frozen", False) or base_is_beside(config)
+    return weights_sha256(config) if frozen else None
 
 
 def check_base(workdir: str | pathlib.Path, config: Config) -> None:
@@ -194,7 +273,7 @@ def check_base(workdir: str | pathlib.Path, config: Config) -> None:
 
 def pretrained_head(config: Config) -> str | None:
     """What comes out of a pretrained model: logits of tokens of a decoder that continues texts, and else features."""
-    continued = config["learner"]["name"] == "in_context" or config["data"]["name"] == "multiple_choice"
+    continued = config["learner"]["name"] == "in_context" or "tokens" in kind_of(config).task.heads
     heads = pretrained.read_architecture(pathlib.Path(config["model"]["path"]))[1].heads
     decoder, head = "features" in heads, config["model"]["head"]
     if head == "tokens" and not (continued and decoder):
@@ -208,8 +287,9 @@ def pretrained_head(config: Config) -> str | None:
 
 
 def scores_tokens(config: Config) -> bool:
-    """Whether a choice of a question is scored by the logits of its tokens, and not by one output."""
-    return config["data"]["name"] == "multiple_choice" and pretrained_head(config) == "tokens"
+    """Whether the logits of the tokens of an example are its outputs, and it needs no head."""
+    kind = kind_of(config)
+    return kind.inputs == "text" and "tokens" in kind.task.heads and pretrained_head(config) == "tokens"
 
 
 def image_options(config: Config) -> dict[str, Any]:
@@ -253,7 +333,7 @@ def _published(name: str) -> _Open:
 def _text(path: str, split: str, fields: dict[str, Any]) -> data.Source:
     return data.text(
         fields.get(f"{split}_path") or path, split=split, domain=fields["domain"] or None, split_by=fields["divides"],
-        splits=_named(fields["names"]), **text_options({"data": fields, "model": {}}),
+        splits=_named(fields["names"]), **_text_options(fields),
     )  # fmt: skip
 
 
@@ -293,15 +373,21 @@ def _cache_bytes(fields: dict[str, Any]) -> int | None:
     return _validate.int_at_least("data.cache_mib", fields["cache_mib"], 0) * 2**20 or None
 
 
-_SOURCES: dict[str, _Open] = {
-    "glyphs": lambda path, split, fields: data.glyphs(split, size=fields["size"] or _CHARACTER),
-    "omniglot": _omniglot,
-    "image_folder": _folder,
-    "tfds": _tfds,
-    **{name: _published(name) for name in _PUBLISHED},
-    "cycles": lambda path, split, fields: data.cycles(split=split, vocab=fields["vocab"], length=fields["length"]),
-    "text": _text,
-    "squad": _squad,
-    "multiple_choice": _multiple_choice,
-    "sinusoids": lambda path, split, fields: data.sinusoids(split=split),
-}
+KINDS: dict[str, Kind] = {
+    "glyphs": Kind(lambda path, split, fields: data.glyphs(split, size=fields["size"] or _CHARACTER), made=True),
+    "omniglot": Kind(_omniglot),
+    "image_folder": Kind(_folder),
+    "tfds": Kind(_tfds),
+    **{name: Kind(_published(name)) for name in _PUBLISHED},
+    "cycles": Kind(
+        lambda path, split, fields: data.cycles(split=split, vocab=fields["vocab"], length=fields["length"]),
+        tasks.next_token_prediction, "tokens", made=True, outputs=lambda fields, ways: fields.get("vocab"),
+    ),
+    "text": Kind(_text, inputs="text"),
+    "squad": Kind(_squad, tasks.spans, "text", outputs=lambda fields, ways: None),
+    "multiple_choice": Kind(_multiple_choice, tasks.multiple_choice, "text", outputs=lambda fields, ways: 1),
+    "sinusoids": Kind(
+        lambda path, split, fields: data.sinusoids(split=split), tasks.regression, "numbers", made=True,
+        outputs=lambda fields, ways: 1,
+    ),
+}  # fmt: skip

@@ -15,9 +15,8 @@ import numpy as np
 import optax
 
 from metajax import adapters, data, hypergrad, learners, models, pretrained
-from metajax.core import _validate
-from metajax.core._losses import span_cross_entropy, squared_error
-from metajax.core._types import Hypergrad, Learner, Loss, Model, Params
+from metajax.core import _tree, _validate
+from metajax.core._types import Hypergrad, Learner, Model, Params
 from metajax.data.readers._tokens import load_tokenizer
 from metajax.strategies._contrast import TRAINED, contrastive
 from metajax.strategies._curriculum import Stage
@@ -26,8 +25,6 @@ from metajax.training._beginning import begin_with
 from metajax.training._stages import stages
 
 Config = Mapping[str, Any]
-_LOSSES: dict[str, Loss] = {"sinusoids": squared_error, "squad": span_cross_entropy}  # others: cross-entropy
-_NO_CLASSES = ("sinusoids", "cycles", "squad", "multiple_choice")
 LEARNERS = ("maml", "meta_sgd", "reptile", "bayesian", "prototypical", "finetune", "in_context", "moco", "simclr")
 _GRADIENT = ("maml", "meta_sgd", "reptile", "bayesian")
 _CONTRASTIVE = ("moco", "simclr")
@@ -49,15 +46,15 @@ class Experiment(NamedTuple):
       spec: size of an episode in validation and evaluation.
       train_spec: size of an episode in training.
       eval_steps: inner steps in evaluation, None where as many as in training.
-      metric: "accuracy", "mse" or "f1".
       trainable: path regex of the meta-parameters that are trained, None for all.
       transform: what `augment` does to the training images, None for nothing.
       start: `(inputs) -> meta_params` to begin with, from pretrained weights, and an example of the inputs `[n, ...]`;
         None where the learner makes them.
       batches: whether training takes batches of examples of all classes (`metajax.data.batches`), and no episodes.
-      stages: of training, the last one on episodes of `train_spec`.
       average: share that stays in a step of the average of the meta-parameters (`metajax.strategies.averaged`), which
         is then evaluated instead of them; 0 for none.
+      stages: of training, the last one on episodes of `train_spec`.
+      beside: whether what `trainable` does not pick stands beside the state, as a frozen base.
 
     >>> Experiment._fields[0]
     'learner'
@@ -70,13 +67,17 @@ class Experiment(NamedTuple):
     spec: data.EpisodeSpec
     train_spec: data.EpisodeSpec
     eval_steps: int | None
-    metric: str
     trainable: str | None
     transform: data.Transform | None
     start: Callable[[Any], Params] | None = None
     batches: bool = False
     average: float = 0.0
     stages: tuple[Stage, ...] = ()
+    beside: bool = False
+
+    def split(self, params: Params) -> tuple[Params, Params]:
+        """Meta-parameters as those of the state and the frozen base, which is None where there is none."""
+        return _tree.split(params, self.trainable, name="outer.trainable") if self.beside else (params, None)
 
 
 def build(config: Config, *, num_classes: int | None = None) -> Experiment:
@@ -103,7 +104,7 @@ def build(config: Config, *, num_classes: int | None = None) -> Experiment:
         _validate.int_at_least(f"{section}.episodes", config[section]["episodes"], 2)
     sampler = config["data"].get("sampler", "pipeline")  # runs of old do not have it
     name = config["learner"]["name"]
-    batches = name == "finetune" or name in _CONTRASTIVE
+    batches = _data.on_batches(config)
     if _validate.one_of("data.sampler", sampler, ("pipeline", "device")) == "device" and batches:
         raise ValueError(f"data.sampler must be 'pipeline' for {name}, which trains on no episodes, got 'device'")
     _validate.int_at_least("seed", config["seed"], 0)
@@ -116,9 +117,9 @@ def build(config: Config, *, num_classes: int | None = None) -> Experiment:
     eval_steps = _validate.int_at_least("inner.eval_steps", config["inner"]["eval_steps"], 0) or None
     return Experiment(
         learner, trained, getattr(hypergrad, estimator)(), _outer_optimizer(config["outer"]),
-        spec, train_spec, eval_steps, {"sinusoids": "mse", "squad": "f1"}.get(config["data"]["name"], "accuracy"),
+        spec, train_spec, eval_steps,
         config["outer"].get("trainable", "") or (TRAINED if name in _CONTRASTIVE else None), _transform(config), start,
-        batches, average, stages(config, train_spec, batches),
+        batches, average, stages(config, train_spec, batches), _data.base_is_beside(config),
     )  # fmt: skip
 
 
@@ -144,22 +145,24 @@ def _learners(
     config: Config, spec: data.EpisodeSpec, num_classes: int | None, *, weights: bool = False
 ) -> tuple[Learner, Learner]:
     """The learner that is evaluated and the one that is trained; with `weights`, `init` gives pretrained ones."""
-    learner, inner, source = config["learner"], config["inner"], config["data"]["name"]
+    learner, inner, source, kind = config["learner"], config["inner"], config["data"]["name"], _data.kind_of(config)
     name = _validate.one_of("learner.name", learner["name"], LEARNERS)
-    outputs, network = _outputs(config, spec.max_ways), functools.partial(_model, config, weights=weights)
-    for made, sources in (("pretrained", _data.TEXTS), ("decoder", ("cycles",))):
-        if (source in sources) != (config["model"]["name"] == made):
+    for inputs, made in (("text", "pretrained"), ("tokens", "decoder")):
+        if (kind.inputs == inputs) != (config["model"]["name"] == made):
+            served = ", ".join(name for name, other in _data.KINDS.items() if other.inputs == inputs)
             raise ValueError(
-                f"model.name must be {made!r} for {', '.join(sources)} and for nothing else, got "
-                f"{config['model']['name']!r} for {source!r}"
+                f"model.name must be {made!r} for {served} and for nothing else, got {config['model']['name']!r} for "
+                f"{source!r}"
             )
-    if (source == "squad") != (config["model"].get("head") == "span"):
+    if ("span" in kind.task.heads) != (config["model"].get("head") == "span"):
+        served = ", ".join(name for name, other in _data.KINDS.items() if "span" in other.task.heads)
         raise ValueError(
-            "model.head must be 'span' for squad and for nothing else, got "
-            f"{config['model'].get('head')!r} for {source!r}"
+            f"model.head must be 'span' for {served} and for nothing else, got {config['model'].get('head')!r} for "
+            f"{source!r}"
         )
+    outputs, network = _outputs(config, spec.max_ways), functools.partial(_model, config, weights=weights)
     if name == "in_context":
-        if not _begins_pretrained(config) or source != "text":
+        if not _begins_pretrained(config) or kind.inputs != "text" or not kind.task.classes:
             raise ValueError(
                 "learner.name must not be 'in_context' but for text and a pretrained model that is not frozen, got "
                 f"{name!r} for {source!r}"
@@ -178,7 +181,7 @@ def _learners(
         model = network(outputs)
         trained = _gradient(config, model, inner["rate"])
         return _gradient(config, model, rate) if rate else trained, trained
-    if source in _NO_CLASSES:
+    if not kind.task.classes:
         raise ValueError(
             f"learner.name must be 'maml', 'meta_sgd', 'reptile' or 'bayesian' for {source}, which has no classes, got "
             f"{name!r}"
@@ -196,11 +199,9 @@ def _learners(
 
 def _gradient(config: Config, model: Model, rate: float) -> Learner:
     """A learner with an inner loop of this rate."""
-    learner, inner, source = config["learner"], config["inner"], config["data"]["name"]
+    learner, inner = config["learner"], config["inner"]
     steps, rule = inner["steps"], _inner_rule(inner, rate)
-    options: dict[str, Any] = {"adapts": learner["adapts"] or None}
-    if source in _LOSSES:
-        options["loss"] = _LOSSES[source]
+    options: dict[str, Any] = {"adapts": learner["adapts"] or None, "task": _data.kind_of(config).task}
     if learner["name"] == "maml":
         return learners.maml(model, rule, steps, proximal=learner["proximal"], **options)
     if learner["name"] == "reptile":
@@ -220,9 +221,7 @@ def _prototypical(config: Config, features: Model) -> Learner:
 
 def _outputs(config: Config, ways: int) -> int | None:
     """Outputs of the model of a learner with a head."""
-    if config["data"]["name"] == "multiple_choice":
-        return None if _data.scores_tokens(config) else 1
-    return {"sinusoids": 1, "cycles": config["data"].get("vocab"), "squad": None}.get(config["data"]["name"], ways)
+    return None if _data.scores_tokens(config) else _data.kind_of(config).outputs(config["data"], ways)
 
 
 def _prompts(config: Config, ways: int) -> dict[str, Any]:
@@ -248,7 +247,7 @@ def _prompts(config: Config, ways: int) -> dict[str, Any]:
 
 
 def _contrastive(config: Config, features: Model) -> Learner:
-    if config["data"]["name"] in _data.TEXTS:
+    if _data.kind_of(config).inputs == "text":
         raise ValueError(f"learner.name must be one that learns from text, got {config['learner']['name']!r}")
     options = dict(config["contrast"])
     if config["learner"]["name"] == "simclr":
@@ -271,7 +270,7 @@ def _model(config: Config, outputs: int | None, *, weights: bool = False) -> Mod
         return _IDENTITY if outputs is None else models.mlp(outputs, hidden=())
     if name == "pretrained":
         options = _pretrained_options(config, outputs)
-        choices = config["data"]["name"] == "multiple_choice"
+        choices = "score" in _data.kind_of(config).task.heads
         one_by_one = choices and options["remat"] == "example"
         if one_by_one:  # an example is a question: its choices go through a block together
             options["remat"] = True
@@ -362,17 +361,17 @@ def _hiding(config: Config, model: Model) -> Model:
 
 
 def _transform(config: Config) -> data.Transform | None:
-    fields, source = config["augment"], config["data"]["name"]
+    fields, kind = config["augment"], _data.kind_of(config)
     bounds: dict[str, Any] = {name: _validate.non_negative_float(f"augment.{name}", fields[name]) for name in fields}
     words = bounds.pop("words", 0.0)
-    if words and (source not in ("text", "squad") or _is_frozen(config)):
+    if words and (kind.inputs != "text" or "score" in kind.task.heads or _is_frozen(config)):
         raise ValueError(f"augment.words must be 0 but for texts and a model that is not frozen, got {words}")
     if words and config["learner"]["name"] == "in_context":
         raise ValueError(f"augment.words must be 0 for in_context, whose prompts would lose labels too, got {words}")
     if not any(bounds.values()):
         return None
-    if source in _data.NOT_IMAGES:
-        raise ValueError(f"augment must be all 0 but for images, got {bounds} for {source}")
+    if kind.inputs != "image":
+        raise ValueError(f"augment must be all 0 but for images, got {bounds} for {config['data']['name']}")
     return data.random_affine(**bounds)
 
 
@@ -486,8 +485,14 @@ def load_run(
         else:
             raise ValueError("checkpoint must be 'last' or 'best' for a run on no pretrained weights, got 'start'")
         if config.get("init"):
-            params = begin_with(config["init"], params).params
+            params = begin_with(config["init"], params, base=_data.weights_sha256(config)).params
         return experiment.learner, jax.tree.map(np.asarray, params)
     _data.check_base(workdir, config)
-    params, _ = _checkpoint.restore_params(pathlib.Path(workdir) / "checkpoints", kind=checkpoint)
+    own = load_config(workdir)  # as it was trained, but for the place of its weights
+    own["model"] = {**own["model"], "path": config["model"].get("path", "")}
+    base = _data.base_sha256(own)
+    params, _ = _checkpoint.restore_params(pathlib.Path(workdir) / "checkpoints", kind=checkpoint, base=base)
+    begun = build(own)
+    if begun.beside and begun.start is not None:
+        params = _tree.merge(params, jax.tree.map(np.asarray, begun.split(begun.start(inputs))[1]))
     return experiment.learner, params

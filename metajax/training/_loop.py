@@ -72,9 +72,8 @@ def fit(
     (3, True)
     """
     _validate.positive_int("steps", steps)
-    source_task, task = getattr(episodes, "task", None), getattr(outer, "task", None)
-    if source_task is not None and task is not None:
-        require_same(source_task, task, name="episodes", other_name="learner")
+    of_episodes, of_learner = (getattr(part, "task", None) for part in (episodes, outer))
+    require_same(of_episodes, of_learner, name="episodes", other_name="learner")
     update = jax.jit(update_of(outer), donate_argnums=0)
     taken = int(state.step)
     before: tuple[int, dict[str, Any]] | None = None

@@ -68,14 +68,14 @@ def outer_update(
 
     Returns:
       An `OuterUpdate`, for `jit`, or for `metajax.parallel.shard` to spread over a mesh.
-      `update` returns metrics, each a scalar mean over tasks: `loss` and the metric of the task type (`accuracy`, `mse`)
-      on the query set after adaptation, where the learner gives outputs; both with `_before`; `inner_loss`
+      `update` returns metrics, each a scalar mean over tasks: `loss` and the metric of the task type (`accuracy`,
+      `mse`) on the query set after adaptation, where the learner gives outputs; both with `_before`; `inner_loss`
       `[num_steps]`, each over the tasks in which the step counts; what else `Aux.metrics` hold; `grad_norm` of the
       averaged hypergradient.
 
     Raises:
-      ValueError: a part of another type, a learner that lacks a part, an unknown `task_batching`, a chunk size that does
-        not divide the tasks, a `trainable` that picks nothing, an episode with a task axis in `init`, leaves of
+      ValueError: a part of another type, a learner that lacks a part, an unknown `task_batching`, a chunk size that
+        does not divide the tasks, a `trainable` that picks nothing, an episode with a task axis in `init`, leaves of
         episodes in `update` that disagree in their leading axis (or have none, or no task), labels that no class of
         the task has (in `init`), a frozen base that does not fit the state, values for the state from a learner without
         `update_state`, or another number of tasks than `init(num_tasks=)` made the states of a persistent estimator
@@ -137,7 +137,8 @@ def outer_update(
             }
         if learner.update_state is None and jax.tree.leaves((aux.state, aux.collected)):
             raise ValueError("learner.update_state must be given where outer_loss gives Aux.state or Aux.collected")
-        counts, inner = _counts(learner, episode, aux), ()
+        counts = _counts(learner, episode, aux)
+        inner: Any = ()
         if aux.inner_losses is not None:
             values, valid = aux.inner_losses
             inner = (jnp.where(valid, values, 0), valid.astype(values.dtype))
@@ -284,10 +285,11 @@ def _gather(leaf: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 def _written(params: Params, full: Params, new: Params, weight: jax.Array) -> Params:
     """The parameters of the state with what `update_state` changed; where no task counted, nothing changes."""
-    if jax.tree.structure(new) != jax.tree.structure(full):
+    structures = [str(jax.tree.structure(tree)) for tree in (new, full)]
+    if structures[0] != structures[1]:
         raise ValueError(
-            f"update_state must return meta-parameters of the structure that it gets, got {jax.tree.structure(new)} for "
-            f"{jax.tree.structure(full)}"
+            f"update_state must return meta-parameters of the structure that it gets, got {structures[0]} for "
+            f"{structures[1]}"
         )
 
     def write(path: str, old: Any, own: Any, value: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 from metajax import data
 from metajax.core import _validate
 from metajax.strategies._curriculum import Stage
-from metajax.training._data import NOT_IMAGES
+from metajax.training._data import kind_of
 
 
 def stages(config: Mapping[str, Any], spec: data.EpisodeSpec, batches: bool) -> tuple[Stage, ...]:
@@ -52,7 +52,7 @@ def stages(config: Mapping[str, Any], spec: data.EpisodeSpec, batches: bool) -> 
             )
         for value in values:
             _validate.int_at_least(f"curriculum.{name}", value, 0)
-    if any(lists["size"]) and config["data"]["name"] in NOT_IMAGES:
+    if any(lists["size"]) and kind_of(config).inputs != "image":
         raise ValueError(f"curriculum.size must be 0 but for images, got {tuple(lists['size'])}")
     rows = [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
     found = []

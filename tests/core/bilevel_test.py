@@ -118,7 +118,9 @@ def test_targets_and_inputs_may_be_any_trees():
         return jnp.mean((support.inputs["x"] @ params - support.inputs["y"]) ** 2) + meta_params * params @ params
 
     def outer_loss(params, meta_params, query, *, key=None):
-        return jnp.mean((query.inputs["x"] @ params - query.inputs["y"]) ** 2), metajax.Aux(metrics={"size": params @ params})
+        return jnp.mean((query.inputs["x"] @ params - query.inputs["y"]) ** 2), metajax.Aux(
+            metrics={"size": params @ params}
+        )
 
     learner = metajax.bilevel(problem(loss, 5), outer_loss, init=lambda key, inputs: jnp.array(0.1))
     outer = metajax.outer_update(learner, optax.sgd(1.0), hypergrad=hypergrad.unrolled(), task_batching="vmap")

@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 
 from metajax.data import EpisodeSpec, _records, _tfds, device_sampler, episode_batch, episodes, tfds_source
-from metajax.data.readers import _images
 from metajax.data._class_splits import divide
+from metajax.data.readers import _images
 
 tfds = pytest.importorskip("tensorflow_datasets", reason="needs tensorflow-datasets to prepare sets")
 pytest.importorskip("tensorflow", reason="tensorflow-datasets writes TFRecord files with TensorFlow")

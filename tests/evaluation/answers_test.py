@@ -58,9 +58,9 @@ def test_mlqa(language, prediction, answers, exact, f1):
 
 
 def test_refusals_of_scores():
-    for answers in ([], "text"):
+    for wrong in ([], "text"):
         with pytest.raises(ValueError, match="answers must be a list of at least one text"):
-            answer_scores("text", answers)
+            answer_scores("text", wrong)
     with pytest.raises(ValueError, match=r"language must be one of 'ar', .*, got 'xx'"):
         answer_scores("text", ["text"], language="xx")
 
@@ -215,7 +215,8 @@ def test_answers_that_are_not_finite_or_too_long_are_wrong(source):
     )
     learner = metajax.Learner(
         lambda key, inputs: (), lambda params, support, **options: params,
-        lambda adapted, inputs, **options: nowhere.apply(adapted, inputs), lambda *args, **options: (0.0, metajax.Aux()),
+        lambda adapted, inputs, **options: nowhere.apply(adapted, inputs),
+        lambda *args, **options: (0.0, metajax.Aux()),
         task=metajax.tasks.spans,
     )  # fmt: skip
     found = evaluate(learner, (), source, SPEC, episodes=4)

@@ -109,7 +109,11 @@ def test_refusals(source):
         out_of_scope(outside(np.zeros([3, 6])), score="energy")
     with pytest.raises(ValueError, match="outside must be of type ClassSource, got None"):
         out_of_scope(None)
-    waves, spec, judge = data.sinusoids(split="test"), data.EpisodeSpec(1, 2, 2), out_of_scope(outside(np.zeros([3, 1])))
+    waves, spec, judge = (
+        data.sinusoids(split="test"),
+        data.EpisodeSpec(1, 2, 2),
+        out_of_scope(outside(np.zeros([3, 1]))),
+    )
     learner = learners.maml(metajax.models.mlp(1), optax.sgd(0.1), task=metajax.tasks.regression)
     with pytest.raises(ValueError, match=r"got regression of source and classification of out_of_scope\(\)"):
         evaluate(learner, learner.init(jax.random.key(0), np.zeros([1, 1])), waves, spec, judge=judge, episodes=2)

@@ -81,7 +81,13 @@ def test_other_tasks_are_drawn_too(tmp_path, shape):
     examples = examples._replace(targets=logits)
     own = tasks.resolve(loss=lambda outputs, targets: outputs[:, 0])  # nothing is known of its outputs
     _draw(tmp_path / "own.png", metajax.Episode(examples, examples), logits[:, :, None], task=own)
-    _draw(tmp_path / "numbers.png", metajax.Episode(examples, examples), Outputs(logits * 0, logits), history=[], task=tasks.regression)
+    _draw(
+        tmp_path / "numbers.png",
+        metajax.Episode(examples, examples),
+        Outputs(logits * 0, logits),
+        history=[],
+        task=tasks.regression,
+    )
 
 
 @pytest.mark.parametrize(

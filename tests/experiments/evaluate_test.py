@@ -6,7 +6,6 @@ import jax
 import pytest
 
 import metajax
-from experiments import _runs
 
 
 def _library(run, spec=None, episodes=30, seed=0, split="test", steps=None):
@@ -27,13 +26,13 @@ def test_the_result_is_that_of_the_library_and_is_written(launch, metric_run):
     assert "transductive" in done.stdout
     written = json.loads((metric_run / "evaluation.json").read_text())
     assert set(written) >= {
-        "learner", "ways", "shots", "queries", "episodes", "accuracy_mean", "accuracy_ci95", "transductive",
+        "learner", "ways", "shots", "queries", "episodes", "metric", "accuracy_mean", "accuracy_ci95", "transductive",
         "normalisation", "seed", "data", "split", "params_sha256",
     }  # fmt: skip
     assert written["accuracy_mean"] == pytest.approx(expected.mean, abs=1e-5)
     assert written["accuracy_ci95"] == pytest.approx(expected.ci95, abs=1e-5)
     assert (written["transductive"], written["normalisation"], written["ways"]) == (True, "batch", 4)
-    assert written["params_sha256"] == _runs.params_sha256(params)
+    assert written["params_sha256"] == metajax.training.params_sha256(params)
 
 
 @pytest.mark.slow  # more processes; the first test compares one with the library
@@ -67,7 +66,7 @@ def test_a_regression_run_reports_its_error(launch, wave_run):
     written = json.loads((wave_run / "evaluation.json").read_text())
     assert written["metric"] == "mse"
     assert "accuracy_mean" not in written
-    assert written["value_mean"] == pytest.approx(expected.mean, rel=1e-4)
+    assert written["mse_mean"] == pytest.approx(expected.mean, rel=1e-4)
 
 
 def test_a_soup_is_the_mean_of_runs(launch, metric_run, shorter_run):
@@ -82,7 +81,10 @@ def test_a_soup_is_the_mean_of_runs(launch, metric_run, shorter_run):
     expected = metajax.evaluation.evaluate(learner, mean, source, spec, episodes=30)
     assert written["soup"] == [str(other)] * 2
     assert written["accuracy_mean"] == pytest.approx(expected.mean, abs=2e-3)
-    assert written["params_sha256"] not in [_runs.params_sha256(params), _runs.params_sha256(more)]
+    assert written["params_sha256"] not in [
+        metajax.training.params_sha256(params),
+        metajax.training.params_sha256(more),
+    ]
 
 
 def test_bad_input_is_refused_before_anything_is_written(refusals, metric_run, head_run):

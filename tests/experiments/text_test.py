@@ -268,7 +268,7 @@ def test_a_run_on_questions_is_judged_by_f1(run, launch):
     assert results["f1_gain_mean"] == pytest.approx(results["f1_mean"] - results["f1_before_mean"])
     assert (
         done.stdout.splitlines()[-1]
-        == f"F1 {100 * results['f1_mean']:.2f} +- {100 * results['f1_ci95']:.2f} % (8 episodes)"
+        == f"f1 {100 * results['f1_mean']:.2f} +- {100 * results['f1_ci95']:.2f} % (8 episodes)"
     )
     assert (run / "answers" / "report.png").stat().st_size > 10_000
     done = launch(

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import metajax
-from experiments import _job, _runs, train
+from experiments import _job, train
 from experiments.configs import prototypical_glyphs
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -49,7 +49,7 @@ def test_a_run_leaves_everything_about_itself(whole_run):
     workdir, done = whole_run
     results = _results(workdir)
     assert set(results) == {
-        "learner", "ways", "shots", "queries", "episodes", "accuracy_mean", "accuracy_ci95", "transductive",
+        "learner", "ways", "shots", "queries", "episodes", "metric", "accuracy_mean", "accuracy_ci95", "transductive",
         "normalisation", "seed", "train_seconds", "steps", "params_sha256",
     }  # fmt: skip
     assert done.stdout.splitlines()[-1].startswith(f"accuracy {100 * results['accuracy_mean']:.2f} +- ")
@@ -62,7 +62,7 @@ def test_a_run_leaves_everything_about_itself(whole_run):
     assert (workdir / "report.png").read_bytes()[1:4] == b"PNG"
     assert any((workdir / "tensorboard").iterdir())
     learner, params = metajax.load_run(workdir)
-    assert _runs.params_sha256(params) == results["params_sha256"]
+    assert metajax.training.params_sha256(params) == results["params_sha256"]
     assert learner.problem is None
     metajax.load_run(workdir, checkpoint="best")
 
@@ -100,7 +100,7 @@ def test_a_run_that_keeps_an_average_is_judged_by_it_and_trains_as_without(launc
         done = launch("train", *_flags(pictures, workdir, f"--config.outer.average={average}", steps=10))
         assert done.returncode == 0, done.stderr
         _, params = metajax.load_run(workdir)
-        assert _runs.params_sha256(params) == _results(workdir)["params_sha256"]
+        assert metajax.training.params_sha256(params) == _results(workdir)["params_sha256"]
         found[average] = params, [line["loss"] for line in metajax.training.read_metrics(workdir) if "loss" in line]
     assert found[0.0][1] == found[0.9][1]
     averaged = metajax.training.warm_start(workdir / "checkpoints", found[0.0][0])  # `params` of the state
@@ -344,7 +344,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(laun
         ({"data.path": ""}, "data.path must name the folder"),
         ({"init": "no/such/run"}, "there is no checkpoint in"),
         ({"learner.name": "moco"}, "model must not normalise by statistics of the batch"),
-        ({"learner.name": "moco", "model.normalisation": "layer", "contrast.queue": 7}, "queue must be a multiple of"),
+        ({"learner.name": "moco", "model.normalisation": "layer", "contrast.queue": -1}, "queue must be an integer of"),
         ({"learner.name": "simclr", "data.sampler": "device"}, "data.sampler must be 'pipeline' for simclr"),
         ({"data.sampler": "host"}, "data.sampler must be one of 'pipeline', 'device', got 'host'"),
         ({"data.sampler": "device", "learner.name": "finetune"}, "data.sampler must be 'pipeline' for finetune"),

@@ -34,7 +34,9 @@ def quadratic(num_steps, start=lambda meta: ORIGIN, outer=lambda adapted, goal: 
     def outer_loss(adapted, meta, query, *, key=None):
         return outer(adapted, query.targets), metajax.Aux(adapted)
 
-    return metajax.Learner(lambda key, inputs: jnp.array(TARGET), adapt, None, outer_loss, problem, metajax.tasks.regression)
+    return metajax.Learner(
+        lambda key, inputs: jnp.array(TARGET), adapt, None, outer_loss, problem, metajax.tasks.regression
+    )
 
 
 def task(seed=0):

@@ -110,7 +110,9 @@ def dense(name, ridge):
 
         def outer(point, flat):
             meta = unravel_meta(flat)
-            return learner.outer_loss(problem.finalize(unravel(point), meta, episode.support, None), meta, episode.query)
+            return learner.outer_loss(
+                problem.finalize(unravel(point), meta, episode.support, None), meta, episode.query
+            )
 
         slopes = jax.grad(outer, argnums=(0, 1), has_aux=True)(point, flat)[0]
         return slopes, jax.hessian(inner)(point, flat), jax.jacobian(jax.grad(inner), argnums=1)(point, flat)

@@ -220,7 +220,9 @@ def test_padding_is_no_image(options, x64):
         state, metrics = step(images, np.arange(5) < 2)
         for name in known:
             np.testing.assert_allclose(metrics[name], known[name], rtol=1e-12)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-13), state.params, expected.params)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-13), state.params, expected.params
+        )
 
 
 def jitter(key, images):

@@ -156,8 +156,7 @@ def test_a_loss_of_ones_own_has_no_other_metric():
     for dtype in (np.int32, np.float32):
         learner = metajax.learners.maml(metajax.models.mlp(3), optax.sgd(0.1), loss=loss)
         outer = metajax.outer_update(learner, optax.sgd(0.1), hypergrad=metajax.hypergrad.unrolled())
-        one = jax.tree.map(lambda part: part._replace(targets=part.targets.astype(dtype)), episode,
-                           is_leaf=lambda part: isinstance(part, metajax.Examples))  # fmt: skip
+        one = metajax.Episode(*[part._replace(targets=part.targets.astype(dtype)) for part in episode])
         state = outer.init(jax.random.key(0), one)
         _, metrics = jax.jit(outer.update)(state, jax.tree.map(lambda leaf: leaf[None], one))
         assert sorted(metrics) == ["grad_norm", "inner_loss", "loss", "loss_before"]

@@ -14,8 +14,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from metajax.core import _validate
-from metajax.data.readers import _folders
-from metajax.data.readers import _images
+from metajax.data.readers import _folders, _images
 
 _Classes = Mapping[str, list[tuple[_images.Files, str]]]  # class -> its files, and where to read them
 _Examples = Iterator[tuple[str, dict[str, Any]]]

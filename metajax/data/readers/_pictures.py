@@ -57,9 +57,7 @@ def read(
         images = jax.tree.map(lambda leaf: leaf.take(kept, axis=0), task.inputs)
         families = task.families if len(kept) == len(task.labels) else None
         found = encode(form, images, f"inputs of {task!r}")
-        return found._replace(
-            targets=task.labels[kept], classes=task.class_names, name=repr(task), families=families
-        )
+        return found._replace(targets=task.labels[kept], classes=task.class_names, name=repr(task), families=families)
     raise ValueError(f"{name} must be {FORMS}, got {task!r}")
 
 
@@ -77,8 +75,8 @@ def _from_folder(form: Form, path: str, classes: tuple[Any, ...] | None, labelle
             if not files.names:
                 raise ValueError(f"must be a folder of images, got {path!r}, which holds no files")
             if not any("/" in file for file in files.names):
-                images = [_images.decode(files.read(file), file, **options) for file in files.names]
-                stacked = _images.stack(images, list(files.names), repr(path))
+                several = [_images.decode(files.read(file), file, **options) for file in files.names]
+                stacked = _images.stack(several, list(files.names), repr(path))
                 inverted = _images.invert_images(stacked, form.invert)
                 return Reading(inverted, None, classes or (), repr(path), tuple(files.names))
     found = read_image_folder(path, invert=form.invert, **options)

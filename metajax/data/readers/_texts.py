@@ -28,9 +28,7 @@ from metajax.data.readers._reading import (
 from metajax.tasks import classification
 
 LONG = ("truncate", "refuse")
-FORMS = (
-    "a folder of CLASS/NAME.png, a file of texts, a pair (inputs, labels), or a source of metajax.data with classes"
-)
+FORMS = "a folder of CLASS/NAME.png, a file of texts, a pair (inputs, labels), or a source of metajax.data with classes"
 
 
 class Encoded(NamedTuple):
@@ -219,9 +217,7 @@ def _from_source(form: Form, source: ClassSource, name: str) -> Reading:
     lengths = inputs["mask"].sum(axis=1)
     inputs = to_length(inputs, int(lengths.max()), form.lengths)
     families = source.families if len(kept) == len(source.labels) else None
-    return Reading(
-        inputs, source.labels[kept], source.class_names, repr(source), lengths=lengths, families=families
-    )
+    return Reading(inputs, source.labels[kept], source.class_names, repr(source), lengths=lengths, families=families)
 
 
 reader = Reader(classification, "text", FORMS, read, encode)
