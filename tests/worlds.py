@@ -298,6 +298,7 @@ class LastStep(NamedTuple):
       of_end: gradient of the outer loss with respect to `fast`.
       of_before: the part of it that reaches `before` past the inner gradient of the last step.
       direct: gradient of the outer loss with respect to the meta-parameters, `fast` being constant.
+      of_slope: the part of it that reaches the inner gradient of the last step.
       of_rule: the part of its gradient that goes through what the last update reads of the meta-parameters.
       difference: `(point, distance)`, the central difference of the inner gradients (with respect to fast weights and
         meta-parameters) along what the last step makes of `of_end`.
@@ -308,6 +309,7 @@ class LastStep(NamedTuple):
     of_end: Any
     of_before: Any
     direct: Any
+    of_slope: Any
     of_rule: Any
     difference: Any
 
@@ -352,7 +354,7 @@ def last_step(name: str) -> LastStep:
         above, below = (slope(optax.tree.add_scale(point, sign * scale, of_slope), params) for sign in (1, -1))
         return jax.tree.map(lambda a, b: (a - b) / (2 * scale), above, below)
 
-    return LastStep(reach, fast, of_end, of_before, direct, of_rule, difference)
+    return LastStep(reach, fast, of_end, of_before, direct, of_slope, of_rule, difference)
 
 
 def rate_at(change: Any, rate: Any, step: int) -> Any:

@@ -40,8 +40,8 @@ def bilevel(
 
     Both sets are `Examples` because the mask says whether a task counts; nothing else of few-shot learning is asked.
     `inputs` and `targets` may be any trees, None included, and the two losses may read them as they like. They decide
-    what the mask means to them. A single problem is a batch of one task: `jax.tree.map(lambda leaf: leaf[None],
-    episode)`.
+    what the mask means to them; in the support set, what stands in padding is zero. A single problem is a batch of one
+    task: `jax.tree.map(lambda leaf: leaf[None], episode)`.
 
     With a stream, each inner step sees data of its own, and with the objective "prequential" every inner loss, taken
     before its update, is a term of the outer loss: a model that is scored on what it reads before it learns from it.

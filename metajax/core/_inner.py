@@ -301,16 +301,25 @@ def steps_of(
             f"stream must return data for each of {num_steps} inner steps, leaves [{num_steps}, ...], got leading "
             f"sizes {', '.join(map(str, sizes)) or 'of no leaf'}"
         )
-    return jax.tree.map(lambda leaf: leaf[:num_steps], _cleared(data, jax.vmap(_losses.clear_padding)))
+    return jax.tree.map(lambda leaf: leaf[:num_steps], _steps_that_count(data))
 
 
-def _cleared(data: Any, clear: Callable[..., Any] = _losses.clear_padding) -> Steps:
+def _steps_that_count(data: Any) -> Steps:
     """The data of steps without what stands in padding, and which steps count."""
     if not isinstance(data, Examples):
         return Steps(data)
     mask = jnp.asarray(data.mask)
-    inputs, targets = clear((data.inputs, data.targets), mask)
+    inputs, targets = _losses.clear_padding((data.inputs, data.targets), mask)
     return Steps(data._replace(inputs=inputs, targets=targets, mask=mask), jnp.any(mask, axis=-1))
+
+
+def without_padding(support: Examples) -> Examples:
+    """The support set, zeros in its padding: no function of an inner problem sees what stands there.
+
+    Leaves that do not begin with the axes of the mask are no examples, and stay as they are.
+    """
+    inputs, targets = _losses.clear_padding((support.inputs, support.targets), support.mask, strict=False)
+    return support._replace(inputs=inputs, targets=targets)
 
 
 def finalize(
@@ -335,7 +344,7 @@ def inner_init(problem: InnerProblem) -> Callable[..., InnerState]:
     """
 
     def init(meta_params: Params, support: Examples, *, key: Any = None) -> InnerState:
-        keys = _keys.of_adaptation(key)
+        keys, support = _keys.of_adaptation(key), without_padding(support)
         return start_of(problem, meta_params, support, keys, context_of(problem, meta_params, support, keys))
 
     return init
@@ -363,13 +372,13 @@ def inner_update(problem: InnerProblem) -> Callable[..., InnerState]:
         state: InnerState, meta_params: Params, support: Examples, key: Any = None, *, data: Any = None,
         context: Any = None,
     ) -> InnerState:  # fmt: skip
-        keys = _keys.of_adaptation(key)
+        keys, support = _keys.of_adaptation(key), without_padding(support)
         if context is None:
             context = context_of(problem, meta_params, support, keys)
         if data is not None and problem.stream is None:
             raise ValueError("data must be None for an inner problem without a stream, got data of a step")
         if data is not None:
-            inputs = _cleared(data)
+            inputs = _steps_that_count(data)
         else:
             steps = steps_of(problem, meta_params, support, keys, problem.num_steps)
             inputs = jax.tree.map(lambda leaf: leaf[state.step], steps)
@@ -411,7 +420,7 @@ def unroll(
       ValueError: `num_steps` is negative or no integer; or the stream is too short.
     """
     num_steps = _validate.int_at_least("num_steps", problem.num_steps if num_steps is None else num_steps, 0)
-    full, keys = _tree.fill(meta_params, frozen), _keys.of_adaptation(key)
+    full, keys, support = _tree.fill(meta_params, frozen), _keys.of_adaptation(key), without_padding(support)
     context = context_of(problem, full, support, keys)
     start = start_of(problem, full, support, keys, context)
     # a start that devices share (zeros, frozen parameters) adapts to the task of each

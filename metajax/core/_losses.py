@@ -240,8 +240,11 @@ def check_labels(examples: Examples, outputs: int | None = None) -> None:
             raise ValueError(f"targets must be labels of classes that class_mask has, got {absent[0]}")
 
 
-def clear_padding(tree: Any, mask: Array | None) -> Any:
+def clear_padding(tree: Any, mask: Array | None, *, strict: bool = True) -> Any:
     """Zeros in place of what stands in padding examples: leaves `[n, ...]`, mask `[n]` or None.
+
+    A mask may have more axes, such as `[steps, n]` for leaves `[steps, n, ...]`. Without `strict`, leaves that do not
+    begin with its axes stay as they are.
 
     Masking the losses alone is not enough: the gradient of a masked loss is zero times what is there, and zero
     times NaN is NaN.
@@ -257,14 +260,16 @@ def clear_padding(tree: Any, mask: Array | None) -> Any:
 
     def clear(leaf: Any) -> jax.Array:
         leaf = jnp.asarray(leaf)
-        if leaf.shape[:1] != kept.shape:
+        if leaf.shape[: kept.ndim] != kept.shape:
+            if not strict:
+                return leaf
             raise ValueError(
                 f"mask must be [n], one for each example, got shape {list(kept.shape)} for an array of shape "
                 f"{list(leaf.shape)}"
             )
         if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):  # keys
             return leaf
-        return jnp.where(jnp.expand_dims(kept, tuple(range(1, leaf.ndim))), leaf, jnp.zeros_like(leaf))
+        return jnp.where(jnp.expand_dims(kept, tuple(range(kept.ndim, leaf.ndim))), leaf, jnp.zeros_like(leaf))
 
     kept = jnp.asarray(mask)
     return jax.tree.map(clear, tree)

@@ -43,7 +43,7 @@ def displacement() -> Hypergrad:
         adapt_keys = _keys.of_adaptation(keys.adapt)
 
         def start(meta_params: Params) -> Params:
-            full, support = _tree.fill(meta_params, frozen), episode.support
+            full, support = _tree.fill(meta_params, frozen), _inner.without_padding(episode.support)
             context = _inner.context_of(problem, full, support, adapt_keys)
             return _inner.params_of(problem, full, support, adapt_keys, context)
 

@@ -120,12 +120,12 @@ def implicit(
         keys, full = _keys.of_task(key), _tree.fill(meta_params, frozen)
         result = _inner.unroll(problem, meta_params, episode.support, key=keys.adapt, frozen=frozen)
         adapt_keys, outer_key = _keys.of_adaptation(keys.adapt), _keys.fold(keys.outer, problem.num_steps)
-
-        context, pull_back = context_and_pullback(problem, meta_params, frozen, episode.support, adapt_keys)
+        support = _inner.without_padding(episode.support)
+        context, pull_back = context_and_pullback(problem, meta_params, frozen, support, adapt_keys)
         shared = (meta_params, context)
 
         def arguments_of(meta_params: Params, context: Any) -> _inner.Arguments:
-            return _inner.Arguments(meta_params, frozen, episode.support, adapt_keys.step, context)
+            return _inner.Arguments(meta_params, frozen, support, adapt_keys.step, context)
 
         def outer(params: Params, shared: Any) -> tuple[jax.Array, Aux]:
             arguments = arguments_of(*shared)
@@ -134,7 +134,7 @@ def implicit(
 
         value_and_slopes = jax.value_and_grad(outer, argnums=(0, 1), has_aux=True)
         (loss, aux), (slope, direct) = value_and_slopes(result.params, shared)
-        steps = _inner.steps_of(problem, full, episode.support, adapt_keys, max(problem.num_steps, 1))
+        steps = _inner.steps_of(problem, full, support, adapt_keys, max(problem.num_steps, 1))
         last = max(problem.num_steps - 1, 0)
 
         def inner_loss(params: Params, shared: Any) -> jax.Array:

@@ -318,19 +318,19 @@ def segment(
     """Some more inner steps and the outer loss after them: `(loss, (aux, where the inner loop stands))`."""
     problem, full, keys = learner.problem, _tree.fill(meta_params, frozen), _keys.of_task(key)
     assert problem is not None
-    adapt_keys = _keys.of_adaptation(keys.adapt)
-    context = _inner.context_of(problem, full, episode.support, adapt_keys)
-    fresh = _inner.start_of(problem, full, episode.support, adapt_keys, context)
+    adapt_keys, support = _keys.of_adaptation(keys.adapt), _inner.without_padding(episode.support)
+    context = _inner.context_of(problem, full, support, adapt_keys)
+    fresh = _inner.start_of(problem, full, support, adapt_keys, context)
     if start == "identity":
         inner = inner._replace(params=_pass_on(fresh.params, inner.params))
     if restart is not False:
         inner = _inner.select(restart, fresh, inner)
     length = num_steps if fresh_data else problem.num_steps
-    steps = _inner.steps_of(problem, full, episode.support, adapt_keys, length)
+    steps = _inner.steps_of(problem, full, support, adapt_keys, length)
     if not fresh_data:  # those of the segment; an inner loop that never ends reads its stream again
         first = inner.step % length
         steps = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, num_steps), steps)
-    arguments = Arguments(meta_params, frozen, episode.support, adapt_keys.step, context)
+    arguments = Arguments(meta_params, frozen, support, adapt_keys.step, context)
     end, (values, _) = loop(problem, inner, arguments, steps, num_steps)
     adapted = _inner.finalize(problem, end.params, end.carry, arguments, adapt_keys, end.step)
     losses = _inner.inner_losses(values, steps)

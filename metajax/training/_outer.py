@@ -219,13 +219,13 @@ def _first_params(learner: Learner, key: jax.Array, inputs: Any, frozen: Params)
 
 def _check_one(episode: Episode, classes: bool) -> None:
     """Refuses a batch where one episode is asked for, and labels that no class has."""
-    for name, part in zip(Episode._fields, episode, strict=True):
-        if jnp.ndim(part.mask) != 1:
-            raise ValueError(
-                f"episode must be one task, without a task axis, whose {name}.mask is [n], got shape "
-                f"{list(jnp.shape(part.mask))}"
-            )
-        if classes:
+    if jnp.ndim(episode.query.mask) != 1:  # that of a support set may be [steps, n]
+        raise ValueError(
+            "episode must be one task, without a task axis, whose query.mask is [n], got shape "
+            f"{list(jnp.shape(episode.query.mask))}"
+        )
+    if classes:
+        for part in episode:
             _losses.check_labels(part)
 
 
@@ -317,12 +317,11 @@ def _num_tasks(episodes: Episode) -> int:
     if len(sizes) != 1 or None in sizes or 0 in sizes:
         found = ", ".join(sorted(map(str, sizes)))
         raise ValueError(f"episodes must carry one leading task axis on every leaf, got leading sizes {found}")
-    for name, part in zip(Episode._fields, episodes, strict=True):
-        if part.mask.ndim != 2:
-            raise ValueError(
-                f"episodes must carry one leading task axis, so that {name}.mask is [tasks, n], got shape "
-                f"{list(part.mask.shape)}"
-            )
+    if episodes.query.mask.ndim != 2:
+        raise ValueError(
+            "episodes must carry one leading task axis, so that query.mask is [tasks, n], got shape "
+            f"{list(episodes.query.mask.shape)}"
+        )
     (size,) = sizes
     return int(size)  # type: ignore[arg-type]
 
