@@ -1,5 +1,6 @@
 """What every public name promises, and what the package keeps out."""
 
+import ast
 import importlib
 import inspect
 import pathlib
@@ -117,8 +118,43 @@ def test_no_file_is_long_and_none_reaches_into_jax():
         assert "absl" not in text, path
 
 
+def _imported(text):
+    """The modules that a program imports, and what it takes from them, by their full names."""
+    names = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def _reaches(text, package):
+    return any(name == package or name.startswith(f"{package}.") for name in _imported(text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from metajax import core, hypergrad", "from metajax import hypergrad as other", "import metajax.hypergrad",
+        "from metajax.hypergrad import mixed_mode", "from metajax.hypergrad._mixed import mixed_loop",
+        "def late():\n    from metajax import (\n        core,\n        hypergrad,\n    )",
+    ],
+)  # fmt: skip
+def test_an_import_is_found_however_it_is_written(text):
+    assert _reaches(text, "metajax.hypergrad")
+    assert not _reaches(text, "metajax.hyper")
+
+
 def test_learners_and_estimators_never_name_each_other():
     for one, other in (("learners", "hypergrad"), ("hypergrad", "learners")):
         for path in (_ROOT / one).glob("*.py"):
-            imports = re.findall(r"^(?:from|import) .*", path.read_text(encoding="utf-8"), re.MULTILINE)
-            assert not [line for line in imports if f"metajax.{other}" in line or f"import {other}" in line], path
+            assert not _reaches(path.read_text(encoding="utf-8"), f"metajax.{other}"), path
+
+
+def test_the_core_imports_nothing_above_it_and_task_types_the_core_alone():
+    above = {path.name for path in _ROOT.iterdir() if path.is_dir()} - {"core", "__pycache__"}
+    for package, allowed in (("core", set()), ("tasks", {"tasks"})):
+        for path in (_ROOT / package).glob("*.py"):
+            text = path.read_text(encoding="utf-8")
+            assert not [name for name in above - allowed if _reaches(text, f"metajax.{name}")], path

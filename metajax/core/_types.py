@@ -342,9 +342,10 @@ class OuterUpdate(NamedTuple):
       apply_updates: `(state, sums, per_task, frozen) -> (state, metrics)`, the second half: the step of the optimizer.
         The two are what `metajax.parallel.shard` needs; None where `update` is no longer made of them.
       task: the task type of the learner, None where it is not known.
+      objective: of the learner; it says which part of an episode makes a task count.
 
-    >>> OuterUpdate._fields
-    ('init', 'update', 'axis_name', 'partial_sums', 'apply_updates', 'task')
+    >>> OuterUpdate._fields[-2:]
+    ('task', 'objective')
     """
 
     init: _protocols.OuterInit
@@ -353,3 +354,8 @@ class OuterUpdate(NamedTuple):
     partial_sums: _protocols.MakePartialSums | None = None
     apply_updates: _protocols.ApplyUpdates | None = None
     task: TaskType | None = None
+    objective: Objective = "query"
+
+    def wrapped(self, init: _protocols.OuterInit, update: _protocols.Update) -> OuterUpdate:
+        """The same, with other functions; `update` is no longer made of the two halves."""
+        return self._replace(init=init, update=update, partial_sums=None, apply_updates=None)

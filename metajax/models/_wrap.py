@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
+import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -33,8 +36,9 @@ def from_nnx(module: Callable[[nnx.Rngs], nnx.Module], *, needs: tuple[str, ...]
 
     Args:
       module: a factory `(rngs) -> module` whose module maps inputs to outputs.
-      needs: which of `mask` and `stats` the module's call takes as keywords; with `key`, the module's dropout
-        streams follow the key, and a call without one is deterministic.
+      needs: which of `mask` and `stats` the module's call takes as keywords. A module that takes no `mask` may need it
+        too: its batch normalisations (`nnx.BatchNorm`) then leave padding out of their statistics, and warn without.
+        With `key`, the module's dropout streams follow the key, and a call without one is deterministic.
 
     >>> import jax, jax.numpy as jnp, metajax
     >>> from flax import nnx
@@ -69,9 +73,47 @@ def from_shape(module: Callable[[tuple[int, ...], nnx.Rngs], nnx.Module], *, nee
         if "key" in needs:
             # not eval(): that would also make a batch normalisation use running statistics, which nothing has run
             bound.set_attributes(deterministic=key is None, raise_if_not_found=False)
-        return bound(as_floats(inputs), **needed)
+        for _, child in nnx.iter_modules(bound):
+            if type(child) is nnx.BatchNorm:
+                child.__class__ = _BatchNorm
+        token = _padding.set(needed.get("mask"))
+        try:
+            return bound(as_floats(inputs), **_taken(bound, needed))
+        finally:
+            _padding.reset(token)
 
     return Model(init, apply, needs)
+
+
+_padding: contextvars.ContextVar[Any] = contextvars.ContextVar("padding", default=None)  # the mask of the call
+
+
+class _BatchNorm(nnx.BatchNorm):
+    """A batch normalisation that leaves padding out of its statistics, also where its module hands it no mask."""
+
+    def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Any:
+        running = self.use_running_average if use_running_average is None else use_running_average
+        if mask is None and not running:
+            mask = _statistics_mask(x, _padding.get())
+        return super().__call__(x, use_running_average, mask=mask)
+
+
+def _statistics_mask(inputs: Any, mask: Any) -> Any:
+    """The mask of examples for statistics of inputs `[n, ...]`, which warns where padding would count."""
+    if mask is None or mask.shape != inputs.shape[:1]:
+        why = 'give needs=("mask",)' if mask is None else f"it sees inputs {inputs.shape} for {mask.shape[0]} examples"
+        warnings.warn(f"padding counts in the statistics of a batch normalisation: {why}", stacklevel=2)
+        return None
+    mask = jnp.asarray(mask)
+    return jnp.expand_dims(mask | ~jnp.any(mask), tuple(range(1, inputs.ndim)))  # of nothing there are no statistics
+
+
+def _taken(module: Any, needed: dict[str, Any]) -> dict[str, Any]:
+    """Of the keywords, those that the call of a module takes: the mask may be for its batch normalisations alone."""
+    parameters = inspect.signature(type(module).__call__).parameters
+    if "mask" in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
+        return needed
+    return {name: value for name, value in needed.items() if name != "mask"}
 
 
 def of_dtype(model: Model, dtype: Any) -> Model:
@@ -122,8 +164,10 @@ def from_linen(module: linen.Module, *, needs: tuple[str, ...] = (), **call: Any
 
     Args:
       module: maps inputs to outputs.
-      needs: which of `mask` and `stats` the module's call takes as keywords (None at initialisation); with `key`, the
-        `dropout` stream follows the key and the call gets `deterministic=`.
+      needs: which of `mask` and `stats` the module's call takes as keywords (None at initialisation). A module that
+        takes no `mask` may need it too: its batch normalisations (`linen.BatchNorm`) then leave padding out of their
+        statistics, and warn without. With `key`, the `dropout` stream follows the key and the call gets
+        `deterministic=`.
       **call: static keywords of every call, such as `train=True`.
 
     >>> import jax, jax.numpy as jnp, metajax
@@ -134,7 +178,8 @@ def from_linen(module: linen.Module, *, needs: tuple[str, ...] = (), **call: Any
     (4, 2)
     """
 
-    absent = {name: None for name in needs if name != "key"} | ({"deterministic": True} if "key" in needs else {})
+    absent: dict[str, Any] = _taken(module, {name: None for name in needs if name != "key"})
+    absent |= {"deterministic": True} if "key" in needs else {}
 
     def init(key: jax.Array, inputs: Any) -> Any:
         return module.init(key, as_floats(inputs), **absent, **call)["params"]
@@ -150,7 +195,18 @@ def from_linen(module: linen.Module, *, needs: tuple[str, ...] = (), **call: Any
         mutable = [name for name in variables if name != "params"] or False
         if "key" in needs:
             needed["deterministic"] = key is None
-        result = module.apply(variables, inputs, rngs=rngs, mutable=mutable, **call, **needed)
+        with linen.intercept_methods(functools.partial(_leave_padding_out, needed.get("mask"))):
+            result = module.apply(variables, inputs, rngs=rngs, mutable=mutable, **call, **_taken(module, needed))
         return result[0] if mutable else result
 
     return Model(init, apply, needs)
+
+
+def _leave_padding_out(mask: Any, function: Any, arguments: Any, keywords: Any, context: Any) -> Any:
+    """Gives the mask to a batch normalisation whose module hands it none."""
+    if isinstance(context.module, linen.BatchNorm) and context.method_name == "__call__":
+        inputs, *running = arguments
+        given = [*running, keywords.get("use_running_average"), context.module.use_running_average]
+        if keywords.get("mask") is None and not next((value for value in given if value is not None), False):
+            keywords = {**keywords, "mask": _statistics_mask(inputs, mask)}
+    return function(*arguments, **keywords)

@@ -107,7 +107,7 @@ def shard(outer: OuterUpdate, mesh: Mesh, rules: _rules.Rules = ()) -> OuterUpda
         # where they came from, so that a state can be donated and nothing is compiled again
         return jax.lax.with_sharding_constraint(new, placed), metrics
 
-    return OuterUpdate(init, update, task=outer.task)
+    return outer.wrapped(init, update)
 
 
 def state_shardings(state: MetaState, mesh: Mesh, rules: _rules.Rules = (), *, frozen: Any = None) -> Any:

@@ -152,7 +152,7 @@ def averaged(outer: OuterUpdate, decay: float = 0.999) -> OuterUpdate:
         return with_average(new, state), metrics
 
     if outer.partial_sums is None or outer.apply_updates is None:
-        return OuterUpdate(init, update, outer.axis_name, task=outer.task)
+        return outer.wrapped(init, update)
     inner_apply = outer.apply_updates
 
     def apply_updates(
@@ -161,7 +161,7 @@ def averaged(outer: OuterUpdate, decay: float = 0.999) -> OuterUpdate:
         new, metrics = inner_apply(bare(state), total, per_task, frozen)
         return with_average(new, state), metrics
 
-    return OuterUpdate(init, update, outer.axis_name, outer.partial_sums, apply_updates, outer.task)
+    return outer._replace(init=init, update=update, apply_updates=apply_updates)
 
 
 def averaged_params(state: MetaState) -> Params:

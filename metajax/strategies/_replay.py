@@ -103,8 +103,8 @@ def replayed(
       together, towards whose end the start is moved.
 
     What is drawn depends on the state's key and step alone. While the memory is empty, the step is that of the new
-    episodes. Of weights below 1, an episode or example counts with that probability. Tasks whose query set is all
-    padding, and padding examples, are not remembered.
+    episodes. Of weights below 1, an episode or example counts with that probability. Tasks that have nothing but
+    padding in what the objective judges, and padding examples, are not remembered.
 
     Args:
       outer: a meta step without an axis name; to spread tasks over devices, wrap what `metajax.parallel.shard` returns,
@@ -187,9 +187,8 @@ def replayed(
             drawn = draw(held, draw_key)
             require_fit(drawn.items, jax.tree.map(lambda leaf: leaf[0], episodes), 1)
             counts = _counting(drawn.weights, weigh_key)
-            old = drawn.items.query
-            joined = _joined(episodes, drawn.items._replace(query=old._replace(mask=old.mask & counts[:, None])))
-            new_items, keep = episodes, jnp.any(episodes.query.mask, axis=1)
+            joined = _joined(episodes, Episode(*(_kept(part, counts) for part in drawn.items)))
+            new_items, keep = episodes, _judged(episodes, outer.objective)
             replays = jnp.sum(counts)
         else:
             tasks, size = episodes.support.mask.shape
@@ -208,7 +207,19 @@ def replayed(
         new = new._replace(hypergrad_state=Remembering(new.hypergrad_state, held))
         return new, {**metrics, "replayed": replays.astype(jnp.float32)}
 
-    return OuterUpdate(init, update, task=outer.task)
+    return outer.wrapped(init, update)
+
+
+def _kept(examples: Examples, counts: jax.Array) -> Examples:
+    """Examples `[tasks, ...]`, all of them padding in the tasks that do not count."""
+    mask = jnp.asarray(examples.mask)
+    return examples._replace(mask=mask & jnp.expand_dims(counts, tuple(range(1, mask.ndim))))
+
+
+def _judged(episodes: Episode, objective: str) -> jax.Array:
+    """Which tasks may count: those with an example in what the objective judges."""
+    parts = {"query": (episodes.query,), "prequential": (episodes.support,)}.get(objective, episodes)
+    return jnp.any(jnp.stack([jnp.any(part.mask, axis=tuple(range(1, part.mask.ndim))) for part in parts]), axis=0)
 
 
 def _counting(weights: jax.Array, key: jax.Array | None) -> jax.Array:

@@ -70,7 +70,7 @@ def augment(
         keys = jax.random.split(key, episodes.query.mask.shape[0])
         return outer.update(state, jax.vmap(changed)(keys, episodes), *given(frozen))
 
-    return OuterUpdate(outer.init, update, outer.axis_name, task=outer.task)
+    return outer.wrapped(outer.init, update)
 
 
 def _shape(leaf: Any) -> jax.ShapeDtypeStruct:

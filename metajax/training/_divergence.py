@@ -63,7 +63,7 @@ def skip_nonfinite(outer: OuterUpdate) -> OuterUpdate:
         }
         return new._replace(**kept), {**metrics, "skipped": 1.0 - finite.astype(jnp.float32)}
 
-    return OuterUpdate(outer.init, update, outer.axis_name, task=outer.task)
+    return outer.wrapped(outer.init, update)
 
 
 class _Late:

@@ -200,7 +200,7 @@ def outer_update(
             per_task = gathered._replace(hypergrad_state=per_task.hypergrad_state)
         return apply_updates(state, total, per_task, frozen)
 
-    return OuterUpdate(init, update, axis_name, partial_sums, apply_updates, task_type)
+    return OuterUpdate(init, update, axis_name, partial_sums, apply_updates, task_type, learner.objective)
 
 
 def _shared(untrained: Params, frozen: Params) -> Params:

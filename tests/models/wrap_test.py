@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen, nnx
 
+import metajax
 from metajax import models
 
 _X = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
@@ -119,3 +121,48 @@ def test_a_linen_module_that_takes_a_mask():
     outputs = model.apply(params, _X, mask=mask)
     assert np.all(outputs[:2] != 0)
     assert np.all(outputs[2:] == 0)
+
+
+class _NnxNormed(nnx.Module):
+    def __init__(self, rngs):
+        self.first, self.norm = nnx.Linear(3, 5, rngs=rngs), nnx.BatchNorm(5, rngs=rngs)
+
+    def __call__(self, inputs):
+        return self.norm(self.first(inputs))
+
+
+class _LinenNormed(linen.Module):
+    @linen.compact
+    def __call__(self, inputs):
+        return linen.BatchNorm(use_running_average=False)(linen.Dense(5)(inputs))
+
+
+_NORMED = {
+    "nnx": lambda **options: models.from_nnx(_NnxNormed, **options),
+    "linen": lambda **options: models.from_linen(_LinenNormed(), **options),
+}
+
+
+@pytest.mark.parametrize("name", _NORMED)
+def test_padding_stays_out_of_the_statistics_of_a_batch_normalisation(name):
+    model = _NORMED[name](needs=("mask",))
+    padded, mask = np.concatenate([_X, np.full_like(_X, 7)]), np.arange(2 * len(_X)) < len(_X)
+    params = model.init(jax.random.key(0), _X)
+    alone = model.apply(params, _X, mask=mask[: len(_X)])
+    np.testing.assert_allclose(alone.mean(axis=0), 0, atol=1e-6)
+    np.testing.assert_allclose(model.apply(params, padded, mask=mask)[: len(_X)], alone, rtol=1e-5, atol=1e-6)
+    assert np.isfinite(model.apply(params, _X, mask=mask[len(_X) :])).all(), "all of it is padding"
+    learner = metajax.learners.maml(model, optax.sgd(0.1), 2)
+    targets = np.arange(len(mask)) % 2
+    few = metajax.Examples(_X, targets[: len(_X)], mask[: len(_X)])
+    plain = learner.predict(learner.adapt(params, few), _X, mask=mask[: len(_X)])
+    adapted = learner.adapt(params, metajax.Examples(padded, targets, mask))
+    np.testing.assert_allclose(learner.predict(adapted, padded, mask=mask)[: len(_X)], plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", _NORMED)
+def test_a_batch_normalisation_that_counts_padding_says_so(name):
+    model = _NORMED[name]()
+    params = model.init(jax.random.key(0), _X)
+    with pytest.warns(UserWarning, match=r'padding counts in the statistics .*: give needs=\("mask",\)'):
+        model.apply(params, _X)
