@@ -228,6 +228,7 @@ def check_labels(examples: Examples, outputs: int | None = None) -> None:
     if any(isinstance(part, jax.core.Tracer) for part in (targets, mask, class_mask)):
         return
     require_labels(targets)
+    _check_mask(np.shape(mask), np.shape(targets))
     labels = np.asarray(targets)[np.asarray(mask, bool)]
     limits = {"outputs of the model": outputs, "entries of class_mask": None if class_mask is None else len(class_mask)}
     for what, limit in limits.items():
@@ -260,19 +261,22 @@ def clear_padding(tree: Any, mask: Array | None, *, strict: bool = True) -> Any:
 
     def clear(leaf: Any) -> jax.Array:
         leaf = jnp.asarray(leaf)
-        if leaf.shape[: kept.ndim] != kept.shape:
-            if not strict:
-                return leaf
-            raise ValueError(
-                f"mask must be [n], one for each example, got shape {list(kept.shape)} for an array of shape "
-                f"{list(leaf.shape)}"
-            )
+        if not strict and leaf.shape[: kept.ndim] != kept.shape:
+            return leaf
+        _check_mask(kept.shape, leaf.shape)
         if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):  # keys
             return leaf
         return jnp.where(jnp.expand_dims(kept, tuple(range(kept.ndim, leaf.ndim))), leaf, jnp.zeros_like(leaf))
 
     kept = jnp.asarray(mask)
     return jax.tree.map(clear, tree)
+
+
+def _check_mask(mask: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    if shape[: len(mask)] != mask:
+        raise ValueError(
+            f"mask must be [n], one for each example, got shape {list(mask)} for an array of shape {list(shape)}"
+        )
 
 
 def mask_classes(logits: jax.Array, class_mask: Array | None) -> jax.Array:
