@@ -12,6 +12,8 @@ from parity import transformers_cases as cases
 
 from experiments import _inputs
 from metajax import data, evaluation, pretrained, training
+from metajax.core import _tree
+from metajax.training._checkpoint import restore_params
 
 CONFIG = "experiments/configs/proto_lora_clinc.py"
 
@@ -31,6 +33,18 @@ def _clinc(path, labels, *, outside=False):
     return path
 
 
+def _train_command(folder, name, *flags):
+    """Three steps, with the model and the data that lie in a folder."""
+    return [
+        "train", f"--workdir={folder / name}", f"--config={CONFIG}", f"--config.model.path={folder / 'model'}",
+        f"--config.data.path={folder / 'data.json'}", f"--config.data.domain={folder / 'domains.json'}",
+        "--config.data.names.train=('auto_and_commute',)", "--config.data.names.test=('work',)",
+        "--config.data.length=4", "--config.data.buckets=(4,)", "--config.episode.ways=2", "--config.episode.queries=3",
+        "--config.train_episode.ways=2", "--config.outer.steps=3", "--config.validation.every=3",
+        "--config.validation.episodes=4", "--config.evaluation.episodes=4", "--config.checkpoint.every=1", *flags,
+    ]  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, launch):
     """A run of three steps, the folder of its model beside it."""
@@ -43,15 +57,8 @@ def run(tmp_path_factory, launch):
         "work": ["intent4", "intent5"],
     }
     (folder / "domains.json").write_text(json.dumps(domains))
-    done = launch(
-        "train", f"--workdir={folder / 'run'}", f"--config={CONFIG}", f"--config.model.path={model}",
-        f"--config.data.path={_clinc(folder / 'data.json', range(6))}",
-        f"--config.data.domain={folder / 'domains.json'}", "--config.data.names.train=('auto_and_commute',)",
-        "--config.data.names.test=('work',)",
-        "--config.data.length=4", "--config.data.buckets=(4,)", "--config.episode.ways=2", "--config.episode.queries=3",
-        "--config.train_episode.ways=2", "--config.outer.steps=3", "--config.validation.every=3",
-        "--config.validation.episodes=4", "--config.evaluation.episodes=4", "--config.checkpoint.every=3",
-    )  # fmt: skip
+    _clinc(folder / "data.json", range(6))
+    done = launch(*_train_command(folder, "run"))
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -84,6 +91,50 @@ def test_evaluation_computes_the_features_of_a_text_once_and_predicts_the_same(r
         for parts in ((deployed, known, features), (learner, params, source))
     )
     np.testing.assert_allclose(once.values, anew.values)
+
+
+def test_checkpoints_of_adapters_hold_adapters_and_name_their_base(run):
+    checkpoints = run / "run" / "checkpoints"
+    kept, _ = restore_params(checkpoints, base=json.loads((run / "run" / "run.json").read_text())["base_sha256"])
+    assert all("lora" in path for path in _tree.paths(kept))
+    _, params = training.load_run(run / "run")
+    assert not _tree.gaps(params)
+    loaded = pretrained.load_pretrained_model(run / "model").params
+    np.testing.assert_array_equal(params["embed"]["embedding"], loaded["embed"]["embedding"])
+    with pytest.raises(ValueError, match="base must be that of the checkpoint"):
+        restore_params(checkpoints)
+
+
+def test_a_run_over_a_frozen_base_goes_on_as_if_it_had_not_stopped(run, launch):
+    done = launch(*_train_command(run, "stopped"))
+    assert done.returncode == 0, done.stderr
+    (run / "stopped" / "results.json").unlink()
+    shutil.rmtree(run / "stopped" / "checkpoints" / "last" / "3")  # as after a kill in the last step
+    done = launch(*_train_command(run, "stopped", "--resume"))
+    assert done.returncode == 0, done.stderr
+    assert "resuming at step 2" in done.stdout
+    first, again = (json.loads((run / name / "results.json").read_text()) for name in ("run", "stopped"))
+    assert first["params_sha256"] == again["params_sha256"]
+
+
+def test_a_run_begins_with_the_adapters_of_another_over_the_same_base(run, launch, tmp_path):
+    done = launch(*_train_command(run, "second", f"--config.init={run / 'run'}"))
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"begins with \d+ arrays of .*run \(step 3\); new: none", done.stdout)
+    other = shutil.copytree(run / "model", tmp_path / "model")
+    weights = safetensors.numpy.load_file(other / "model.safetensors")
+    name = next(iter(weights))
+    safetensors.numpy.save_file({**weights, name: weights[name] + 1}, other / "model.safetensors")
+    flags = [f"--config.init={run / 'run'}", f"--config.model.path={other}"]
+    done = launch(*[*_train_command(run, "third"), *flags])
+    assert done.returncode == 2
+    assert "base must be that of the checkpoint in" in done.stderr
+    moved = {
+        **training.load_config(run / "run"),
+        "model": {**training.load_config(run / "run")["model"], "path": str(other)},
+    }
+    with pytest.raises(ValueError, match="must hold the weights that the run was trained over"):
+        training.load_run(run / "run", config=moved)
 
 
 def test_another_learner_over_the_weights_that_a_run_began_with(run, launch):
