@@ -2,6 +2,8 @@
 
     python -m experiments.benchmark speed       # the Conv4 meta step and adaptation, beside peers (extra `bench`)
     python -m experiments.benchmark hypergrad   # memory and time of the estimators on a decoder, their bias on Conv4
+    python -m experiments.benchmark streams     # memory and time where a decoder learns from a text as it reads it
+    python -m experiments.benchmark base        # memory and checkpoints of adapters over a frozen base of 400 MB
     python -m experiments.benchmark adapters --model=MINILM    # memory of MAML over LoRA, seconds of fast_adapt_model
     python -m experiments.benchmark batching    # ways to batch tasks, and what "auto" would have chosen
     python -m experiments.benchmark data        # the input pipeline: episodes a second, starts, memory, training time
@@ -39,7 +41,7 @@ def main(arguments: list[str]) -> int:
     """Runs the benchmark that is named first."""
     tables = {
         "speed": _speed, "hypergrad": _hypergrad, "adapters": _adapters, "batching": _batching, "data": _data,
-        "checkpoints": _checkpoints, "import": _import, "pixels": _pixels,
+        "checkpoints": _checkpoints, "import": _import, "pixels": _pixels, "streams": _streams, "base": _base,
     }  # fmt: skip
     name = arguments[1] if len(arguments) > 1 else ""
     if name not in tables or len(arguments) > 2:
@@ -186,6 +188,21 @@ def _hypergrad() -> dict[str, Any]:
     from experiments import _benchmark_hypergrad
 
     return _benchmark_hypergrad.run(_ROUNDS.value)
+
+
+def _streams() -> dict[str, Any]:
+    """Of `_benchmark_streams`."""
+    _launch.prepare()
+    from experiments import _benchmark_streams
+
+    return _benchmark_streams.streams(_ROUNDS.value)
+
+
+def _base() -> dict[str, Any]:
+    """Likewise."""
+    from experiments import _benchmark_streams
+
+    return _benchmark_streams.base()
 
 
 def _adapters() -> dict[str, Any]:
