@@ -30,7 +30,8 @@ def streams(rounds: int) -> dict[str, Any]:
         "mixed mode": (True, hypergrad.mixed_mode()),
         "first order": (True, hypergrad.first_order()),
     }
-    programs, sizes, seconds = {}, {}, {name: list[float]() for name in estimators}
+    programs: dict[str, Any] = {}
+    sizes, seconds = {}, {name: list[float]() for name in estimators}
     for name, (remat, estimator) in estimators.items():
         learner, params, episode = _reader(remat=remat)
         lowered = jax.jit(hypergrad.value_and_grad(learner, estimator)).lower(params, episode)
@@ -132,7 +133,7 @@ def _measure(millions: int) -> dict[str, int]:
     trained, frozen = core.split(jax.jit(model.init)(jax.random.key(0), tokens), "lora")
     state = outer.init(jax.random.key(0), episode, trained, frozen=frozen)
     episodes = jax.tree.map(lambda leaf: leaf[None], episode)
-    program = jax.jit(outer.update, donate_argnums=0).lower(state, episodes, frozen).compile()
+    program: Any = jax.jit(outer.update, donate_argnums=0).lower(state, episodes, frozen).compile()
     del trained
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -195,20 +195,24 @@ def _backward(
             jax.tree.map(lambda leaf, part: leaf.at[index].set(part), later.data, of_data),
         )
 
-    def segment_back(later: _Cotangents, segment: tuple[Any, InnerState, Any]) -> tuple[_Cotangents, None]:
-        number, first, carry = segment
+    def back_through(begin: Any, count: Any, later: _Cotangents, carry_at: Any, unroll: int | None) -> _Cotangents:
+        """Cotangents before `count` steps from those after them."""
+
+        def back(j: Any, later: _Cotangents) -> _Cotangents:
+            index = begin + count - 1 - j
+            first = bare if segments == 1 else at(starts, index // size)
+            now = replay(first, index - index % size, index % size)
+            return step_back(now, carry_at(index), index, later)
+
+        return jax.lax.fori_loop(0, count, back, later, unroll=unroll)
+
+    def segment_back(later: _Cotangents, number: Any) -> tuple[_Cotangents, None]:
         begin = number * size
         whole = num_steps % size == 0
         count = size if whole else jnp.minimum(size, num_steps - begin)
-        seen = replay_carries(first, carry, begin, count) if jax.tree.leaves(carry) and size > 1 else None
-
-        def back(j: Any, later: _Cotangents) -> _Cotangents:
-            place = count - 1 - j
-            now = replay(first, begin, place)
-            return step_back(now, carry if seen is None else at(seen, place), begin + place, later)
-
+        seen = replay_carries(bare if segments == 1 else at(starts, number), at(carries, number), begin, count)
         # with another number of steps in the last segment the length is known at run time alone
-        return jax.lax.fori_loop(0, count, back, later, unroll=unroll if whole else None), None
+        return back_through(begin, count, later, lambda index: at(seen, index - begin), unroll if whole else None), None
 
     of_end, (of_values, of_visits) = jax.tree.map(
         _instantiated, cotangents, is_leaf=lambda leaf: isinstance(leaf, SymbolicZero)
@@ -223,15 +227,18 @@ def _backward(
         _tree.vary(floats._replace(carry=()), varying), _tree.vary(floats.carry, varying),
         zeros(_Shared(arguments.meta_params, context)), zeros(data),
     )  # fmt: skip
-    if segments == 1:
-        later, _ = segment_back(later, (0, bare, at(carries, 0)))
-    else:
+    if segments > 1:
 
         def ahead(state: InnerState, number: Any) -> tuple[InnerState, InnerState]:
             return replay(state, number * size, jnp.minimum(size, num_steps - number * size)), state
 
         _, starts = jax.lax.scan(ahead, bare, jnp.arange(segments))
-        later, _ = jax.lax.scan(segment_back, later, (jnp.arange(segments), starts, carries), reverse=True)
+    if size == 1 or not jax.tree.leaves(carries):  # no carry to compute again: one loop over all steps
+        later = back_through(0, num_steps, later, lambda index: at(carries, index // size), unroll)
+    elif segments == 1:
+        later, _ = segment_back(later, 0)
+    else:
+        later, _ = jax.lax.scan(segment_back, later, jnp.arange(segments), reverse=True)
     of_arguments = Arguments(later.shared.meta_params, None, None, None, later.shared.context)  # type: ignore[arg-type]
     return later.state._replace(carry=later.carry), of_arguments, Steps(later.data)
 
