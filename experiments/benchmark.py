@@ -40,8 +40,8 @@ _LIMIT = flags.DEFINE_float("limit", 120.0, "Seconds after which a call of one v
 def main(arguments: list[str]) -> int:
     """Runs the benchmark that is named first."""
     tables = {
-        "speed": _speed, "hypergrad": _hypergrad, "adapters": _adapters, "batching": _batching, "data": _data,
-        "checkpoints": _checkpoints, "import": _import, "pixels": _pixels, "streams": _streams, "base": _base,
+        "speed": _speed, "hypergrad": _hypergrad, "streams": _streams, "base": _base, "adapters": _adapters,
+        "batching": _batching, "data": _data, "checkpoints": _checkpoints, "import": _import, "pixels": _pixels,
     }  # fmt: skip
     name = arguments[1] if len(arguments) > 1 else ""
     if name not in tables or len(arguments) > 2:
