@@ -51,7 +51,7 @@ def evolution(*, sigma: float, pairs: int, antithetic: bool = True, chunk: int |
     >>> model = metajax.Model(lambda key, x: jnp.zeros([3, 2]), lambda w, x: x @ w)
     >>> learner = metajax.learners.maml(model, inner=optax.sgd(0.1))
     >>> examples = metajax.Examples(jnp.eye(3)[:2], jnp.array([0, 1]), jnp.ones(2, bool))
-    >>> fn = metajax.hypergrad.value_and_grad(learner, metajax.hypergrad.evolution(sigma=0.1, pairs=4))
+    >>> fn = jax.jit(metajax.hypergrad.value_and_grad(learner, metajax.hypergrad.evolution(sigma=0.1, pairs=4)))
     >>> (loss, aux), grads = fn(jnp.zeros([3, 2]), metajax.Episode(examples, examples), key=jax.random.key(0))
     >>> grads.shape
     (3, 2)
@@ -140,7 +140,8 @@ def persistent_evolution(
     >>> episode, params, key = metajax.Episode(examples, examples), jnp.zeros([3, 2]), jax.random.key(0)
     >>> estimator = metajax.hypergrad.persistent_evolution(sigma=0.1, pairs=4, steps=2)
     >>> state = estimator.init(learner, params, episode, key)
-    >>> _, grads, state = estimator.value_and_grad(learner, params, state, episode, key=key)
+    >>> step = jax.jit(lambda state: estimator.value_and_grad(learner, params, state, episode, key=key))
+    >>> _, grads, state = step(state)
     >>> grads.shape, state.inner.params.shape
     ((3, 2), (4, 2, 3, 2))
     """

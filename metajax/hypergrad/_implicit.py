@@ -83,12 +83,12 @@ def implicit(
     Source: Rajeswaran et al. 2019, Meta-Learning with Implicit Gradients, arXiv:1909.04630; Lorraine, Vicol and
     Duvenaud 2020, Optimizing Millions of Hyperparameters by Implicit Differentiation, arXiv:1911.02590.
 
-    >>> import jax.numpy as jnp, optax, metajax
+    >>> import jax, jax.numpy as jnp, optax, metajax
     >>> model = metajax.Model(lambda key, x: jnp.zeros([3, 1]), lambda w, x: x @ w)
     >>> learner = metajax.learners.maml(
     ...     model, optax.sgd(0.5), 20, proximal=1.0, loss=metajax.core.squared_error)
     >>> examples = metajax.Examples(jnp.eye(3), jnp.ones([3, 1]), jnp.ones(3, bool))
-    >>> fn = metajax.hypergrad.value_and_grad(learner, metajax.hypergrad.implicit())
+    >>> fn = jax.jit(metajax.hypergrad.value_and_grad(learner, metajax.hypergrad.implicit()))
     >>> (loss, aux), grads = fn(jnp.zeros([3, 1]), metajax.Episode(examples, examples))
     >>> [bool(aux.metrics[name] < 1e-5) for name in ("solver_residual", "inner_grad_norm")]
     [True, True]

@@ -27,11 +27,11 @@ def value_and_grad(learner: Learner, estimator: Hypergrad) -> Callable[..., tupl
         state from one outer step to the next, such as `persistent_truncation`, whose `init` and `value_and_grad` take
         and return it.
 
-    >>> import jax.numpy as jnp, optax, metajax
+    >>> import jax, jax.numpy as jnp, optax, metajax
     >>> model = metajax.Model(lambda key, x: jnp.zeros([3, 2]), lambda w, x: x @ w)
     >>> learner = metajax.learners.maml(model, inner=optax.sgd(0.1), num_steps=2)
     >>> examples = metajax.Examples(jnp.eye(3)[:2], jnp.array([0, 1]), jnp.ones(2, bool))
-    >>> fn = metajax.hypergrad.value_and_grad(learner, metajax.hypergrad.unrolled())
+    >>> fn = jax.jit(metajax.hypergrad.value_and_grad(learner, metajax.hypergrad.unrolled()))
     >>> (loss, aux), grads = fn(jnp.zeros([3, 2]), metajax.Episode(examples, examples))
     >>> aux.metrics["inner_loss"].shape, grads.shape
     ((2,), (3, 2))

@@ -87,8 +87,8 @@ def bayesian(
     >>> import jax, jax.numpy as jnp, optax, metajax
     >>> learner = metajax.learners.bayesian(metajax.models.mlp(outputs=2), inner=optax.sgd(0.1), num_steps=3)
     >>> support = metajax.Examples(jnp.eye(4), jnp.array([0, 0, 1, 1]), jnp.ones(4, bool))
-    >>> prior = learner.init(jax.random.key(0), support.inputs)
-    >>> posterior = learner.adapt(prior, support, key=jax.random.key(1))
+    >>> prior = jax.jit(learner.init)(jax.random.key(0), support.inputs)
+    >>> posterior = jax.jit(learner.adapt)(prior, support, key=jax.random.key(1))
     >>> log_probabilities = learner.predict(posterior, support.inputs, key=jax.random.key(2))
     >>> jnp.exp(log_probabilities).sum(axis=1).round(4).tolist()
     [1.0, 1.0, 1.0, 1.0]

@@ -67,8 +67,8 @@ def in_context(
     >>> model = metajax.models.decoder(100, width=16, depth=2, heads=4)
     >>> learner = metajax.learners.in_context(model, labels=[10, 11], separator=[5], end=[6])
     >>> support = metajax.Examples(jnp.array([[1, 2, 3], [4, 5, 6]]), jnp.array([0, 1]), jnp.ones(2, bool))
-    >>> adapted = learner.adapt(learner.init(jax.random.key(0), support.inputs), support)
-    >>> learner.predict(adapted, jnp.array([[1, 2, 3]])).shape
+    >>> adapted = learner.adapt(jax.jit(learner.init)(jax.random.key(0), support.inputs), support)
+    >>> jax.jit(learner.predict)(adapted, jnp.array([[1, 2, 3]])).shape
     (1, 2)
     """
     _validate.instance("model", model, Model)

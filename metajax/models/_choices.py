@@ -44,7 +44,8 @@ def score_choices(model: Model, *, length_normalised: bool = True, remat: bool =
     >>> model = metajax.models.score_choices(metajax.models.decoder(100, width=16, depth=2, heads=4))
     >>> tokens, there = jnp.arange(24).reshape(2, 3, 4), jnp.ones([2, 3, 4], bool)
     >>> inputs = {"tokens": tokens, "mask": there, "choice": there.at[..., :2].set(False)}
-    >>> model.apply(model.init(jax.random.key(0), inputs), inputs).shape
+    >>> params = jax.jit(model.init)(jax.random.key(0), inputs)
+    >>> jax.jit(model.apply)(params, inputs).shape
     (2, 3)
     """
     _validate.instance("model", model, Model)

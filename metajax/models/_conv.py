@@ -91,8 +91,8 @@ def conv4(
 
     >>> import jax, jax.numpy as jnp, metajax
     >>> model = metajax.models.conv4(outputs=5, width=8)
-    >>> params = model.init(jax.random.key(0), jnp.ones([2, 28, 28, 1]))
-    >>> sorted(params), model.apply(params, jnp.ones([2, 28, 28, 1]), mask=None).shape
+    >>> params = jax.eval_shape(model.init, jax.random.key(0), jnp.ones([2, 28, 28, 1]))
+    >>> sorted(params), jax.eval_shape(model.apply, params, jnp.ones([2, 28, 28, 1]), mask=None).shape
     (['block_0', 'block_1', 'block_2', 'block_3', 'head'], (2, 5))
     """
     if outputs is not None:

@@ -150,7 +150,8 @@ def encoder(
     >>> import jax, jax.numpy as jnp, metajax
     >>> model = metajax.models.encoder(100, width=16, depth=2, heads=4)
     >>> inputs = {"tokens": jnp.arange(10).reshape(2, 5), "mask": jnp.ones([2, 5], bool)}
-    >>> model.apply(model.init(jax.random.key(0), inputs), inputs).shape
+    >>> params = jax.jit(model.init)(jax.random.key(0), inputs)
+    >>> jax.jit(model.apply)(params, inputs).shape
     (2, 16)
     """
     sizes = {"vocab": vocab, "width": width, "depth": depth, "heads": heads, "positions": positions}

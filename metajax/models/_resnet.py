@@ -101,8 +101,8 @@ def resnet12(
 
     >>> import jax, jax.numpy as jnp, metajax
     >>> model = metajax.models.resnet12(outputs=5, widths=(4, 8))
-    >>> params = model.init(jax.random.key(0), jnp.ones([2, 28, 28, 1]))
-    >>> sorted(params["block_0"]), model.apply(params, jnp.ones([2, 28, 28, 1]), mask=None).shape
+    >>> params = jax.eval_shape(model.init, jax.random.key(0), jnp.ones([2, 28, 28, 1]))
+    >>> sorted(params["block_0"]), jax.eval_shape(model.apply, params, jnp.ones([2, 28, 28, 1]), mask=None).shape
     (['conv_0', 'conv_1', 'conv_2', 'shortcut'], (2, 5))
     """
     if outputs is not None:

@@ -135,8 +135,8 @@ def vit(
 
     >>> import jax, jax.numpy as jnp, metajax
     >>> model = metajax.models.vit(outputs=5, patch=7, width=16, depth=2, heads=4)
-    >>> params = model.init(jax.random.key(0), jnp.ones([2, 28, 28, 1]))
-    >>> params["position"].shape, model.apply(params, jnp.ones([2, 28, 28, 1])).shape
+    >>> params = jax.eval_shape(model.init, jax.random.key(0), jnp.ones([2, 28, 28, 1]))
+    >>> params["position"].shape, jax.eval_shape(model.apply, params, jnp.ones([2, 28, 28, 1])).shape
     ((17, 16), (2, 5))
     """
     sizes = {"patch": patch, "width": width, "depth": depth, "heads": heads, "outputs": outputs, "hidden": hidden}

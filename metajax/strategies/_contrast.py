@@ -45,7 +45,7 @@ def random_view(key: jax.Array, images: jax.Array) -> jax.Array:
     Sources: Chen et al. 2020, arXiv:2003.04297 (MoCo v2) and arXiv:2002.05709 (SimCLR), appendix A.
 
     >>> import jax, numpy as np
-    >>> view = random_view(jax.random.key(0), np.full([2, 8, 8, 3], 255, np.uint8))
+    >>> view = jax.jit(random_view)(jax.random.key(0), np.full([2, 8, 8, 3], 255, np.uint8))
     >>> view.shape, view.dtype, bool((view <= 1).all())
     ((2, 8, 8, 3), dtype('float32'), True)
     """
@@ -125,7 +125,7 @@ def contrastive(
 
     >>> import jax, jax.numpy as jnp, metajax
     >>> learner = metajax.strategies.contrastive(metajax.models.conv4(width=8, normalisation="group"), momentum=0.99)
-    >>> sorted(learner.init(jax.random.key(0), jnp.ones([1, 16, 16, 3])))
+    >>> sorted(jax.eval_shape(learner.init, jax.random.key(0), jnp.ones([1, 16, 16, 3])))
     ['backbone', 'head', 'momentum', 'predictor']
     """
     _validate.instance("model", model, Model)
@@ -269,9 +269,9 @@ def moco(
     Source: He et al. 2020, Momentum Contrast for Unsupervised Visual Representation Learning, arXiv:1911.05722.
 
     >>> import jax, jax.numpy as jnp, optax, metajax
-    >>> model = metajax.models.conv4(width=8, normalisation="group")
+    >>> model = metajax.models.conv4(width=8, depth=1, normalisation="group")
     >>> pretrain = metajax.strategies.moco(model, optax.adam(1e-3), queue=8)
-    >>> images = jax.random.bits(jax.random.key(0), [4, 16, 16, 3], jnp.uint8)
+    >>> images = jax.random.bits(jax.random.key(0), [4, 2, 2, 3], jnp.uint8)
     >>> state = pretrain.init(jax.random.key(1), images)
     >>> state, metrics = jax.jit(pretrain.update)(state, images)
     >>> sorted(metrics), model.apply(metajax.strategies.encoder_params(state), images).shape

@@ -37,7 +37,7 @@ def augment(
         classes where episodes have no class mask.
 
     >>> import jax, optax, metajax
-    >>> learner = metajax.learners.prototypical(metajax.models.conv4(width=8, pool=False))
+    >>> learner = metajax.learners.prototypical(metajax.models.conv4(width=8, depth=1, pool=False))
     >>> outer = metajax.outer_update(learner, optax.adam(1e-3), hypergrad=metajax.hypergrad.unrolled())
     >>> outer = metajax.training.augment(outer, metajax.data.random_affine(rotation=10))
     >>> source, spec = metajax.data.glyphs("val"), metajax.data.EpisodeSpec(ways=5, shots=1, queries=2)

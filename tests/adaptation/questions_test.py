@@ -33,7 +33,7 @@ def folders(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=["decoder", "encoder"])
+@pytest.fixture(scope="module", params=worlds.few_by_default(["decoder", "encoder"], lambda name: name == "encoder"))
 def loaded(folders, request):
     """Logits of tokens, or a new layer of one output."""
     options = {"head": "tokens"} if request.param == "decoder" else {"outputs": 1}

@@ -241,6 +241,7 @@ _BAD = {  # the last line, and what is said of it
 }
 
 
+@pytest.mark.slow
 def test_a_type_checker_finds_a_wrong_signature(tmp_path):
     pytest.importorskip("mypy")
     (tmp_path / "good.py").write_text(textwrap.dedent(_GOOD))

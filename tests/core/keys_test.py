@@ -237,6 +237,7 @@ def test_what_stands_around_a_meta_step(uses):
     assert len(uses.draws()) >= 4
 
 
+@pytest.mark.slow
 def test_keys_of_adapters_are_none_of_the_meta_steps(uses):
     """`split(key)[i]` is `fold_in(key, i)`: what makes adapters must not be the key of a step."""
     model = metajax.adapters.lora(models.decoder(16, width=8, depth=1, heads=2), rank=2)

@@ -24,7 +24,7 @@ def _questions(kind, count, *, answered=True):
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 
-@pytest.fixture(scope="module", params=["llama", "bert"])
+@pytest.fixture(scope="module", params=worlds.few_by_default(["llama", "bert"], lambda name: name == "bert"))
 def run(tmp_path_factory, launch, request):
     """A run of three steps, the folder of its model beside it."""
     folder = tmp_path_factory.mktemp(request.param)

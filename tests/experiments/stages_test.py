@@ -49,7 +49,12 @@ def test_each_step_sees_the_episodes_of_its_stage(pictures, tmp_path, monkeypatc
 
 @pytest.mark.parametrize(
     "changes",
-    [_CURRICULUM, {**_CURRICULUM, "data.sampler": "device"}, _REPLAY, {**_REPLAY, "replay.by_loss": True}],
+    [
+        _CURRICULUM,
+        pytest.param({**_CURRICULUM, "data.sampler": "device"}, marks=pytest.mark.slow),
+        pytest.param(_REPLAY, marks=pytest.mark.slow),
+        pytest.param({**_REPLAY, "replay.by_loss": True}, marks=pytest.mark.slow),
+    ],
     ids=["curriculum", "curriculum on the device", "replay", "replay by loss"],
 )
 def test_an_interrupted_run_goes_on_to_the_same_parameters(pictures, tmp_path, monkeypatch, changes):
@@ -82,6 +87,7 @@ def test_what_comes_again_is_counted(pictures, tmp_path):
     assert [line["replayed"] for line in lines] == [0] + [2] * 14
 
 
+@pytest.mark.slow
 def test_a_rollback_into_the_stage_before_goes_through_both(pictures, tmp_path, monkeypatch, capsys):
     config = _config(pictures, {**_CURRICULUM, "checkpoint.every": 4, "watch.spike": "rollback", "watch.window": 2})
     rolled, stages = [], []
@@ -99,6 +105,7 @@ def test_a_rollback_into_the_stage_before_goes_through_both(pictures, tmp_path, 
     assert stages == [0, 5, 4, 5, 10]
 
 
+@pytest.mark.slow
 def test_a_profile_is_of_one_stage(pictures, tmp_path, monkeypatch):
     traced = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: traced.append("start"))
@@ -146,6 +153,7 @@ def test_the_job_of_a_step(pictures):
     assert job.at(12)[0] is job
 
 
+@pytest.mark.slow
 def test_the_device_draws_the_episodes_of_a_stage(pictures):
     job = _job.open_job(_config(pictures, {**_CURRICULUM, "data.sampler": "device"}))
     shapes = []

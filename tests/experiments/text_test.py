@@ -117,6 +117,7 @@ def test_a_run_over_a_frozen_base_goes_on_as_if_it_had_not_stopped(run, launch):
     assert first["params_sha256"] == again["params_sha256"]
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_the_adapters_of_another_over_the_same_base(run, launch, tmp_path):
     done = launch(*_train_command(run, "second", f"--config.init={run / 'run'}"))
     assert done.returncode == 0, done.stderr
@@ -137,6 +138,7 @@ def test_a_run_begins_with_the_adapters_of_another_over_the_same_base(run, launc
         training.load_run(run / "run", config=moved)
 
 
+@pytest.mark.slow
 def test_another_learner_over_the_weights_that_a_run_began_with(run, launch):
     command = ["evaluate", f"--workdir={run / 'run'}", "--episodes=4", f"--output={run / 'other_learner.json'}"]
     tuned = ["learner.name=maml", "learner.adapts=lora|head", "inner.optimizer=adam", "inner.rate=0.01"]
@@ -150,7 +152,9 @@ def test_another_learner_over_the_weights_that_a_run_began_with(run, launch):
     assert "do not fit this run: they need ['head']['bias']" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["meta_sgd", "bayesian", "finetune"])
+@pytest.mark.parametrize(
+    "name", worlds.few_by_default(["meta_sgd", "bayesian", "finetune"], lambda name: name == "finetune")
+)
 def test_learners_with_parts_begin_with_the_pretrained_weights_too(run, name):
     fields = [f"learner.name={name}", "augment.words=0", "inner.rate=0.01"]
     config = _inputs.with_fields(training.load_config(run / "run"), fields)
@@ -299,6 +303,7 @@ def _parallel(folder, languages, articles=6):
     return folder / "qa.{}.json"
 
 
+@pytest.mark.slow
 def test_a_run_on_questions_is_judged_by_f1(run, launch):
     data = _parallel(run, ["en", "de", "fr"])
     flags = [
@@ -337,6 +342,7 @@ def test_a_prompt_hides_no_words(run):
         training.build(config)
 
 
+@pytest.mark.slow
 def test_a_prompt_needs_no_training(run, launch):
     model = cases.write(run / "decoder", "llama")
     worlds.word_tokenizer(50).save(str(model / "tokenizer.json"))

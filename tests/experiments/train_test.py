@@ -14,6 +14,7 @@ import jax
 import launchers
 import numpy as np
 import pytest
+import worlds
 
 import metajax
 from experiments import _job, train
@@ -73,6 +74,7 @@ _CONTRAST = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_the_backbone_that_contrast_has_made(launch, pictures, tmp_path):
     before, after = tmp_path / "moco", tmp_path / "maml"
     done = launch("train", *_flags(pictures, before, *_CONTRAST, steps=10))
@@ -93,6 +95,7 @@ def test_a_run_begins_with_the_backbone_that_contrast_has_made(launch, pictures,
     assert begun["head"]["bias"].shape == (3,)
 
 
+@pytest.mark.slow
 def test_a_run_that_keeps_an_average_is_judged_by_it_and_trains_as_without(launch, pictures, tmp_path):
     found = {}
     for average in (0.0, 0.9):
@@ -114,6 +117,7 @@ def test_a_run_that_keeps_an_average_is_judged_by_it_and_trains_as_without(launc
     )
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_does_not_begin_again(launch, pictures, tmp_path):
     """What it began with may be gone by then."""
     before, after = tmp_path / "moco", tmp_path / "proto"
@@ -217,7 +221,9 @@ def test_a_resumed_stream_starts_at_the_position_of_the_checkpoint(killed_run, t
     assert starts == [expected]
 
 
-@pytest.mark.parametrize("sampler", ["pipeline", "device"])
+@pytest.mark.parametrize(
+    "sampler", worlds.few_by_default(["pipeline", "device"], lambda sampler: sampler == "pipeline")
+)
 def test_a_spike_rolls_the_run_back_to_the_last_checkpoint_and_to_other_episodes(
     pictures, tmp_path, monkeypatch, capsys, sampler
 ):

@@ -52,6 +52,7 @@ def test_support_and_query_are_hidden_by_keys_of_their_own():
     assert np.all(np.diagonal(aux.outputs) < 0), "else a text would be its own prototype, at no distance"
 
 
+@pytest.mark.slow
 def test_each_key_hides_others_in_a_meta_step():
     hiding = models.hide_tokens(ENCODER, 0.5)
     params = hiding.init(jax.random.key(0), TEXT)

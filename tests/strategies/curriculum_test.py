@@ -101,6 +101,7 @@ def test_images_are_augmented_behind_the_resizing():
     assert set(recording.seen) == {77}
 
 
+@pytest.mark.slow
 def test_a_stage_grows_the_network_before_its_first_step():
     def parts(width):
         learner = metajax.learners.prototypical(metajax.models.mlp(3, hidden=(width,)))

@@ -159,6 +159,7 @@ def test_a_vehicle_that_is_known_returns_to_its_lane_and_stays():
     assert np.all(np.isfinite(offsets))
 
 
+@pytest.mark.slow
 def test_a_plan_solves_its_least_squares_problem_where_the_dynamics_are_linear():
     """Straight lane, linear dynamics, small angles: one Gauss-Newton step and 20 give the same plan."""
 

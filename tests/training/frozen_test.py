@@ -95,7 +95,7 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize("name", worlds.few_by_default(WRAPPERS, lambda name: name in ("plain", "all of them")))
 def test_fit(name):
     outer = WRAPPERS[name](_outer())
     inside, outside, frozen = _begin(outer)
@@ -118,6 +118,7 @@ def test_fit(name):
     assert all(leaf.is_deleted() is False for leaf in jax.tree.leaves(frozen)), "it is never donated"
 
 
+@pytest.mark.slow
 def test_priorities_of_replayed_tasks_see_the_base():
     pytest.importorskip("flashbax")
     outer = _replayed(_outer())
@@ -180,7 +181,7 @@ def test_shard(name, caplog):
     _assert_same(inside, outside, frozen)
 
 
-@pytest.mark.parametrize("name", ["truncation", "evolution"])
+@pytest.mark.parametrize("name", worlds.few_by_default(["truncation", "evolution"], lambda name: name == "truncation"))
 def test_estimators_that_keep_a_state(name):
     estimator = {
         "truncation": hypergrad.persistent_truncation(1),
@@ -194,6 +195,7 @@ def test_estimators_that_keep_a_state(name):
     _assert_same(inside, outside, frozen)
 
 
+@pytest.mark.slow
 def test_curriculum_and_a_network_that_grows():
     large = metajax.models.mlp(outputs=worlds.WAYS, hidden=(12,))
     outer = _outer()
