@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -50,7 +51,8 @@ def bilevel(
       inner_problem: what is optimised inside; its `finalize` makes `adapted` of the last fast weights.
       outer_loss: `(adapted, meta_params, query, *, key=None) -> loss`, a scalar, or `(loss, metajax.Aux)`, which
         describes the result. Unless the objective is "query" it also gets `inner_losses=`. None, with the objective
-        "prequential", is the mean of the inner losses that count.
+        "prequential", is the mean of the inner losses that count; the query set is then not read, and may be the
+        support set.
       init: `(key, example_inputs) -> meta_params`. None where `outer.init(key, episode, params=...)` gives them.
       predict: `(adapted, inputs) -> outputs`, for `learner.predict` and for `Aux.outputs`, of which `outer_update`
         takes the metric of the task type.
@@ -90,8 +92,11 @@ def bilevel(
     """
     _validate.instance("inner_problem", inner_problem, InnerProblem)
     _validate.positive_int("num_steps", inner_problem.num_steps)
+    _validate.one_of("objective", objective, typing.get_args(Objective))
     if outer_loss is None and objective == "prequential":
         outer_loss = _mean_inner_loss
+    if outer_loss is None:
+        raise ValueError(f"outer_loss must be a function but for objective 'prequential', got None for {objective!r}")
     for name, part in (("outer_loss", outer_loss), ("init", init), ("predict", predict)):
         if not callable(part) and (part is not None or name == "outer_loss"):
             raise ValueError(f"{name} must be a function{'' if name == 'outer_loss' else ' or None'}, got {part!r}")

@@ -149,7 +149,9 @@ def _checked_loss(problem: InnerProblem, found: Any, carry: Any) -> tuple[jax.Ar
     pair = isinstance(found, tuple) and len(found) == 2
     if (problem.carry is not None) != pair:
         wanted = "(scalar, carry)" if problem.carry is not None else "a scalar, for a problem without a carry"
-        raise ValueError(f"loss of the inner problem must return {wanted}, got {jax.tree.map(jnp.shape, found)}")
+        shapes = jax.tree.map(jnp.shape, found)
+        got = "a scalar alone" if shapes == () else f"shapes {shapes}"
+        raise ValueError(f"loss of the inner problem must return {wanted}, got {got}")
     value, after = found if pair else (found, ())
     if jnp.shape(value) != ():
         raise ValueError(f"loss of the inner problem must be a scalar, got shape {jnp.shape(value)}")
@@ -295,29 +297,40 @@ def steps_of(
     if problem.stream is None:
         return Steps()
     data = problem.stream(meta_params, support, keys.stream)
-    sizes = {leaf.shape[0] if jnp.ndim(leaf) else 0 for leaf in jax.tree.leaves(data)}
-    if not sizes or min(sizes) < num_steps:
+    shapes = {path: jnp.shape(leaf) for path, leaf in zip(_tree.paths(data), jax.tree.leaves(data), strict=True)}
+    short = [f"{list(shape)} of {path or 'it'}" for path, shape in shapes.items() if not shape or shape[0] < num_steps]
+    if short or not shapes:
         raise ValueError(
-            f"stream must return data for each of {num_steps} inner steps, leaves [{num_steps}, ...], got leading "
-            f"sizes {', '.join(map(str, sizes)) or 'of no leaf'}"
+            f"stream must return data for each of {num_steps} inner steps, leaves [{num_steps}, ...], got "
+            f"{', '.join(short) or 'no leaf'}"
         )
-    return jax.tree.map(lambda leaf: leaf[:num_steps], _steps_that_count(data))
+    return jax.tree.map(lambda leaf: leaf[:num_steps], _steps_that_count(data, first=1))
 
 
-def _steps_that_count(data: Any) -> Steps:
-    """The data of steps without what stands in padding, and which steps count."""
+def _steps_that_count(data: Any, *, first: int) -> Steps:
+    """The data of steps without what stands in padding, and which steps count.
+
+    Args:
+      data: of one step, or of all.
+      first: axes in front of those of the examples: 0 for one step, 1 for all.
+    """
     if not isinstance(data, Examples):
         return Steps(data)
     mask = jnp.asarray(data.mask)
     inputs, targets = _losses.clear_padding((data.inputs, data.targets), mask)
-    return Steps(data._replace(inputs=inputs, targets=targets, mask=mask), jnp.any(mask, axis=-1))
+    return Steps(
+        data._replace(inputs=inputs, targets=targets, mask=mask), jnp.any(mask, axis=tuple(range(first, mask.ndim)))
+    )
 
 
-def without_padding(support: Examples) -> Examples:
+def without_padding(support: Any) -> Any:
     """The support set, zeros in its padding: no function of an inner problem sees what stands there.
 
-    Leaves that do not begin with the axes of the mask are no examples, and stay as they are.
+    Leaves that do not begin with the axes of the mask are no examples, and stay as they are. None stays None, for a
+    problem that reads no support set.
     """
+    if support is None:
+        return None
     inputs, targets = _losses.clear_padding((support.inputs, support.targets), support.mask, strict=False)
     return support._replace(inputs=inputs, targets=targets)
 
@@ -354,9 +367,11 @@ def inner_update(problem: InnerProblem) -> Callable[..., InnerState]:
     """One inner step: `(state, meta_params, support, key=None, *, data=None, context=None) -> state`.
 
     `state` is from `inner_init`, and the key the same in each step: n steps are `learner.adapt(..., num_steps=n)`.
-    Where the problem has a stream, a step reads its own data from it, and changes nothing beyond its end. `data=` gives
-    the data of this step instead, such as a chunk of a document that has just arrived, and `context=` spares computing
-    the context anew.
+    Where the problem has a stream, a step reads its own data from it; beyond its end, parameters, optimizer and carry
+    stay as they are. `data=` gives the data of this step instead, such as a chunk of a document that has just arrived,
+    and `context=` spares computing the context anew. A problem that reads no support set takes None for it. The loss
+    of a chunk before its step is `problem.loss(state.params, ...)`, and what predictions need is
+    `problem.finalize(state.params, ...)`.
 
     >>> import jax.numpy as jnp, optax, metajax
     >>> model = metajax.Model(lambda key, x: jnp.zeros([3, 2]), lambda w, x: x @ w)
@@ -372,13 +387,15 @@ def inner_update(problem: InnerProblem) -> Callable[..., InnerState]:
         state: InnerState, meta_params: Params, support: Examples, key: Any = None, *, data: Any = None,
         context: Any = None,
     ) -> InnerState:  # fmt: skip
-        keys, support = _keys.of_adaptation(key), without_padding(support)
-        if context is None:
+        keys, support, given = _keys.of_adaptation(key), without_padding(support), context is not None
+        if not given:
             context = context_of(problem, meta_params, support, keys)
         if data is not None and problem.stream is None:
             raise ValueError("data must be None for an inner problem without a stream, got data of a step")
+        if given and problem.context is None:
+            raise ValueError("context must be None for an inner problem without one, got a context")
         if data is not None:
-            inputs = _steps_that_count(data)
+            inputs = _steps_that_count(data, first=0)
         else:
             steps = steps_of(problem, meta_params, support, keys, problem.num_steps)
             inputs = jax.tree.map(lambda leaf: leaf[state.step], steps)

@@ -143,7 +143,12 @@ def kept_examples(task: TaskType, examples: Examples) -> jax.Array:
     mask = jnp.asarray(examples.mask)
     if not jax.tree.leaves(examples.targets):
         return mask
-    counts = task.counts(examples.targets)
+    counts = jnp.asarray(task.counts(examples.targets))
+    if jnp.ndim(counts) != 1 or counts.dtype != bool:
+        raise ValueError(
+            f"counts of the task type {task.name!r} must return a bool for each example, [n], got "
+            f"{counts.dtype.name}{list(jnp.shape(counts))}"
+        )
     if mask.shape != counts.shape:
         raise ValueError(f"mask must be [{counts.shape[0]}], one for each example, got shape {list(mask.shape)}")
     return mask & counts
@@ -180,14 +185,14 @@ def mean_over(values: jax.Array, kept: jax.Array) -> jax.Array:
     return total / jnp.maximum(jnp.sum(kept), 1).astype(total.dtype)
 
 
-def check_loss(losses: Any, count: int) -> None:
-    """Refuses what is not one number for each example.
+def check_loss(losses: Any, count: int, name: str = "loss") -> None:
+    """Refuses what is not one number for each example; `name` is that of the function.
 
     >>> check_loss(jnp.zeros(3), 3)
     """
     if jnp.shape(losses) != (count,):
         raise ValueError(
-            f"loss(outputs, targets) must return one number for each of the {count} examples, shape ({count},), got "
+            f"{name}(outputs, targets) must return one number for each of the {count} examples, shape ({count},), got "
             f"shape {jnp.shape(losses)}"
         )
 

@@ -154,9 +154,10 @@ class InnerProblem(NamedTuple):
       optimizer: `(meta_params) -> optax.GradientTransformation`; learned rates are read here.
       num_steps: how many inner steps one `adapt` takes.
       finalize: `(params, meta_params, support, key) -> adapted`; merges with what does not adapt.
-      stream: `(meta_params, support, key) -> data`, leaves `[num_steps, ...]`: data of its own for each step. Where it
-        returns `Examples`, padding is cleared, and a step whose mask is all False changes nothing: not the parameters,
-        the optimizer, the carry or the objective.
+      stream: `(meta_params, support, key) -> data`, leaves `[num_steps, ...]`: data of its own for each step; what is
+        longer is cut. Where it returns `Examples`, with a mask `[num_steps]` or `[num_steps, n]`, padding is cleared,
+        and a step whose mask is all False changes nothing: not the parameters, the optimizer, the carry or the
+        objective. Any other tree has no padding: every step counts.
       context: `(meta_params, support, key) -> context`, any tree that is computed once a task and differentiated once,
         such as outputs of the frozen prefix of a model.
       carry: `(meta_params, support, key) -> carry`, the first carry: what goes from step to step beside parameters and

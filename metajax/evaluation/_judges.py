@@ -107,7 +107,7 @@ class ByMetric:
         def values(params: Params, support: Examples, query: Examples, key: Any) -> Any:
             found = outputs(params, support, query.inputs, query.mask, key)
             scores = self.task.metric.score(found, _losses.clear_padding(query.targets, query.mask))
-            _losses.check_loss(scores, len(query.mask))
+            _losses.check_loss(scores, len(query.mask), f"metric {self.metric.name!r}: score")
             kept = _losses.kept_examples(self.task, query)
             return _losses.mean_over(scores, kept), jnp.sum(kept & ~_finite(found))
 

@@ -67,6 +67,8 @@ class Checkpoints:
     def __init__(self, folder: str | pathlib.Path, *, keep: int = 2, base: str | None = None):
         self._root = pathlib.Path(folder).absolute()
         self._keep = {"last": _validate.positive_int("keep", keep), "best": 1}
+        if base is not None and not isinstance(base, str):
+            raise ValueError(f"base must be a hash such as params_sha256(frozen), or None, got {type(base).__name__}")
         self._base = base
         self.damaged: list[str] = []
         self._known: _seal.Known = {}  # by process 0
@@ -195,6 +197,10 @@ class Checkpoints:
         found = self._newest(folder)
         if found is None:
             raise ValueError(_nothing(folder, self.damaged))
+        if self._base is not None and found.get("base") is None:
+            raise ValueError(
+                f"base must be None for the checkpoint in {folder}, which stands on none, got {self._base}"
+            )
         _require_base(found, self._base, folder)
         return _leaves.read_state(folder / str(found["step"]), like), found["extra"]
 

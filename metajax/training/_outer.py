@@ -308,6 +308,7 @@ def _describe(loss: jax.Array, aux: Aux, episode: Episode, task: TaskType) -> di
     if aux.outputs is not None and task.metric.name != "loss":
         scores = task.metric.score(aux.outputs, _losses.clear_padding(episode.query.targets, episode.query.mask))
         kept = _losses.kept_examples(task, episode.query)
+        _losses.check_loss(scores, len(kept), f"metric {task.metric.name!r}: score")
         metrics[task.metric.name] = _losses.mean_over(scores, kept).astype(loss.dtype)
     return metrics
 

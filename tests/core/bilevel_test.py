@@ -220,7 +220,10 @@ def test_nan_in_the_inner_loop_shows():
             lambda: metajax.bilevel(WEIGHED._replace(num_steps=0), validation),
             "num_steps must be an integer of at least",
         ),
-        (lambda: metajax.bilevel(WEIGHED, None), "outer_loss must be a function, got None"),
+        (
+            lambda: metajax.bilevel(WEIGHED, None),
+            "outer_loss must be a function but for objective 'prequential', got None for 'query'",
+        ),
         (lambda: metajax.bilevel(WEIGHED, validation, init=3), "init must be a function or None, got 3"),
         (lambda: metajax.bilevel(WEIGHED, validation, predict="x"), "predict must be a function or None, got 'x'"),
         (

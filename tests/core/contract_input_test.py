@@ -65,11 +65,11 @@ LEARNERS = {
     ),
     "a short stream": (
         lambda: _stream(num_steps=streams.STEPS + 1),
-        r"stream must return data for each of 8 inner steps, leaves \[8, ...\], got leading sizes 7",
+        r"stream must return data for each of 8 inner steps, leaves \[8, ...\], got \[7, ",
     ),
     "a stream without leaves": (
         lambda: _stream(stream=lambda meta, support, key: ()),
-        "stream must return data for each of 7 inner steps, .* got leading sizes of no leaf",
+        "stream must return data for each of 7 inner steps, .* got no leaf",
     ),
     "a carry of another structure": (
         lambda: _with_loss(lambda value, carry: (value, {"memory": carry["memory"]})),
@@ -85,7 +85,7 @@ LEARNERS = {
     ),
     "no carry behind a step": (
         lambda: _with_loss(lambda value, carry: value),
-        r"loss of the inner problem must return \(scalar, carry\)",
+        r"loss of the inner problem must return \(scalar, carry\), got a scalar alone",
     ),
     "an inner loss for each example": (
         lambda: _with_loss(lambda value, carry: (value[None], carry)),
@@ -258,3 +258,26 @@ def test_a_type_checker_finds_a_wrong_signature(tmp_path):
     first = bad.count("\n") - len(_BAD) + 1
     for number, (line, told) in enumerate(_BAD.items(), first):
         assert [error for error in errors if error.startswith(f"bad.py:{number}:") and told in error], (line, errors)
+
+
+def test_what_a_task_type_gives_is_one_number_for_each_example():
+    def trained(task):
+        learner = metajax.learners.maml(metajax.models.mlp(1), optax.sgd(0.1), task=task)
+        examples = metajax.Examples(jnp.ones([3, 2]), jnp.ones([3, 1]), jnp.ones(3, bool))
+        outer = metajax.outer_update(learner, optax.sgd(0.1), hypergrad=metajax.hypergrad.unrolled())
+        state = outer.init(jax.random.key(0), metajax.Episode(examples, examples))
+        return outer.update(state, worlds.stack([metajax.Episode(examples, examples)]))
+
+    known = metajax.tasks.regression
+    mae = known.metric._replace(name="mae", score=lambda outputs, targets: jnp.abs(outputs - targets))
+    with pytest.raises(ValueError, match=r"metric 'mae': score\(outputs, targets\) must return one number for each"):
+        trained(known._replace(metric=mae))
+    with pytest.raises(ValueError, match=r"counts of the task type 'regression' must return a bool .* float32\[3, 1\]"):
+        trained(known._replace(counts=lambda targets: jnp.ones_like(targets)))
+
+
+def test_a_context_without_a_function_for_it():
+    learner = _plain()
+    update, state = metajax.inner_update(learner.problem), None
+    with pytest.raises(ValueError, match="context must be None for an inner problem without one, got a context"):
+        update(state, {}, _CLASSES.support, context=1)

@@ -275,3 +275,40 @@ def test_evolution_strategies_estimate_the_slope_of_inner_losses():
     value, slope = expected("prequential", meta, episode)
     np.testing.assert_allclose(loss, value, rtol=1e-12)
     assert worlds.relative_distance(grads, slope) < 3 * np.sqrt(25 / 4000), "25 numbers, 4000 directions"
+
+
+def _reader(stream):
+    """Regression of a number on a number, one pair a step."""
+
+    def loss(params, meta, support, step, key, *, data):
+        return jnp.mean((params * data.inputs - data.targets) ** 2)
+
+    problem = metajax.InnerProblem(
+        lambda meta, support, key: meta, loss, lambda meta: optax.sgd(0.1), 4,
+        lambda params, meta, support, key: params, stream=stream,
+    )  # fmt: skip
+    return problem, metajax.bilevel(problem, objective="prequential")
+
+
+@pytest.mark.parametrize("axes", [0, 1])
+def test_the_support_set_itself_is_a_stream_and_its_padding_teaches_nothing(axes, x64):
+    """One example a step, its mask a number or a line; the mean of the losses of the first two by hand."""
+
+    def stream(meta, support, key):
+        return jax.tree.map(lambda leaf: leaf.reshape(4, *[1] * axes), support)
+
+    problem, learner = _reader(stream)
+    support = metajax.Examples(
+        jnp.array([1.0, 2.0, jnp.nan, 5.0]), jnp.array([2.0, 2.0, 9.0, jnp.nan]), jnp.array([True, True, False, False])
+    )
+    value, slope = hypergrad.value_and_grad(learner, hypergrad.mixed_mode())(
+        jnp.array(0.5), metajax.Episode(support, support)
+    )
+    second = 0.5 + 0.1 * 2 * 1.5  # of (0.5 * 1 - 2)^2
+    np.testing.assert_allclose(value[0], (1.5**2 + (2 * second - 2) ** 2) / 2, rtol=1e-12)
+    np.testing.assert_allclose(slope, (-2 * 1.5 + 2 * (2 * second - 2) * 2 * 0.8) / 2, rtol=1e-12)
+    state = metajax.inner_init(problem)(jnp.array(0.5), None)  # deployed, without a support set
+    for row in range(4):
+        chunk = jax.tree.map(lambda leaf, row=row: leaf[row], stream(None, support, None))
+        state = metajax.inner_update(problem)(state, jnp.array(0.5), None, data=chunk)
+    np.testing.assert_allclose(state.params, second - 0.1 * 4 * (2 * second - 2), rtol=1e-12)

@@ -272,6 +272,20 @@ def test_a_checkpoint_holds_no_base_and_goes_on_with_no_other(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, taken, state.params)
 
 
+def test_a_checkpoint_without_a_base_is_restored_over_none(tmp_path):
+    outer = _outer()
+    _, state, frozen = _begin(outer)
+    checkpoints = training.Checkpoints(tmp_path)
+    checkpoints.save(1, state, {})
+    checkpoints.close()
+    again = training.Checkpoints(tmp_path, base=training.params_sha256(frozen))
+    with pytest.raises(ValueError, match="base must be None for the checkpoint in .*, which stands on none, got"):
+        again.restore(state)
+    again.close()
+    with pytest.raises(ValueError, match=r"base must be a hash such as params_sha256\(frozen\), or None, got dict"):
+        training.Checkpoints(tmp_path, base=frozen)
+
+
 def test_a_checkpoint_has_the_size_of_what_is_trained(tmp_path):
     """At most 1.05 times the trained parameters and the optimizer's state, and 32 kB."""
     model = metajax.adapters.lora(metajax.models.decoder(512, width=64, depth=6, heads=4), rank=4)
