@@ -178,7 +178,7 @@ def test_a_kept_nan_is_not_hidden(name, part):
 
 
 @pytest.mark.parametrize(
-    "name", worlds.few_by_default(rows.ROWS, lambda name: name in ("in_context", "contrastive_moco", "bilevel_both"))
+    "name", worlds.few_by_default(rows.ROWS, lambda name: name in ("contrastive_moco", "bilevel_both"))
 )
 def test_types_are_kept_and_an_empty_task_does_not_count(name):
     """Three meta steps of float32 in one compilation; a task that is all padding, NaN in it, changes nothing."""

@@ -336,7 +336,10 @@ TYPES = [(*pair, "bfloat16") for pair in worlds.PAIRS] + [
 
 
 @pytest.mark.parametrize(
-    ("name", "estimator", "dtype"), worlds.few_by_default(TYPES, lambda *row: worlds.in_default_run(*row[:2]))
+    ("name", "estimator", "dtype"),
+    worlds.few_by_default(
+        TYPES, lambda name, estimator, dtype: (estimator == "mixed_mode" and dtype == "float32") or name == "anil"
+    ),
 )
 def test_types_are_kept(name, estimator, dtype):
     """A step returns what it takes: structure, shapes, dtypes, and no weak types, which would compile again."""

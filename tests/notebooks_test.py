@@ -23,6 +23,7 @@ def _execute(path, monkeypatch, changes):
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}).execute()
 
 
+@pytest.mark.slow
 def test_the_first_notebook_runs_with_fewer_steps(monkeypatch):
     _execute(_NOTEBOOKS[0], monkeypatch, _SHORT)
 

@@ -52,6 +52,7 @@ def _skill(words, count, rng):
     return questions, answers
 
 
+@pytest.mark.slow
 def test_after_the_loop_a_new_kind_of_question_is_learned_better(loaded):
     model, rng, gains = loaded, np.random.default_rng(0), []
     for _ in range(3):

@@ -211,6 +211,7 @@ def test_a_meta_step_moves_the_paths_alone(meta_step):
     assert not any(leaf.any() for leaf in jax.tree.leaves(frozen))
 
 
+@pytest.mark.slow
 def test_many_tasks_share_the_base(meta_step):
     """Less than a quarter of a copy of the kernels for each task; a sum of kernels and paths would keep several."""
     update, state, _ = meta_step

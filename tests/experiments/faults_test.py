@@ -76,8 +76,12 @@ def test_four_processes_train_as_one(whole_run, tmp_path):
     ("flag", "told"),
     [
         ("--config.outer.rate=0.1", "got process 1 that differs from process 0: config.outer.rate was 0.002, is 0.1"),
-        ("--workdir={elsewhere}", "process 1: workdir must be one folder that all hosts share, got"),
-        ("--config.episode.ways=99", "process 1: "),
+        pytest.param(
+            "--workdir={elsewhere}",
+            "process 1: workdir must be one folder that all hosts share, got",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("--config.episode.ways=99", "process 1: ", marks=pytest.mark.slow),
     ],
     ids=["config", "folder", "data"],
 )

@@ -24,6 +24,7 @@ def _config(pictures, changes):
     return launchers.small_config(pictures, {**_SHORT, **changes})
 
 
+@pytest.mark.slow
 def test_each_step_sees_the_episodes_of_its_stage(pictures, tmp_path, monkeypatch):
     seen, fit = [], metajax.training.fit
 

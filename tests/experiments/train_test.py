@@ -437,6 +437,7 @@ def test_a_folder_that_another_process_writes_into_is_refused(whole_run, launch,
     assert f"workdir {str(copy)!r} is in use by another process" in done.stderr
 
 
+@pytest.mark.slow
 def test_an_interrupt_while_the_first_step_compiles(pictures, tmp_path):
     workdir = tmp_path / "early"
     command = [sys.executable, "-m", "experiments.train", *_flags(pictures, workdir)]

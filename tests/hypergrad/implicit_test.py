@@ -409,6 +409,7 @@ def test_no_support_without_a_ridge(solver, x64):
     np.testing.assert_allclose(aux.metrics["solver_residual"], 1, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_nan_without_a_mixed_product_that_shows_it(x64):
     """Of proximal MAML the gradient is the solution alone: it must not stop at a finite one."""
     row = worlds.LEARNERS["maml_proximal"]

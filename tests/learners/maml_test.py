@@ -62,6 +62,7 @@ def test_the_proximal_term_holds_back(x64):
     assert moved[0] > 1.2 * moved[1] > 1.2**2 * moved[2] > 0
 
 
+@pytest.mark.slow
 def test_support_statistics_are_those_of_the_adapted_network(x64):
     row = worlds.LEARNERS["maml_support_statistics"]
     params, episode = worlds.parameters(row), worlds.episode(row)

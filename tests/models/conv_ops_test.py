@@ -81,6 +81,7 @@ def test_second_order(kind, stride, x64):
         np.testing.assert_allclose(derivative(form), derivative("lax"), rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_third_order(x64):
     images, kernel = arrays((1, 4, 4, 1), (3, 3, 1, 2))
 

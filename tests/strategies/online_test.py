@@ -156,6 +156,7 @@ def test_a_recurrent_state_is_that_of_the_unit_in_numpy():
     np.testing.assert_allclose(found, np.tile(hidden, (2, 1)), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_recurrent_learner_learns_to_adapt():
     """Lines through the origin: the slope stands in the support set alone."""
     learner = strategies.recurrent(metajax.models.mlp(1, hidden=(32,)), 1, hidden=16)
@@ -181,6 +182,7 @@ def test_a_recurrent_learner_learns_to_adapt():
     assert np.mean(losses[-20:]) < 0.2 * np.mean(losses[:20])
 
 
+@pytest.mark.slow
 def test_class_labels_are_read_as_one_of_many():
     learner = strategies.recurrent(metajax.models.mlp(3), 3, loss=metajax.core.cross_entropy)
     support = metajax.Examples(jnp.eye(3), jnp.arange(3), jnp.ones(3, bool))

@@ -131,6 +131,7 @@ def test_priorities_of_replayed_tasks_see_the_base():
     assert all(np.allclose(a, b, rtol=1e-4) for a, b in memories)
 
 
+@pytest.mark.slow
 def test_fit_on_device():
     outer = _outer()
     inside, outside, frozen = _begin(outer)
@@ -160,7 +161,7 @@ _MESHES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", _MESHES)
+@pytest.mark.parametrize("name", worlds.few_by_default(_MESHES, lambda name: name == "parameters"))
 def test_shard(name, caplog):
     sizes, rules = _MESHES[name]
     mesh = parallel.make_mesh(**sizes, devices=jax.devices()[: np.prod(list(sizes.values()))])
@@ -279,7 +280,7 @@ def test_a_checkpoint_without_a_base_is_restored_over_none(tmp_path):
     checkpoints.save(1, state, {})
     checkpoints.close()
     again = training.Checkpoints(tmp_path, base=training.params_sha256(frozen))
-    with pytest.raises(ValueError, match="base must be None for the checkpoint in .*, which stands on none, got"):
+    with pytest.raises(ValueError, match=r"base must be None for the checkpoint in .*, which stands on none, got"):
         again.restore(state)
     again.close()
     with pytest.raises(ValueError, match=r"base must be a hash such as params_sha256\(frozen\), or None, got dict"):

@@ -350,6 +350,7 @@ def test_if_one_of_two_processes_gets_sigterm_both_save_the_same_step_and_end(si
     assert saved == [step, step]
 
 
+@pytest.mark.slow
 def test_several_processes_without_the_service_are_refused(tmp_path):
     address = _address()
     jobs = [_start(rank, 2, address, tmp_path, "off") for rank in range(2)]
