@@ -181,6 +181,7 @@ def test_what_the_first_call_chose_stays(encoder):
         metajax.adapt_model(model, task, rank=16)
 
 
+@pytest.mark.slow
 def test_texts_in_a_loop(encoder):
     model, loaded, rng = encoder, encoder, np.random.default_rng(0)
     for labels in (range(0, 8), range(8, 16), range(16, 24)):

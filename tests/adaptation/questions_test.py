@@ -68,6 +68,7 @@ def test_after_the_loop_a_new_kind_of_question_is_learned_better(loaded):
     assert mean > interval
 
 
+@pytest.mark.slow
 def test_without_steps_it_says_what_the_model_says(loaded):
     """Each choice alone, without padding, through `score_choices`."""
     found = metajax.fast_adapt_model(loaded, TASK, steps=0).predict_proba(QUESTIONS)

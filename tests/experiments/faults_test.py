@@ -41,6 +41,7 @@ def _losses(found):
     return np.array([line["loss"] for line in found["metrics"] if "loss" in line])
 
 
+@pytest.mark.slow
 def test_two_processes_of_which_one_is_killed_end_with_the_bits_of_one(whole_run, tmp_path):
     workdir = tmp_path / "run"
     started = faults.start(workdir, steps=_STEPS, processes=2, silence=20)

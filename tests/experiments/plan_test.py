@@ -33,6 +33,7 @@ def test_a_divided_base_is_gathered_once_and_the_adapters_alone_are_reduced():
     assert set(found.collectives) == {"all-gather", "all-reduce"}
 
 
+@pytest.mark.slow
 def test_more_devices_with_as_many_tasks_each_communicate_as_much():
     found = []
     for devices in (2, 8):

@@ -63,6 +63,7 @@ def run(tmp_path_factory, launch):
     return folder
 
 
+@pytest.mark.slow
 def test_evaluation_on_other_texts(run, launch):
     other = _clinc(run / "other.json", [6, 7, 8, 9], outside=True)
     done = launch(

@@ -37,6 +37,7 @@ def test_all_estimators_by_default():
     check_errors(hypergrad.compare(learner(), episodes(), repeats=1))
 
 
+@pytest.mark.slow
 def test_exact_estimators_have_no_error_and_the_others_do(found):
     assert {row.name for row in found.rows} == set(SOME)
     check_errors(found)

@@ -76,6 +76,7 @@ def test_many_steps_end_at_the_best_posterior_of_independent_weights(x64):
     np.testing.assert_allclose(jnp.exp(posterior["log_scale"]), np.diag(precision) ** -0.5, rtol=0.01)
 
 
+@pytest.mark.slow
 def test_without_divergence_and_scale_it_is_maml(x64):
     row, params, episode = worlds.world("anil")
     maml = row.learner

@@ -43,7 +43,7 @@ def test_gelu_keeps_dtypes():
         assert gelu(jnp.ones(3, dtype)).dtype == jax.vmap(jax.grad(gelu))(jnp.ones(3, dtype)).dtype == dtype
 
 
-@pytest.mark.parametrize("name", worlds.few_by_default(TRANSFORMERS, lambda name: name in ("encoder", "decoder")))
+@pytest.mark.parametrize("name", worlds.few_by_default(TRANSFORMERS, lambda name: name == "encoder"))
 def test_one_example_at_a_time_has_the_same_gradient(name):
     make, inputs = TRANSFORMERS[name]
     params = make(True).init(jax.random.key(0), inputs)

@@ -66,6 +66,7 @@ def test_statistics_pass_through():
     assert (scores.shape, stats) == ((3, 4), "kept")
 
 
+@pytest.mark.slow
 def test_one_question_at_a_time_scores_the_same_in_less_memory():
     inputs, decoder = made(size=8), models.decoder(4000, width=8, depth=1, heads=2)
     plain, saving = (adapters.lora(models.score_choices(decoder, remat=remat), rank=2) for remat in (False, True))

@@ -167,6 +167,7 @@ def test_what_is_learned_feeds_other_learners_and_classifies_by_itself(make):
     np.testing.assert_array_equal(itself.predict(itself.adapt(state.params, support), images), expected)
 
 
+@pytest.mark.slow
 def test_a_view_is_a_crop_of_the_image_by_hand():
     """The first images that get no other colours, against interpolation line by line."""
     key, images = jax.random.key(3), RNG.random((40, 6, 9, 3)).astype(np.float32)
@@ -202,7 +203,10 @@ def test_views_keep_to_the_range_and_follow_the_key():
     assert strategies.random_view(jax.random.key(0), images[..., :1]).shape == (200, 8, 8, 1)
 
 
-@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"momentum": 0.9, "queue": 5}])
+@pytest.mark.parametrize(
+    "options",
+    worlds.few_by_default([{}, {"momentum": 0.9}, {"momentum": 0.9, "queue": 5}], lambda options: "queue" in options),
+)
 def test_padding_is_no_image(options, x64):
     """Neither its content nor its amount counts, and no key of it comes into the queue."""
     learner = strategies.contrastive(FLAT, temperature=0.3, **options, **{**AS_IS, "view": jitter})
@@ -234,6 +238,7 @@ def jitter(key, images):
     return images * jax.vmap(lambda key: jax.random.uniform(key, images.shape[1:]))(keys)
 
 
+@pytest.mark.slow
 def test_keys_of_several_tasks_come_into_the_queue_in_order_and_are_of_unit_length():
     """Over tasks one after the other, side by side, in chunks, and over devices; a task of padding brings none."""
     learner = strategies.contrastive(FLAT, momentum=0.9, queue=8, **AS_IS)

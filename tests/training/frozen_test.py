@@ -142,6 +142,7 @@ def test_fit_on_device():
     _assert_same(inside, outside, frozen)
 
 
+@pytest.mark.slow
 def test_the_two_halves_of_a_meta_step():
     outer = _outer()
     inside, outside, frozen = _begin(outer)

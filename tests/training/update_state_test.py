@@ -170,4 +170,4 @@ def test_what_is_refused(name):
     outer, episodes = _state_of(**values), _episodes()
     state = outer.init(jax.random.key(0), jax.tree.map(lambda leaf: leaf[0], episodes))
     with pytest.raises(ValueError, match=message):
-        outer.update(state, episodes)
+        jax.eval_shape(outer.update, state, episodes)
