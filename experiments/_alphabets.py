@@ -1,25 +1,25 @@
-"""Streams of alphabets whose letters are learned one alphabet after the other, for the experiments on forgetting."""
+"""Streams of alphabets that are learned one after the other, for the experiments on forgetting."""
 
 from __future__ import annotations
 
 from typing import Any
 
 ALPHABETS, LETTERS, SIZE = 5, 10, 14  # alphabets of a stream, letters of each, side of an image
-NEW = 10  # images that a step brings
+NEW = 10  # new images per step
 FORM: dict[str, Any] = {"pool": False, "normalisation": "layer"}
-_TEST = 5  # images of a letter
+_TEST = 5  # test images of a letter
 _INNER_STEPS, _BATCH, _INNER_RATE, _OUTER_RATE = 5, 10, 0.1, 0.5
 
 
 def network(outputs: int) -> Any:
-    """The convolutional network that learns them."""
+    """Returns the convolutional network that learns the alphabets."""
     import metajax
 
     return metajax.models.conv4(outputs, width=16, depth=3, **FORM)
 
 
 def reptile(model: Any, adapts: str | None = None) -> Any:
-    """A meta step on the parameters of `model`, or on those that a regex picks."""
+    """Returns a Reptile meta step on the parameters of `model`, or on those selected by a regex."""
     import optax
 
     import metajax
@@ -30,14 +30,14 @@ def reptile(model: Any, adapts: str | None = None) -> Any:
 
 
 def in_turn(outer: Any) -> Any:
-    """The compiled meta steps on one alphabet: `(state, batches) -> state`."""
+    """Returns the compiled meta steps on one alphabet, `(state, batches) -> state`."""
     import jax
 
     return jax.jit(lambda state, batches: jax.lax.scan(outer.update, state, batches)[0])
 
 
 def alphabets(path: str | None) -> dict[str, list[Any]]:
-    """The images `[n, side, side, 1]` of the letters of each alphabet, of which no two look alike."""
+    """Returns the images `[n, side, side, 1]` of the letters of each alphabet, without look-alike letters."""
     import numpy as np
 
     import metajax
@@ -67,8 +67,8 @@ def draw(known: dict[str, list[Any]], seed: int, steps: int) -> tuple[list[str],
     """Draws one stream from alphabets.
 
     Returns:
-      The names of its alphabets in order; of each, the new images of every step as episodes `[steps, 1, ...]`; of each,
-      test images and their labels.
+      The names of its alphabets in order; for each, the new images of every step as episodes `[steps, 1, ...]`; and for
+      each, the test images and their labels.
     """
     import numpy as np
 

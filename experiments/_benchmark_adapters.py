@@ -1,4 +1,4 @@
-"""The figures of adapters: `python -m experiments.benchmark adapters`."""
+"""Benchmark of adapters: `python -m experiments.benchmark adapters`."""
 
 from __future__ import annotations
 
@@ -26,12 +26,15 @@ _SMOLLM2: dict[str, Any] = {
 }
 _TASKS, _STEPS, _LENGTH, _WAYS, _RANK = 8, 5, 64, 5, 8
 _QUESTIONS, _CHOICES, _CHOICE_STEPS = 8, 4, 3
-_WORDS = 12  # of a text that `fast_adapt_model` reads
+_WORDS = 12  # words per text for `fast_adapt_model`
 
 
 def run(rounds: int, model: str | None) -> dict[str, Any]:
-    """Memory of MAML over adapters of an encoder of MiniLM's sizes and of a decoder of SmolLM2-135M's, which answers
-    questions with choices; seconds to adapt the encoder in folder `model`."""
+    """Measures the memory of MAML over adapters and the time to adapt the encoder in folder `model`.
+
+    The memory is that of an encoder with the sizes of MiniLM, and of a decoder with the sizes of SmolLM2-135M that
+    answers multiple-choice questions.
+    """
     figures = {"memory": _memory(min(rounds, 3)), "choices": _choices(min(rounds, 3))}
     if model is None:
         print("fast_adapt_model: left out, --model names no folder of weights")
@@ -40,7 +43,7 @@ def run(rounds: int, model: str | None) -> dict[str, Any]:
 
 
 def _memory(rounds: int) -> dict[str, Any]:
-    """MAML where blocks are recomputed in two ways."""
+    """Compares MAML with two ways to recompute blocks."""
     import metajax
 
     print(f"{_TASKS} tasks of {_WAYS} support and {_WAYS} query texts of {_LENGTH} tokens, {_STEPS} inner steps over ")
@@ -57,7 +60,10 @@ def _memory(rounds: int) -> dict[str, Any]:
 
 
 def _choices(rounds: int) -> dict[str, Any]:
-    """First-order MAML of a decoder over questions with choices, whose logits are of all tokens or of one question."""
+    """Compares first-order MAML of a decoder on multiple-choice questions, with and without `remat`.
+
+    The logits are those of all tokens, or those of one question at a time.
+    """
     import metajax
 
     print(f"a task of {_QUESTIONS} support and {_QUESTIONS} query questions, {_CHOICES} choices of {_LENGTH} tokens,")
@@ -87,7 +93,7 @@ def _outer(model: Any, estimator: str, steps: int, where: str) -> Any:
 
 
 def _examples(seed: int, count: int, choices: tuple[int, ...], vocab: int, *, tasks: int = _TASKS) -> Any:
-    """Texts of `_LENGTH` tokens, or questions whose choices are the second half of these."""
+    """Returns texts of `_LENGTH` tokens, or questions whose choices are the second half of these tokens."""
     import numpy as np
 
     import metajax
@@ -105,7 +111,7 @@ def _examples(seed: int, count: int, choices: tuple[int, ...], vocab: int, *, ta
 
 
 def _compare(outers: dict[str, Any], batch: Any, rounds: int, *, timed: list[str]) -> dict[str, Any]:
-    """Bytes as the compiler counts them, the first over the others, and median seconds of a step of those `timed`."""
+    """Compares bytes reported by the compiler, relative to the first program, and median seconds of a `timed` step."""
     import jax
 
     figures: dict[str, Any] = {}
@@ -136,7 +142,7 @@ def _compare(outers: dict[str, Any], batch: Any, rounds: int, *, timed: list[str
 
 
 def _fast_adapt(rounds: int, path: str) -> dict[str, Any]:
-    """Seconds of `fast_adapt_model`, 5-way 5-shot, 10 steps, each time on a task of other texts and labels."""
+    """Times `fast_adapt_model`, 5-way 5-shot, 10 steps, each time on a task with other texts and labels."""
     import numpy as np
 
     import metajax

@@ -1,4 +1,4 @@
-"""The figures of the input pipeline: `python -m experiments.benchmark data`."""
+"""Benchmark of the input pipeline: `python -m experiments.benchmark data`."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from typing import Any
 
 import numpy as np
 
-_SECONDS = 3.0  # of one measurement of throughput
-_STEPS, _PAIRS = 60, 10  # meta steps of one measurement, and how often the variants take turns
-_T = 2.262  # of Student's distribution with 9 degrees of freedom, 97.5 %
+_SECONDS = 3.0  # seconds of one throughput measurement
+_STEPS, _PAIRS = 60, 10  # meta steps of one measurement, and number of turns of each variant
+_T = 2.262  # 97.5 % quantile of Student's distribution with 9 degrees of freedom
 
 
 def run(rounds: int) -> dict[str, Any]:
-    """Throughput, the cost of a start, training beside constant data, and memory."""
+    """Measures throughput, startup time, memory, and training time relative to constant data."""
     figures = {"throughput": _throughput(), "start": _start(rounds), "memory": _memory(), "training": _training()}
     print(flush=True)
     return figures
 
 
 def _omniglot() -> Any:
-    """Arrays of the size of Omniglot's training set with rotations: 4112 classes of 20 images, 64 MB."""
+    """Returns arrays of the size of Omniglot's training set with rotations: 4112 classes of 20 images, 64 MB."""
     import metajax
 
     rng = np.random.default_rng(0)
@@ -39,7 +39,7 @@ def _omniglot() -> Any:
 
 
 def _throughput(batch: int = 32) -> dict[str, float]:
-    """Episodes a second, 5-way 1-shot 15-query, in batches."""
+    """Measures episodes per second, 5-way 1-shot 15-query, in batches."""
     import metajax
 
     source, spec = _omniglot(), metajax.data.EpisodeSpec()
@@ -59,7 +59,7 @@ def _throughput(batch: int = 32) -> dict[str, float]:
     for _ in range(5):
         for name, make in variants.items():
             stream = make()
-            next(stream)  # what it takes to start
+            next(stream)  # excludes the startup time
             count, begin = 0, time.perf_counter()
             while time.perf_counter() - begin < _SECONDS:
                 next(stream)
@@ -74,18 +74,18 @@ def _throughput(batch: int = 32) -> dict[str, float]:
 
 
 def _numpy_batches(source: Any, batch: int) -> Iterator[tuple[np.ndarray, ...]]:
-    """The shortest correct sampler: a loop over tasks and their classes."""
+    """Yields batches of the shortest correct sampler: a loop over tasks and their classes."""
     rng, members, images = np.random.default_rng(0), source.members, source.inputs
     while True:
         rows = np.empty([batch, 5, 16], np.int64)
         for task in rows:
             for way, label in enumerate(rng.choice(len(members), 5, replace=False)):
-                task[way] = rng.permutation(members[label])[:16]  # faster here than choice
+                task[way] = rng.permutation(members[label])[:16]  # faster than choice here
         yield images[rows[:, :, :1]], images[rows[:, :, 1:]]
 
 
 def _loader_batches(source: Any, batch: int, workers: int) -> Iterator[Any]:
-    """PyTorch's DataLoader with an N-way K-shot batch sampler, as the few-shot libraries for it have."""
+    """Yields batches of a PyTorch DataLoader with an N-way K-shot batch sampler, as in PyTorch few-shot libraries."""
     import torch
 
     labels = torch.from_numpy(source.labels.astype(np.int64))
@@ -112,7 +112,7 @@ def _loader_batches(source: Any, batch: int, workers: int) -> Iterator[Any]:
 
 
 def _start(rounds: int) -> dict[str, float]:
-    """Seconds to make a stream and take its first batch, from its beginning and from far away."""
+    """Measures the seconds to create a stream and take its first batch, from the beginning and from a far position."""
     import metajax
 
     source, seconds = metajax.data.glyphs(), {0: [], 10_000_000: []}  # type: ignore[var-annotated]
@@ -147,7 +147,7 @@ print(json.dumps({"set": source.inputs.nbytes, "kept": source.inputs.kept_bytes,
 
 
 def _memory() -> dict[str, int]:
-    """Resident memory while a folder of three times the cache is streamed in another process."""
+    """Measures resident memory in another process that streams a folder three times as large as the cache."""
     from PIL import Image
 
     rng = np.random.default_rng(0)
@@ -166,15 +166,14 @@ def _memory() -> dict[str, int]:
 
 
 def _training() -> dict[str, dict[str, float]]:
-    """The default job with the pipeline, and with the device sampler, beside one constant batch."""
+    """Times the default job with the pipeline and with the device sampler, relative to one constant batch."""
     import jax
 
     import metajax
-    from experiments import _job
     from experiments.configs import prototypical_glyphs
+    from metajax import run
 
-    config = prototypical_glyphs.get_config()
-    job = _job.open_job(config)
+    job = run.open_job(run.complete(prototypical_glyphs.get_config()))
     stream, outer = job.stream(0), job.outer
     batch = next(stream)
     data, sample = metajax.data.device_sampler(job.train, job.experiment.train_spec)
@@ -184,7 +183,7 @@ def _training() -> dict[str, dict[str, float]]:
         "constant batch": lambda state: fit(outer, state, itertools.repeat(batch), steps=_STEPS),
         "pipeline": lambda state: fit(outer, state, stream, steps=_STEPS),
         "device sampler": lambda state: metajax.training.fit_on_device(
-            outer, state, data, sample, batch=config.outer.meta_batch, steps=_STEPS, chunk=20
+            outer, state, data, sample, batch=job.config.training.meta_batch, steps=_STEPS, chunk=20
         ),
     }
     seconds: dict[str, list[float]] = {name: [] for name in variants}

@@ -1,4 +1,4 @@
-"""The figures of the estimators: `python -m experiments.benchmark hypergrad`."""
+"""Benchmark of the hypergradient estimators: `python -m experiments.benchmark hypergrad`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import statistics
 import time
 from typing import Any, NamedTuple
 
-_LONG = 64  # inner steps of the check that compilation does not grow
+_LONG = 64  # inner steps for the check that compilation time does not grow
 
 
 class _Sizes(NamedTuple):
-    """Of the decoder; on an accelerator it computes in bfloat16 over float32 parameters."""
+    """Sizes of the decoder. With `narrow` (on an accelerator) it computes in bfloat16 with float32 parameters."""
 
     width: int
     depth: int
@@ -25,12 +25,12 @@ _CPU, _ACCELERATOR = _Sizes(256, 6, 8, 256, False), _Sizes(1024, 12, 16, 1024, T
 
 
 def run(rounds: int) -> dict[str, Any]:
-    """Memory and time of the exact estimators on a decoder, and their bias on Conv4."""
+    """Measures memory and time of the exact estimators on a decoder, and the bias of all estimators on Conv4."""
     return {"decoder": _decoder(rounds), "conv4": _conv4()}
 
 
 def _decoder_task(steps: int, *, remat: bool) -> tuple[Any, Any]:
-    """A decoder with Adam inside, and one task of 4 texts; 5 million parameters and 256 tokens on the CPU."""
+    """Returns a decoder that adapts with Adam, and one task of 4 texts; 5 million parameters, 256 tokens on the CPU."""
     import jax
     import optax
 
@@ -47,11 +47,11 @@ def _decoder_task(steps: int, *, remat: bool) -> tuple[Any, Any]:
 
 
 def _variants() -> dict[str, tuple[bool, Any]]:
-    """Whether the blocks of the model are recomputed, and the estimator."""
+    """Returns, for each variant, whether the blocks of the model are recomputed, and the estimator."""
     from metajax import hypergrad
 
     return {
-        "unrolled": (False, hypergrad.unrolled()),  # what a user writes: jax.grad through lax.scan
+        "unrolled": (False, hypergrad.unrolled()),  # what a user would write: jax.grad through lax.scan
         "unrolled, remat": (True, hypergrad.unrolled(remat=True)),
         "mixed mode, states kept": (True, hypergrad.mixed_mode(every=1)),
         "mixed mode": (True, hypergrad.mixed_mode()),
@@ -76,7 +76,7 @@ def _decoder(rounds: int) -> dict[str, Any]:
     import jax
     import numpy as np
 
-    jax.config.update("jax_enable_compilation_cache", False)  # seconds of compilation are a figure here
+    jax.config.update("jax_enable_compilation_cache", False)  # compilation time is measured here
     figures: dict[str, Any] = {}
     one_copy = 0
     for steps in (4, 8):
@@ -119,7 +119,7 @@ def _decoder(rounds: int) -> dict[str, Any]:
 
 
 def _conv4() -> dict[str, Any]:
-    """Bias and cost of every estimator on Conv4, 5-way 1-shot, 5 inner steps."""
+    """Measures bias and cost of every estimator on Conv4, 5-way 1-shot, 5 inner steps."""
     import optax
 
     import metajax

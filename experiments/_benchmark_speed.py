@@ -1,6 +1,7 @@
-"""The figures of the Conv4 meta step and of adaptation, beside the peers: `python -m experiments.benchmark speed`.
+"""Benchmark of the Conv4 meta step and of adaptation against other libraries: `python -m experiments.benchmark speed`.
 
-Each variant is a process of its own (`_speed_worker`). First all must agree in float64; then they take turns.
+Each variant runs in its own process (`_speed_worker`). First all variants must agree in float64. Then they are timed in
+turns.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ JOBS = {
     "conv4_step": ("metajax mixed mode", "metajax unrolled", "jax by hand", *_PEERS),
     "adapt": ("metajax", "jax by hand", "PyTorch loop", "higher", "torchopt"),
 }
-_REFERENCE = {"conv4_step": "metajax unrolled", "adapt": "metajax"}  # what the others are compared to; it counts FLOPs
+_REFERENCE = {"conv4_step": "metajax unrolled", "adapt": "metajax"}  # reference for errors and FLOPs
 _STEPS, _RATE, _CHECKED_RATE, _TOLERANCE = 5, 0.1, 0.01, 1e-6
-_START = 300.0  # seconds to import and compile
-_PAUSE = 0.3  # PyTorch's threads spin for a while after a call
-_LONG = 20.0  # seconds: what takes as long is called once and not again
-_CALL = 0.2  # seconds that a timed turn takes at least
+_START = 300.0  # maximum seconds to import and compile
+_PAUSE = 0.3  # seconds between calls, because PyTorch's threads spin for a while after a call
+_LONG = 20.0  # seconds; variants with calls at least this long are called only once
+_CALL = 0.2  # minimum seconds of a timed turn
 
 
 class Failed(Exception):
-    """A worker that gave no answer; the text is the reason."""
+    """Raised if a worker does not answer. The text is the reason."""
 
 
 class Worker:
@@ -57,10 +58,10 @@ class Worker:
         )  # fmt: skip
 
     def ask(self, limit: float, do: str, **arguments: Any) -> dict[str, Any]:
-        """Sends a request and waits for its answer, at most `limit` seconds."""
+        """Sends a request and waits for the answer for at most `limit` seconds."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # it has died, and the end of its output tells
+        with contextlib.suppress(BrokenPipeError):  # the worker has died; the end of its output is handled below
             self._process.stdin.write(json.dumps({"do": do, **arguments}).encode() + b"\n")
         if not select.select([self._process.stdout], [], [], limit)[0]:
             raise Failed(f"{do}: more than {limit:g} s")
@@ -76,7 +77,7 @@ class Worker:
         return lines[-1] if lines else f"exit status {status}"
 
     def close(self) -> None:
-        """Ends the process, whatever it does."""
+        """Kills the process."""
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout, self._errors):
@@ -85,7 +86,7 @@ class Worker:
 
 
 def run(rounds: int, tasks: int | None, limit: float) -> dict[str, Any]:
-    """Both jobs: checked, timed and printed. `tasks` None means 16, or 32 on an accelerator."""
+    """Checks, times and prints both jobs. If `tasks` is None, it is 16, or 32 on an accelerator."""
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         checks = {job: check(folder, job, _speed_job.draw(1), limit) for job in JOBS}
@@ -113,7 +114,7 @@ def run(rounds: int, tasks: int | None, limit: float) -> dict[str, Any]:
 def check(
     folder: pathlib.Path, job: str, inputs: _speed_job.Inputs, limit: float, variants: tuple[str, ...] | None = None
 ) -> tuple[dict[str, float], dict[str, str], dict[str, Any]]:
-    """Relative errors to the reference, in float64 at a small rate; what is left out and why; what workers told."""
+    """Returns relative errors to the reference in float64 at a small rate, skipped variants with reasons, and facts."""
     path, results = folder / "checked.npz", {}
     _speed_job.write(path, inputs)
     errors: dict[str, float] = {}
@@ -142,7 +143,7 @@ def check(
 
 
 def relative_error(found: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> float:
-    """Norm of the difference over the norm of the reference, all arrays together."""
+    """Returns the norm of the difference divided by the norm of the reference, over all arrays together."""
     squared = sum(float(np.sum((found[name] - value) ** 2)) for name, value in reference.items())
     return (squared / sum(float(np.sum(value**2)) for value in reference.values())) ** 0.5
 
@@ -151,7 +152,7 @@ def _timed(
     folder: pathlib.Path, job: str, inputs: pathlib.Path, errors: dict[str, float], left_out: dict[str, str],
     rounds: int, limit: float,
 ) -> dict[str, Any]:  # fmt: skip
-    """Turns of the variants that agreed: in each, a call that is not timed and one that is."""
+    """Times the variants that agree, in turns. Each turn has an untimed and a timed call."""
     seconds: dict[str, list[float]] = {}
     facts: dict[str, dict[str, Any]] = {}
     gflops: dict[str, float] = {}
@@ -163,7 +164,7 @@ def _timed(
             stack.callback(worker.close)
             with _left_out(workers, left_out, name):
                 facts[name] = worker.ask(_START, "compile")
-        for turn in range(1 + rounds):  # the first warms up: twice, as no turn is timed before its second call
+        for turn in range(1 + rounds):  # the first turn is a warm-up, and each turn starts with an untimed call
             for name in [name for name in workers if min(seconds.get(name, [0.0])) < _LONG]:
                 with _left_out(workers, left_out, name):
                     found = _turn(workers[name], limit)
@@ -172,7 +173,7 @@ def _timed(
                         seconds.setdefault(name, []).append(found["seconds"])
                         facts[name]["peak_bytes"] = found["peak_bytes"]
         for name in list(workers):
-            with _left_out({}, {}, name):  # a figure less, and the variant stays
+            with _left_out({}, {}, name):  # after a failure the variant stays, without this figure
                 time.sleep(_PAUSE)
                 gflops[name] = workers[name].ask(_START, "matmul")["gflops"]
     medians = {name: statistics.median(times) for name, times in seconds.items() if name not in left_out}
@@ -187,7 +188,7 @@ def _turn(worker: Worker, limit: float) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _left_out(workers: dict[str, Worker], left_out: dict[str, str], name: str) -> Iterator[None]:
-    """Takes a worker that fails out of `workers`, ends it, and notes why."""
+    """Removes a worker that fails from `workers`, closes it, and records the reason."""
     try:
         yield
     except Failed as reason:
@@ -199,7 +200,7 @@ def _left_out(workers: dict[str, Worker], left_out: dict[str, str], name: str) -
 def summary(
     job: str, found: dict[str, Any], errors: dict[str, float], tasks: int, peak: float | None
 ) -> dict[str, Any]:
-    """The figures of one job from what was measured; `peak` in GFLOP/s."""
+    """Computes the figures of one job from the measurements. `peak` is in GFLOP/s."""
     seconds, facts = found["seconds"], found["facts"]
     fastest = min((seconds[name] for name in _PEERS if name in seconds), default=None)
     flops = facts.get(_REFERENCE[job], {}).get("flops")
@@ -221,7 +222,7 @@ def summary(
 
 
 def report(figures: dict[str, Any]) -> str:
-    """The tables."""
+    """Formats the tables."""
     versions = ", ".join(f"{name} {version}" for name, version in figures["versions"].items())
     lines = [f"device: {figures['device']}; {versions}"]
     if figures["matmul_peak_gflops"]:

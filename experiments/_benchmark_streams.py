@@ -1,4 +1,4 @@
-"""Streams and a frozen base: `python -m experiments.benchmark streams` and `python -m experiments.benchmark base`."""
+"""Benchmarks of streams and a frozen base: `python -m experiments.benchmark streams` and `... benchmark base`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import time
 from typing import Any
 
 _CHUNKS, _LENGTH, _VOCAB = 16, 64, 512
-_RANK, _TOKENS = 4, 32  # of the adapters over the base, and of their texts
+_RANK, _TOKENS = 4, 32  # rank of the adapters on the base, and tokens per text
 
 
 def streams(rounds: int) -> dict[str, Any]:
-    """Memory and time of the exact estimators on a decoder that learns from a text while it reads it.
+    """Measures memory and time of exact and first-order estimators on a decoder that learns from a text as it reads it.
 
-    Each of 16 inner steps sees the next 64 tokens of a text, is scored on them and then learns from them; the objective
-    is the mean of the scores (dynamic evaluation, test-time training).
+    Each of the 16 inner steps takes the next 64 tokens of a text, is scored on them, and then learns from them. The
+    objective is the mean of the scores (dynamic evaluation, test-time training).
     """
     import jax
     import numpy as np
@@ -25,7 +25,7 @@ def streams(rounds: int) -> dict[str, Any]:
     from metajax import hypergrad
 
     estimators = {
-        "unrolled": (False, hypergrad.unrolled()),  # what a user writes: jax.grad through lax.scan
+        "unrolled": (False, hypergrad.unrolled()),  # what a user would write: jax.grad through lax.scan
         "unrolled, remat": (True, hypergrad.unrolled(remat=True)),
         "mixed mode": (True, hypergrad.mixed_mode()),
         "first order": (True, hypergrad.first_order()),
@@ -58,7 +58,7 @@ def streams(rounds: int) -> dict[str, Any]:
 
 
 def _reader(*, remat: bool) -> tuple[Any, Any, Any]:
-    """The learner, its parameters and one text."""
+    """Returns the learner, its parameters and one text."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -76,7 +76,7 @@ def _reader(*, remat: bool) -> tuple[Any, Any, Any]:
         num_steps=_CHUNKS, finalize=lambda params, meta, support, key: params,
         stream=lambda meta, support, key: support.inputs,
     )  # fmt: skip
-    learner = metajax.bilevel(problem, init=model.init, objective="prequential")
+    learner = metajax.learners.bilevel(problem, init=model.init, objective="prequential")
     text = jax.random.randint(jax.random.key(0), [_CHUNKS * _LENGTH + 1], 0, _VOCAB)
     chunks = {"tokens": text[:-1].reshape(_CHUNKS, 1, _LENGTH), "next": text[1:].reshape(_CHUNKS, 1, _LENGTH)}
     support = metajax.Examples(chunks, None, jnp.ones(_CHUNKS, bool))
@@ -86,7 +86,7 @@ def _reader(*, remat: bool) -> tuple[Any, Any, Any]:
 
 
 def base() -> dict[str, Any]:
-    """What a frozen base of 400 MB costs beside itself, in processes of their own."""
+    """Measures the cost of a frozen base of 400 MB in addition to its own size, in separate processes."""
     found = {}
     for millions in (1, 100):
         command = [sys.executable, "-m", "experiments._benchmark_streams", str(millions)]
@@ -106,9 +106,9 @@ def base() -> dict[str, Any]:
 
 
 def _measure(millions: int) -> dict[str, int]:
-    """Bytes of a meta step over a base of so many million parameters, after a warm-up step.
+    """Returns the bytes of a meta step with a base of `millions` million parameters, after a warm-up step.
 
-    What malloc keeps of the compilation, which does not grow with the base, is given back before that step.
+    Memory that malloc keeps from the compilation, which does not grow with the base, is released before that step.
     """
     import ctypes
     import gc

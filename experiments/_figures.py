@@ -1,4 +1,4 @@
-"""What figures over several seeds share: a mean, and its 95 % interval."""
+"""Means and 95 % intervals for figures over several seeds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def interval(values: Any) -> tuple[Any, Any]:
-    """The means of `[seeds, n]` and the half widths of their intervals, both `[n]`."""
+    """Returns the means of `[seeds, n]` and the half widths of their intervals, both `[n]`."""
     import numpy as np
 
     return values.mean(0), 1.96 * values.std(0, ddof=1) / np.sqrt(len(values))

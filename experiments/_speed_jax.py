@@ -1,4 +1,4 @@
-"""The JAX variants of the `speed` benchmark: this project, and what a user writes by hand."""
+"""The JAX variants of the `speed` benchmark: this project, and plain JAX written by hand."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from experiments import _launch
 from experiments._speed_job import Job, Variant
+from metajax import run
 
 
 def variant(job: Job) -> Variant:
-    """The variant that the job names."""
+    """Returns the variant named by the job."""
     ours = job.variant.startswith("metajax")
     if ours:
-        _launch.prepare(host_devices=None if job.job == "conv4_step" else 1)
+        run.prepare(host_devices=None if job.job == "conv4_step" else 1)
     import jax
 
     make = {"conv4_step": _meta_step if ours else _meta_step_by_hand, "adapt": _adapt if ours else _adapt_by_hand}
@@ -33,7 +33,10 @@ def variant(job: Job) -> Variant:
 
 
 def stepper(outer: Any, state: Any, episodes: Any) -> tuple[Callable[[], None], dict[str, Any]]:
-    """Compiles the meta step from `state` on; each call takes one more. Its temporaries are those of all devices."""
+    """Compiles the meta step and returns a call that takes one more step, starting from `state`, and facts about it.
+
+    The temporaries are summed over all devices.
+    """
     import jax
 
     program = jax.jit(outer.update, donate_argnums=0).lower(state, episodes).compile()
@@ -66,7 +69,7 @@ def _meta_step(job: Job) -> tuple[Any, Any]:
     def compiled() -> tuple[Callable[[], None], dict[str, Any]]:
         tasks = len(episodes.query.targets)
         devices = jax.local_devices()[: math.gcd(tasks, jax.local_device_count())]
-        if devices[0].platform != "cpu":  # one, as the peers have
+        if devices[0].platform != "cpu":  # one device, as for the peers
             devices = devices[:1]
         outer = metajax.outer_update(learner, optax.adam(1e-3), hypergrad=estimator, before=False)
         if devices[1:]:
@@ -136,7 +139,7 @@ def _flops(function: Callable[..., Any], *arguments: Any) -> float:
 
 
 def _program(function: Any, *arguments: Any) -> tuple[Callable[[], None], dict[str, Any]]:
-    """A call of a jitted function that keeps nothing from call to call."""
+    """Compiles a jitted function and returns a call of it without state, and facts about it."""
     import jax
 
     program = function.lower(*arguments).compile()
@@ -156,7 +159,7 @@ def _matmul(size: int) -> Callable[[int], None]:
     return call
 
 
-# By hand: the plainest JAX that does the same.
+# By hand: the simplest JAX code for the same job.
 
 
 def _forward(params: dict[str, Any], images: Any) -> Any:

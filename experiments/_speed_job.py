@@ -1,5 +1,4 @@
-"""What the variants of the `speed` benchmark share: the job, its numbers in a file that any framework reads, and their
-interface."""
+"""The job of the `speed` benchmark, the interface of its variants, and the file of inputs that all frameworks read."""
 
 from __future__ import annotations
 
@@ -16,10 +15,10 @@ class Inputs(NamedTuple):
     """Parameters and tasks.
 
     Attributes:
-      params: of Conv4, in the names and layouts of `metajax.models.conv4`: `block_0/kernel` `[3, 3, c_in, c_out]`,
-        `block_0/norm/scale`, `block_0/norm/bias`, and so on, `head/kernel` `[width, ways]`, `head/bias`.
+      params: Conv4 parameters, with the names and layouts of `metajax.models.conv4`: `block_0/kernel` `[3, 3, c_in,
+        c_out]`, `block_0/norm/scale`, `block_0/norm/bias`, and so on, `head/kernel` `[width, ways]`, `head/bias`.
       support: images `[tasks, ways * shots, side, side, 1]` and labels `[tasks, ways * shots]`.
-      query: the same, to judge.
+      query: the same for the query sets.
     """
 
     params: dict[str, np.ndarray]
@@ -28,15 +27,15 @@ class Inputs(NamedTuple):
 
 
 class Job(NamedTuple):
-    """What a variant is asked to compute.
+    """The job that a variant computes.
 
     Attributes:
-      variant: its name.
-      job: "conv4_step", a meta step over all tasks, or "adapt", the adaptation to the first one.
+      variant: name of the variant.
+      job: "conv4_step", a meta step over all tasks, or "adapt", the adaptation to the first task.
       inputs: parameters and tasks.
       dtype: "float32" or "float64".
-      steps: inner SGD steps.
-      rate: of the inner steps.
+      steps: number of inner SGD steps.
+      rate: learning rate of the inner steps.
     """
 
     variant: str
@@ -48,15 +47,15 @@ class Job(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """How a framework does a job.
+    """The implementation of a job in a framework.
 
     Attributes:
-      compile: makes ready, and returns the timed call (which waits for its results) with facts about it.
-      checked: arrays by name, in the layout of the inputs, that all variants must agree in: the hypergradient of
-        the mean query loss, or what adaptation adds to the parameters.
+      compile: compiles the job and returns the timed call (which waits for its results) with facts about it.
+      checked: returns arrays by name, in the layout of the inputs, in which all variants must agree: the hypergradient
+        of the mean query loss, or the change of the parameters by adaptation.
       matmul: `size -> call`, where `call(n)` multiplies two float32 matrices `n` times and waits.
       about: versions, device, and whether the device is an accelerator.
-      device_memory: peak bytes on an accelerator, or None where there is none.
+      device_memory: returns the peak bytes on an accelerator, or None without one.
     """
 
     compile: Callable[[], tuple[Callable[[], None], dict[str, Any]]]
@@ -67,7 +66,7 @@ class Variant(NamedTuple):
 
 
 def draw(tasks: int, *, width: int = 64, side: int = 28, ways: int = 5, shots: int = 1, queries: int = 15) -> Inputs:
-    """Random images; kernels of Glorot's variance. The four poolings must leave one pixel."""
+    """Draws random images, and kernels with Glorot variance. `side` must leave one pixel after the four poolings."""
     rng = np.random.default_rng(0)
 
     def kernel(*shape: int) -> np.ndarray:
@@ -89,13 +88,13 @@ def draw(tasks: int, *, width: int = 64, side: int = 28, ways: int = 5, shots: i
 
 
 def write(path: pathlib.Path, inputs: Inputs) -> None:
-    """Writes the arrays; `read` is the inverse."""
+    """Writes the arrays to a file that `read` reads."""
     images = {f"{part}/{index}": getattr(inputs, part)[index] for part in ("support", "query") for index in (0, 1)}
     np.savez(path, **images, **{f"params/{name}": value for name, value in inputs.params.items()})  # type: ignore[arg-type]
 
 
 def read(path: str, dtype: str) -> Inputs:
-    """Reads the arrays, floats as `dtype`."""
+    """Reads the arrays and casts float32 arrays to `dtype`."""
 
     def cast(value: np.ndarray) -> np.ndarray:
         return value.astype(dtype) if value.dtype == np.float32 else value

@@ -1,9 +1,9 @@
-"""One variant of the `speed` benchmark, in a process of its own.
+"""Runs one variant of the `speed` benchmark in its own process.
 
     python -m experiments._speed_worker '{"variant": "higher", "job": "adapt", "inputs": PATH.npz, ...}'
 
-Requests and answers are lines of JSON on standard input and output; between requests it waits, blocked. Threads of one
-framework, its allocator and its peak memory are therefore its own.
+Requests and answers are lines of JSON on standard input and output. Between requests the process blocks. Each framework
+therefore has its own threads, allocator and peak memory.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MODULES = {
 
 
 class _Server:
-    """The requests, one method each."""
+    """Handles requests, with one method for each."""
 
     def __init__(self, variant: _speed_job.Variant):
         self.variant = variant
@@ -40,7 +40,7 @@ class _Server:
         return {**facts, **self.variant.about}
 
     def call(self, seconds: float) -> dict[str, Any]:
-        """Median of the calls that begin within `seconds`: one of a slow job, several of a quick one."""
+        """Returns the median time of calls until `seconds` are spent: one call of a slow job, several of a fast one."""
         taken = [_seconds(self.timed)]
         while sum(taken) < seconds:
             taken.append(_seconds(self.timed))
@@ -67,12 +67,12 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 
 def _resident() -> int:
-    """The most memory that this process has held, in bytes."""
+    """Returns the peak resident memory of this process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _answers() -> TextIO:
-    """Standard output, for answers alone: whatever else a library prints goes to standard error."""
+    """Returns standard output for answers only, and redirects other output of libraries to standard error."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return answers

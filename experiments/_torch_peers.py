@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from experiments._speed_job import Job, Variant
 
 _Params = list[torch.nn.Parameter]
-_Task = tuple[torch.Tensor, ...]  # images and labels to adapt to, images and labels to judge by
+_Task = tuple[torch.Tensor, ...]  # support images and labels, query images and labels
 
 
 def variant(job: Job) -> Variant:
-    """The variant that the job names."""
+    """Returns the variant named by the job."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     params = [torch.nn.Parameter(value.to(device)) for value in _from_named(job.inputs.params)]
@@ -43,7 +43,7 @@ def variant(job: Job) -> Variant:
 
 
 def _from_named(params: dict[str, np.ndarray]) -> list[torch.Tensor]:
-    """The parameters in the order and layout of `_forward`."""
+    """Returns the parameters in the order and layout of `_forward`."""
     return [torch.tensor(value.transpose(_to_torch(value.ndim)).copy()) for value in map(params.__getitem__, _NAMES)]
 
 
@@ -55,7 +55,7 @@ def _to_named(values: Any) -> dict[str, np.ndarray]:
 
 
 def _to_torch(dimensions: int) -> tuple[int, ...]:
-    """Kernels have their inputs before their outputs in JAX, and outputs first here."""
+    """Returns the axis order of kernels: in JAX inputs come before outputs, in PyTorch outputs come first."""
     return (3, 2, 0, 1) if dimensions == 4 else tuple(reversed(range(dimensions)))
 
 
@@ -64,7 +64,7 @@ _NAMES += ["head/kernel", "head/bias"]
 
 
 def _columns(job: Job) -> list[torch.Tensor]:
-    """Support images and labels, query images and labels, each of all tasks."""
+    """Returns support images and labels and query images and labels, each for all tasks."""
     columns = []
     for images, labels in (job.inputs.support, job.inputs.query):
         columns += [torch.tensor(np.moveaxis(images, -1, -3).copy()), torch.tensor(labels.astype(np.int64))]
@@ -76,7 +76,7 @@ def _fused_norm(values: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -
 
 
 def _plain_norm(values: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """The same of elementary operations: under vmap the second derivative of the fused one is wrong (PyTorch 2.13)."""
+    """Batch norm from elementary operations. Under vmap, the fused second derivative is wrong (PyTorch 2.13)."""
     variance, mean = torch.var_mean(values, (0, 2, 3), correction=0, keepdim=True)
     return (values - mean) * torch.rsqrt(variance + 1e-5) * scale[:, None, None] + bias[:, None, None]
 
@@ -95,7 +95,7 @@ def _loss(params: Any, images: torch.Tensor, labels: torch.Tensor, norm: Any = _
 
 
 def _meta_step(job: Job, params: _Params, columns: list[torch.Tensor]) -> tuple[Any, Any]:
-    """One step of Adam along the gradient of the mean query loss, and that gradient."""
+    """Returns a call for one Adam step on the mean query loss, and a function that returns its gradient."""
     backward = _vmapped(job, params, columns) if job.variant == "torch.func vmap" else _looped(job, params, columns)
     optimizer = torch.optim.Adam(params, 1e-3)
 
@@ -124,7 +124,7 @@ def _looped(job: Job, params: _Params, columns: list[torch.Tensor]) -> Callable[
 
 
 def _vmapped(job: Job, params: _Params, columns: list[torch.Tensor]) -> Callable[[], None]:
-    """By torch.func: the gradient of the inner loss, vmapped over tasks."""
+    """Uses torch.func: the gradient of the inner loss, vmapped over tasks."""
     loss = functools.partial(_loss, norm=_plain_norm)
     inner = torch.func.grad(loss)
 
@@ -152,7 +152,7 @@ def _task_loss(job: Job, params: _Params) -> Callable[[_Task], torch.Tensor]:
 
 
 class _Conv4(torch.nn.Module):
-    """The parameters as a module, for what wants one."""
+    """The parameters as a module, for libraries that require one."""
 
     def __init__(self, params: _Params):
         super().__init__()
@@ -194,7 +194,7 @@ def _task_loss_of_torchopt(job: Job, params: _Params) -> Callable[[_Task], torch
 
 
 def _adapt(job: Job, params: _Params, columns: list[torch.Tensor]) -> tuple[Any, Any]:
-    """The adaptation to the first task, to first order, and what it adds to the parameters."""
+    """Returns a call that adapts to the first task, without second-order graph, and the change of the parameters."""
     images, labels, *_ = (column[0] for column in columns)
     make = {"PyTorch loop": _adapted, "higher": _adapted_by_higher, "torchopt": _adapted_by_torchopt}
     adapt = make[job.variant](job, params, images, labels)

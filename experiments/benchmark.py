@@ -1,4 +1,4 @@
-"""Benchmarks: what the figures in the README come from.
+"""Benchmarks for the figures in the README.
 
     python -m experiments.benchmark speed       # the Conv4 meta step and adaptation, beside peers (extra `bench`)
     python -m experiments.benchmark hypergrad   # memory and time of the estimators on a decoder, their bias on Conv4
@@ -11,7 +11,8 @@
     python -m experiments.benchmark import      # seconds of `import metajax`
     python -m experiments.benchmark pixels      # nearest neighbour on the pixels of the default job's test episodes
 
-Machines are noisy: variants of one table take turns in one run, and medians are printed. `--json=PATH` writes them.
+The variants of a table take turns in one run, because machines are noisy, and medians are printed. `--json=PATH` writes
+the figures to a file.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any
 
 from absl import app, flags
 
-from experiments import _launch
+from metajax import run
 
 _JSON = flags.DEFINE_string("json", None, "Where to write the figures.")
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed rounds; each runs every variant once.")
@@ -38,7 +39,7 @@ _LIMIT = flags.DEFINE_float("limit", 120.0, "Seconds after which a call of one v
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the benchmark that is named first."""
+    """Runs the benchmark named by the first argument."""
     tables = {
         "speed": _speed, "hypergrad": _hypergrad, "streams": _streams, "base": _base, "adapters": _adapters,
         "batching": _batching, "data": _data, "checkpoints": _checkpoints, "import": _import, "pixels": _pixels,
@@ -53,7 +54,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _rounds(variants: dict[str, Callable[[], Any]], warm_up: int = 2) -> dict[str, float]:
-    """Median seconds of each variant, which take turns."""
+    """Returns the median seconds of each variant. The variants take turns."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for round_ in range(warm_up + _ROUNDS.value):
         for name, call in variants.items():
@@ -82,25 +83,24 @@ def _random_episodes(tasks: int, ways: int, shots: int, queries: int, shape: tup
 
 
 def _speed() -> dict[str, Any]:
-    """The Conv4 meta step and adaptation. JAX does not start in this process."""
+    """Runs the benchmark of the Conv4 meta step and adaptation. JAX does not start in this process."""
     from experiments import _benchmark_speed
 
     return _benchmark_speed.run(_ROUNDS.value, _TASKS.value, _LIMIT.value)
 
 
 def _checkpoints() -> dict[str, Any]:
-    """200 steps of the default job on one batch, with four checkpoints and without."""
-    _launch.prepare()
+    """Times 200 steps of the default job on one batch, with and without four checkpoints."""
+    run.prepare()
     import itertools
     import tempfile
 
     import jax
 
-    from experiments import _job
     from experiments.configs import prototypical_glyphs
     from metajax import training
 
-    job, steps = _job.open_job(prototypical_glyphs.get_config()), 200
+    job, steps = run.open_job(run.complete(prototypical_glyphs.get_config())), 200
     with tempfile.TemporaryDirectory() as folder, contextlib.closing(job.stream(0)) as stream:
         batch, folders = next(stream), itertools.count()
 
@@ -127,8 +127,8 @@ def _checkpoints() -> dict[str, Any]:
 
 
 def _batching() -> dict[str, Any]:
-    """Ways to batch tasks, on one device, for learners of different size."""
-    _launch.prepare(host_devices=1)
+    """Compares ways to batch tasks on one device, for learners of different sizes."""
+    run.prepare(host_devices=1)
     import jax
     import optax
 
@@ -183,46 +183,46 @@ def _regression_episodes(tasks: int) -> Any:
 
 
 def _hypergrad() -> dict[str, Any]:
-    """The estimators."""
-    _launch.prepare(host_devices=1)
+    """Runs the benchmark of the hypergradient estimators."""
+    run.prepare(host_devices=1)
     from experiments import _benchmark_hypergrad
 
     return _benchmark_hypergrad.run(_ROUNDS.value)
 
 
 def _streams() -> dict[str, Any]:
-    """Of `_benchmark_streams`."""
-    _launch.prepare()
+    """Runs the benchmark of streams."""
+    run.prepare()
     from experiments import _benchmark_streams
 
     return _benchmark_streams.streams(_ROUNDS.value)
 
 
 def _base() -> dict[str, Any]:
-    """Likewise."""
+    """Runs the benchmark of a frozen base."""
     from experiments import _benchmark_streams
 
     return _benchmark_streams.base()
 
 
 def _adapters() -> dict[str, Any]:
-    """Adapters of an encoder."""
-    _launch.prepare(host_devices=1)
+    """Runs the benchmark of adapters."""
+    run.prepare(host_devices=1)
     from experiments import _benchmark_adapters
 
     return _benchmark_adapters.run(_ROUNDS.value, _MODEL.value)
 
 
 def _data() -> dict[str, Any]:
-    """The input pipeline and the device sampler."""
-    _launch.prepare()
+    """Runs the benchmark of the input pipeline and the device sampler."""
+    run.prepare()
     from experiments import _benchmark_data
 
     return _benchmark_data.run(_ROUNDS.value)
 
 
 def _import() -> dict[str, Any]:
-    """Seconds of `import metajax` in a fresh interpreter."""
+    """Times `import metajax` in a new interpreter."""
     code = "import time; t = time.perf_counter(); import metajax; print(time.perf_counter() - t)"
 
     def once() -> float:
@@ -234,8 +234,8 @@ def _import() -> dict[str, Any]:
 
 
 def _pixels() -> dict[str, Any]:
-    """What a learner that learns nothing reaches: the class of the nearest support image, pixel by pixel."""
-    _launch.prepare()
+    """Evaluates a baseline without learning: the nearest class mean of the support images in pixel space."""
+    run.prepare()
     import metajax
 
     pixels = metajax.Model(lambda key, inputs: (), lambda params, inputs: inputs.reshape(len(inputs), -1) / 255.0)

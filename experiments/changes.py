@@ -1,12 +1,13 @@
-"""A stream of letters that changes without notice: adaptation to the steps since the last change that was found.
+"""Adaptation on a stream of letters that change without notice, with detection of the changes.
 
     python -m experiments.changes --out=runs/changes
 
-Each step brings one image of each of ten letters of scripts that were never trained on, to be named before the labels
-are told. Now and then other letters take their place. Prototypes are computed of the steps since the last change that
-Bayesian change-point detection believes in (after MOCA, Harrison et al. 2020), of the last M steps, or of those since
-the last change as if it was told. Prints accuracy, cumulative regret against being told, and how many steps it takes
-after a change until four of five letters are right again, over 10 streams, and draws `changes.png`.
+Each step brings one image of each of ten letters, from scripts that were not used in training. The learner classifies
+them before the labels are revealed. At random steps, the ten letters are replaced. Prototypes are computed from the
+steps since the last change according to Bayesian change-point detection (after MOCA, Harrison et al. 2020), from the
+last M steps, or from the steps since the true last change. Prints accuracy, cumulative regret against the true changes,
+and the number of steps after a change until four of five letters are classified correctly again, over 10 streams, and
+draws `changes.png`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import _launch
+from metajax import run
 
 _OUT = flags.DEFINE_string("out", "runs/changes", "Folder of the table and the figure.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of training, and of the first stream; the others count on from it.")
@@ -24,19 +25,18 @@ _SEEDS = flags.DEFINE_integer("seeds", 10, "Streams.")
 _STEPS = flags.DEFINE_integer("steps", 400, "Steps of a stream.")
 _TRAIN = flags.DEFINE_integer("train_steps", 300, "Meta steps of the prototypes, before the streams.")
 _WAYS, _LONGEST, _HAZARD, _WINDOWS = 10, 20, 0.03, (1, 5, 20)
-_LEVEL = 0.2  # an error that counts as recovered
-_AROUND = 10  # steps before and after a change that the figure shows
+_LEVEL = 0.2  # error at which the learner counts as recovered
+_AROUND = 10  # steps before and after a change that are shown in the figure
 _TOLD, _FOUND = "told when it changes", "change points"
 
 
 def main() -> int:
-    """Trains prototypes, follows each stream with each strategy, compares, draws."""
-    _launch.prepare(host_devices=1)
+    """Trains the prototypical network, runs each strategy on each stream, compares and draws them."""
+    run.prepare(host_devices=1)
     import numpy as np
 
     import metajax
     from experiments import _runs
-    from metajax import strategies
 
     out = _runs.out_folder(_OUT.value)
     _runs.require_seeds(_SEEDS.value, "steps", _STEPS.value, 4 * _AROUND)
@@ -47,16 +47,16 @@ def main() -> int:
             f"none of the {_SEEDS.value} streams has one"
         )
     embed = _trained()
-    # the streams are embedded once, so that the learner on them has nothing to compute but means
+    # the streams are embedded once, so the learner on them only computes means
     learner = metajax.learners.prototypical(
         metajax.Model(lambda key, x: (), lambda params, x: x), distance="cosine", ways=_WAYS
     )
     followers = {
-        _FOUND: strategies.change_points(
+        _FOUND: metajax.online.change_points(
             learner, longest=_LONGEST, hazard=_HAZARD, log_likelihood=lambda *pair: -metajax.core.cross_entropy(*pair)
         ),
         **{
-            f"the last {f'{window} steps' if window > 1 else 'step'}": strategies.recent(learner, window=window)
+            f"the last {f'{window} steps' if window > 1 else 'step'}": metajax.online.recent(learner, window=window)
             for window in _WINDOWS
         },
     }
@@ -78,8 +78,8 @@ def main() -> int:
     found: dict[str, Any] = {"seed": _SEED.value, "steps": _STEPS.value}
     for name in losses:
         accuracy = 100 * np.array(right[name]).mean(1)
-        regret = strategies.cumulative_regret(np.array(losses[name]), reference)[:, -1]
-        back = strategies.recovery_time(1 - curves[name], _AROUND, level=_LEVEL)
+        regret = metajax.online.cumulative_regret(np.array(losses[name]), reference)[:, -1]
+        back = metajax.online.recovery_time(1 - curves[name], _AROUND, level=_LEVEL)
         print(f"{name:24s}{_runs.told(accuracy, 2):>18s}{_runs.told(regret, 2):>20s}{back:18.0f}")
         found[name] = {
             "accuracy": accuracy.tolist(),
@@ -94,7 +94,7 @@ def main() -> int:
 
 
 def _trained() -> Any:
-    """A function from images to features, meta-trained on the letters of other scripts."""
+    """Returns a function from images to features, meta-trained on the letters of other scripts."""
     import jax
     import optax
 
@@ -116,7 +116,7 @@ def _trained() -> Any:
 
 
 def _begins(seed: int) -> list[int]:
-    """The steps at which a stream takes other letters, the first step included."""
+    """Returns the steps at which the letters of a stream change, including the first step."""
     import numpy as np
 
     changed = np.random.default_rng(seed).random(_STEPS.value - 1) < _HAZARD
@@ -124,7 +124,7 @@ def _begins(seed: int) -> list[int]:
 
 
 def _alone(begins: list[int]) -> list[int]:
-    """The changes that no other is near to."""
+    """Returns the changes with at least `_AROUND` steps to the changes before and after and to the end."""
     ends = [*begins[1:], _STEPS.value]
     return [
         one
@@ -134,14 +134,14 @@ def _alone(begins: list[int]) -> list[int]:
 
 
 def _stream(source: Any, seed: int, begins: list[int], embed: Any) -> list[Any]:
-    """A stream of features, one image of each letter in a step."""
+    """Returns a stream of features, with one image of each letter per step."""
     import numpy as np
 
     import metajax
 
     steps, items = _STEPS.value, []
     for regime, (begin, end) in enumerate(itertools.pairwise([*begins, steps])):
-        letters = metajax.strategies.character_stream(source, seed=steps * seed + regime, ways=_WAYS, queries=1)
+        letters = metajax.online.character_stream(source, seed=steps * seed + regime, ways=_WAYS, queries=1)
         items += [
             one.query._replace(inputs=np.asarray(embed(one.query.inputs)))
             for one in itertools.islice(letters, end - begin)
@@ -150,7 +150,7 @@ def _stream(source: Any, seed: int, begins: list[int], embed: Any) -> list[Any]:
 
 
 def _followed(online: Any, items: list[Any]) -> list[Any]:
-    """What is adapted to before each step."""
+    """Returns the adapted learner before each step."""
     import jax
 
     state, adapt, observe = online.init(jax.random.key(0), items[0]), jax.jit(online.adapt), jax.jit(online.observe)
@@ -162,7 +162,7 @@ def _followed(online: Any, items: list[Any]) -> list[Any]:
 
 
 def _told(learner: Any, items: list[Any], begins: list[int]) -> list[Any]:
-    """Adaptation to the steps since the last change, at most as many as the others look back."""
+    """Returns the learner adapted to the steps since the true last change, at most the last `_LONGEST` steps."""
     import jax
     import numpy as np
 
@@ -171,14 +171,14 @@ def _told(learner: Any, items: list[Any], begins: list[int]) -> list[Any]:
     adapt, found, size = jax.jit(learner.adapt), [], len(items[0].mask)
     for step in range(len(items)):
         begin = max(max(one for one in begins if one <= step), step - _LONGEST)
-        kept = [*items[begin:step], *[items[0]] * (_LONGEST - (step - begin))]  # as many, so that one program fits
+        kept = [*items[begin:step], *[items[0]] * (_LONGEST - (step - begin))]  # padded to one size, for one program
         support = metajax.Examples(*(np.concatenate(leaves) for leaves in zip(*(one[:3] for one in kept), strict=True)))
         found.append(adapt((), support._replace(mask=np.arange(len(support.mask)) < size * (step - begin))))
     return found
 
 
 def _judged(learner: Any, adapted: list[Any], items: list[Any]) -> tuple[list[float], list[float]]:
-    """The loss and the accuracy of each step."""
+    """Returns the loss and the accuracy of each step."""
     import jax
 
     import metajax
@@ -193,7 +193,7 @@ def _judged(learner: Any, adapted: list[Any], items: list[Any]) -> tuple[list[fl
 
 
 def _around(right: list[Any], begins: list[list[int]]) -> Any:
-    """The mean accuracy in the steps before and after a change, of changes that stand alone."""
+    """Returns the mean accuracy in the steps before and after a change, over isolated changes."""
     import numpy as np
 
     pairs = zip(right, begins, strict=True)
@@ -215,4 +215,4 @@ def _draw(path: Any, curves: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    _launch.run(main)
+    run.launch(main)

@@ -1,12 +1,12 @@
-"""Learning alphabets one after the other with a column for each: what the columns before are worth.
+"""Progressive networks on a sequence of alphabets: the benefit of earlier columns.
 
     python -m experiments.columns --out=runs/columns                      # scripts of the embedded glyphs
     python -m experiments.columns --out=runs/columns --data=OMNIGLOT      # a folder as `metajax.data.omniglot` takes it
 
-The streams of experiments.replay, told of which alphabet an image is (task-incremental). A column stays as it is once
-its alphabet was learned, so that nothing is forgotten, and later ones read its layers (Rusu et al. 2016). Compared with
-a network for each alphabet alone, and with columns beside ones that were never trained, which read as many numbers and
-can gain nothing from other alphabets. Prints the accuracy over several streams, and draws it for each alphabet.
+Uses the streams of experiments.replay with known alphabets (task-incremental). A column is frozen once its alphabet is
+learned, so that nothing is forgotten, and later columns read its layers (Rusu et al. 2016). The baselines are a
+separate network for each alphabet, and columns next to untrained columns, which read as many inputs but cannot benefit
+from other alphabets. Prints the accuracy over several streams, and draws it for each alphabet.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 
 from absl import flags
 
-from experiments import _alphabets, _launch
+from experiments import _alphabets
+from metajax import run
 
 _OUT = flags.DEFINE_string("out", "runs/columns", "Folder of the table and the figure.")
 _DATA = flags.DEFINE_string("data", None, "Folder of Omniglot; without it, scripts of the embedded glyphs.")
@@ -31,8 +32,8 @@ _ROWS = {
 
 
 def main() -> int:
-    """Learns each stream in each way, compares, draws."""
-    _launch.prepare(host_devices=1)
+    """Learns each stream in each way, compares and draws the results."""
+    run.prepare(host_devices=1)
     import jax
     import numpy as np
 
@@ -42,7 +43,7 @@ def main() -> int:
     _runs.require_seeds(_SEEDS.value, "steps", _STEPS.value)
     alphabets = _alphabets.alphabets(_DATA.value)
     learn = _ways()
-    found: dict[str, list[list[float]]] = {name: [] for name in _ROWS}  # of each stream, of each alphabet
+    found: dict[str, list[list[float]]] = {name: [] for name in _ROWS}  # by stream, then by alphabet
     for seed in range(_SEED.value, _SEED.value + _SEEDS.value):
         _, stream, test = _alphabets.draw(alphabets, seed, _STEPS.value)
         for name, shares in learn(jax.random.key(seed), stream, test).items():
@@ -54,7 +55,7 @@ def main() -> int:
     for name, title in _ROWS.items():
         print(f"{title:34s}{_runs.told(accuracy[name].mean(1), 1):>16s}")
     for name in ("own", "untrained"):
-        more = (accuracy["columns"] - accuracy[name])[:, 1:].mean(1)  # the first alphabet has no column before
+        more = (accuracy["columns"] - accuracy[name])[:, 1:].mean(1)  # the first alphabet has no earlier column
         print(f"from the second alphabet on, beside learned ones more than {_ROWS[name]}: {_runs.told(more, 1)}")
     out.mkdir(parents=True, exist_ok=True)
     settings = {"steps": _STEPS.value, "seed": _SEED.value, "seeds": _SEEDS.value, "data": _DATA.value or "glyphs"}
@@ -66,23 +67,23 @@ def main() -> int:
 
 
 def _ways() -> Any:
-    """A function `(key, stream, test) -> {row: shares that are right, of each alphabet}`."""
+    """Returns a function `(key, stream, test) -> {row: accuracy on each alphabet, as a fraction}`."""
     import jax
     import numpy as np
 
-    from metajax import strategies
+    import metajax
 
     blank = np.zeros([1, _alphabets.SIZE, _alphabets.SIZE, 1], np.float32)
     models = [_alphabets.network(_alphabets.LETTERS)]
     outers, params = [_alphabets.reptile(models[0])], models[0].init(jax.random.key(0), blank)
     for place in range(1, _alphabets.ALPHABETS):
-        models.append(strategies.progressive_column(params, _alphabets.LETTERS, **_alphabets.FORM))
+        models.append(metajax.models.progressive_column(params, _alphabets.LETTERS, **_alphabets.FORM))
         outers.append(_alphabets.reptile(models[-1], adapts=f"^column_{place}/"))
         params = models[-1].init(jax.random.key(0), blank)
     steps = [_alphabets.in_turn(outer) for outer in outers]
 
     def trained(place: int, key: Any, before: Any, batches: Any, test: Any) -> tuple[Any, float]:
-        """Parameters with one more column, and the share of its test images that is right."""
+        """Returns parameters with one more column, and the accuracy on its test images as a fraction."""
         inputs, targets = test
         first = place * _alphabets.LETTERS
         batches = jax.tree.map(lambda leaf: leaf - first if leaf.dtype == np.int32 else leaf, batches)
@@ -94,7 +95,7 @@ def _ways() -> Any:
         return params, float(np.mean(hits))
 
     def untrained(key: Any, count: int) -> Any:
-        """So many columns that were never trained."""
+        """Returns `count` untrained columns."""
         params = models[count - 1].init(key, blank)
         return {"column_0": params} if count == 1 else params
 
@@ -105,7 +106,7 @@ def _ways() -> Any:
             key = jax.random.fold_in(key, place)
             alone, share = trained(place, key, {}, batches, judged)
             shares["own"].append(share)
-            if not before:  # the first has nothing beside it
+            if not before:  # the first column has no others to read
                 before = {"column_0": alone}
                 shares["untrained"].append(share)
                 shares["columns"].append(share)
@@ -120,7 +121,7 @@ def _ways() -> Any:
 
 
 def _draw(path: pathlib.Path, accuracy: dict[str, Any]) -> None:
-    """Mean over the streams, and its 95 % interval."""
+    """Draws the mean over the streams with its 95 % interval."""
     import matplotlib.figure
     import numpy as np
 
@@ -137,4 +138,4 @@ def _draw(path: pathlib.Path, accuracy: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    _launch.run(main)
+    run.launch(main)

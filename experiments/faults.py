@@ -1,9 +1,9 @@
-"""Kills real training processes, starts them again, and compares what they end with to a run that nobody killed.
+"""Kills real training processes, restarts them, and compares the results with those of an uninterrupted run.
 
     python -m experiments.faults                                  # 20 kills and all else; some 20 minutes on 2 cores
     python -m experiments.faults --kills=3 --only=kills,elastic
 
-A small prototypical network trains on glyphs, and saves every five steps. Each row of the table is one run:
+A small prototypical network trains on glyphs and saves every five steps. Each row of the table is one run:
 
     kills      one process, SIGKILL at random moments, also while a checkpoint is written
     processes  two processes, SIGKILL to one of them in turn; the other one ends by itself
@@ -29,7 +29,8 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from experiments import _launch, _runs
+from experiments import _runs
+from metajax import run
 
 _OUT = flags.DEFINE_string("out", "runs/faults", "Folder of faults.json.")
 _KILLS = flags.DEFINE_integer("kills", 20, "How often a process is killed in the rows kills and processes.")
@@ -38,22 +39,22 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the moments.")
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _CONFIG = {
-    "model.width": 8, "model.depth": 2, "episode.ways": 3, "episode.queries": 2, "train_episode.ways": 0,
-    "train_episode.queries": 0, "outer.meta_batch": 4, "log.every": 5, "validation.every": 50, "checkpoint.every": 5,
+    "model.width": 8, "model.depth": 2, "episode.ways": 3, "episode.queries": 2, "train_episode.ways": 3,
+    "train_episode.queries": 2, "training.meta_batch": 4, "log.every": 5, "validation.every": 50, "checkpoint.every": 5,
     "validation.episodes": 8, "evaluation.episodes": 50, "watch.heartbeat": 0.05,
 }  # fmt: skip
-_TIMEOUT = 600.0  # seconds that one start may take
-_CLOCK = ("seconds", "step_seconds", "tasks_per_second")  # fields of metrics.jsonl that no two runs share
+_TIMEOUT = 600.0  # maximum seconds of one start
+_CLOCK = ("seconds", "step_seconds", "tasks_per_second")  # fields of metrics.jsonl that differ between runs
 
 
 class Ended(NamedTuple):
-    """How the processes of one start ended.
+    """The end of the processes of one start.
 
     Attributes:
-      statuses: of each; negative where a signal killed it.
-      seconds: from the signal until the last one had ended.
-      told: their standard errors.
-      writing: whether a checkpoint was half written then.
+      statuses: exit status of each process; negative if it was killed by a signal.
+      seconds: seconds from the signal until all processes had ended.
+      told: standard error of each process.
+      writing: whether a checkpoint was being written at the signal.
     """
 
     statuses: list[int]
@@ -63,7 +64,7 @@ class Ended(NamedTuple):
 
 
 def main() -> int:
-    """Runs the rows, prints the table, and writes it."""
+    """Runs the rows, and prints and writes the table."""
     rows = {"kills": _kills, "processes": _processes, "preempted": _preempted, "elastic": _elastic}
     for name in _ONLY.value:
         if name not in rows:
@@ -91,12 +92,13 @@ def start(
     silence: int = 60,
     last: Sequence[str] = (),
 ) -> list[subprocess.Popen[str]]:
-    """Starts a run, or goes on with it, in so many processes of so many devices.
+    """Starts or resumes a run in `processes` processes with `devices` devices each.
 
-    After `silence`, in seconds, a process counts as dead for the others; `last` are flags of the last one.
+    After `silence` seconds without a heartbeat, a process counts as dead. `last` holds additional flags of the last
+    process.
     """
     command = [sys.executable, "-m", "experiments.train", f"--workdir={workdir}", "--resume"]
-    command += [f"--config.{name}={value}" for name, value in {**_CONFIG, "outer.steps": steps}.items()]
+    command += [f"--config.{name}={value}" for name, value in {**_CONFIG, "training.steps": steps}.items()]
     environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -117,7 +119,7 @@ def start(
 
 
 def end(started: list[subprocess.Popen[str]], workdir: pathlib.Path, sent: int = 0, to: int = 0) -> Ended:
-    """Sends a signal to one of the processes, or none, and waits for all."""
+    """Sends a signal to one of the processes, or no signal, and waits for all processes."""
     if sent:
         started[to].send_signal(sent)
     begin, writing = time.monotonic(), any(_unsealed(workdir))
@@ -126,7 +128,7 @@ def end(started: list[subprocess.Popen[str]], workdir: pathlib.Path, sent: int =
 
 
 def wait_for_step(started: list[subprocess.Popen[str]], workdir: pathlib.Path, step: int) -> bool:
-    """Waits until a run has taken so many steps in this start; False where it ended before."""
+    """Waits until a run has reached `step` in this start. Returns False if it ended before."""
     give_up = time.monotonic() + _TIMEOUT
     while time.monotonic() < give_up:
         beat = _heartbeat(workdir)
@@ -139,7 +141,7 @@ def wait_for_step(started: list[subprocess.Popen[str]], workdir: pathlib.Path, s
 
 
 def results(workdir: pathlib.Path) -> dict[str, Any]:
-    """What a finished run ended with: the hash of its parameters, its accuracy, and its metrics without times."""
+    """Returns the results of a finished run: parameter hash, accuracy, and metrics without times."""
     ended = json.loads((workdir / "results.json").read_text(encoding="utf-8"))
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     metrics = [{name: value for name, value in line.items() if name not in _CLOCK} for line in lines]
@@ -154,14 +156,14 @@ def _heartbeat(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def _unsealed(workdir: pathlib.Path) -> list[pathlib.Path]:
-    """Folders of checkpoints that are being written."""
-    from metajax.training import _seal
+    """Returns the folders of checkpoints that are being written."""
+    from metajax.training import manifest
 
-    return [path for path in (workdir / "checkpoints" / "last").glob("*") if not (path / _seal.NAME).exists()]
+    return [path for path in (workdir / "checkpoints" / "last").glob("*") if not (path / manifest.NAME).exists()]
 
 
 def _whole(workdir: pathlib.Path, **options: Any) -> dict[str, Any]:
-    """A run that nobody kills."""
+    """Runs without interruption and returns the results."""
     ended = end(start(workdir, **options), workdir)
     if any(ended.statuses):
         raise RuntimeError(f"a run ended with {ended.statuses}: {ended.told}")
@@ -171,7 +173,7 @@ def _whole(workdir: pathlib.Path, **options: Any) -> dict[str, Any]:
 def _interrupted(
     workdir: pathlib.Path, signals: list[tuple[int, int]], moments: random.Random, **options: Any
 ) -> tuple[dict[str, Any], list[Ended]]:
-    """A run that gets signals, each to one of its processes at a random moment of a start of its own."""
+    """Runs with one start for each signal, which is sent to one process at a random time. Returns results and stops."""
     stops = []
     for sent, to in signals:
         started = start(workdir, **options)
@@ -219,7 +221,7 @@ def _preempted(folder: pathlib.Path, kills: int, moments: random.Random) -> dict
 
 
 def _elastic(folder: pathlib.Path, kills: int, moments: random.Random) -> dict[str, Any]:
-    """The numbers of devices round differently, so losses are compared, and not bits."""
+    """Compares losses and not bits, because rounding depends on the number of devices."""
     workdir, steps, stops = folder / "elastic", 60, []
     for devices, step in (4, 20), (2, 40):
         started = start(workdir, steps=steps, devices=devices)
@@ -237,4 +239,4 @@ def _elastic(folder: pathlib.Path, kills: int, moments: random.Random) -> dict[s
 
 
 if __name__ == "__main__":
-    _launch.run(main)
+    run.launch(main)

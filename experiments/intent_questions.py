@@ -1,8 +1,8 @@
-"""Makes questions with choices of labelled texts: which of a few labels of the same domain does a text have?
+"""Creates multiple-choice questions from labelled texts: which of several labels of the same domain does a text have?
 
     python -m experiments.intent_questions --data=data_full.json.gz --domain=domains.json --out=QUESTIONS
 
-writes QUESTIONS/DOMAIN.jsonl, which `experiments.train --config=experiments/configs/maml_lora_choices.py` trains on.
+This writes QUESTIONS/DOMAIN.jsonl for `experiments.train --config=experiments/configs/maml_lora_choices.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import _launch
+from metajax import run
 
 _DATA = flags.DEFINE_string("data", None, "File of texts with labels, as of CLINC150.", required=True)
 _DOMAIN = flags.DEFINE_string("domain", None, "A .json file of labels by domain.", required=True)
@@ -23,14 +23,13 @@ _SEED = flags.DEFINE_integer("seed", 0, "Seed of the wrong choices and of their 
 
 
 def main() -> int:
-    """Writes the files."""
-    _launch.prepare()
+    """Writes the files of questions."""
+    run.prepare()
     import numpy as np
 
     from experiments import _runs
     from metajax.core import _validate
-    from metajax.data.readers._files import read_rows, text_files
-    from metajax.data.readers._texts import read_domains
+    from metajax.data.readers import read_domains, read_rows, text_files
 
     out, rng = _runs.out_folder(_OUT.value), np.random.default_rng(_validate.int_at_least("seed", _SEED.value, 0))
     choices = _validate.int_at_least("choices", _CHOICES.value, 2)
@@ -73,4 +72,4 @@ def _shown(label: str) -> str:
 
 
 if __name__ == "__main__":
-    _launch.run(main)
+    run.launch(main)

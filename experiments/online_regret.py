@@ -1,11 +1,11 @@
-"""Regret on a stream of tasks: the meta-leader against training once, from scratch, and fine-tuning.
+"""Regret on a stream of tasks: the meta-leader compared with training once, from scratch, and by fine-tuning.
 
     python -m experiments.online_regret --out=runs/online_regret
 
-Each round brings another sine wave, of which nothing is told but five points; what is lost on ten other points is noted
-before anything is learned from the round. From the first round to the last the phases drift once around. The
-meta-leader (Finn et al. 2019) takes meta steps on a buffer of all rounds so far. Prints the cumulative regret against
-knowing each wave, whose loss is 0, over 10 streams, and draws `online_regret.png`.
+Each round brings another sine wave, of which five points are given. The loss on ten other points is recorded before the
+learner trains on the round. The phases drift by one turn from the first round to the last. The meta-leader (Finn et al.
+2019) takes meta steps on a buffer of all rounds so far. Prints the cumulative regret against knowing each wave, whose
+loss is 0, over 10 streams, and draws `online_regret.png`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import _launch
+from metajax import run
 
 _OUT = flags.DEFINE_string("out", "runs/online_regret", "Folder of the table and the figure.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the first stream; the others count on from it.")
@@ -24,9 +24,9 @@ _ROUNDS = flags.DEFINE_integer("rounds", 200, "Rounds of a stream.")
 _POINTS, _TARGETS = 5, 10
 _PARTS = slice(_POINTS), slice(_POINTS, None)
 _INNER_RATE, _INNER_STEPS, _META_RATE, _META_STEPS, _META_BATCH = 0.02, 5, 3e-3, 40, 8
-_CLIP = 10.0  # of inner gradients: five points may lie far out
-_ONCE = 5  # training once ends after this part of the rounds
-_RATES, _FITS = (0.005, 0.01, 0.02), (30, 100)  # what is tried for the two without meta-learning
+_CLIP = 10.0  # maximum norm of inner gradients, because the five points may be outliers
+_ONCE = 5  # training once ends after 1 / _ONCE of the rounds
+_RATES, _FITS = (0.005, 0.01, 0.02), (30, 100)  # rates and steps to try for the two baselines without meta-learning
 _ROWS = {
     "leader": "follows the meta-leader",
     "once": "meta-trained once, in the first fifth",
@@ -37,22 +37,22 @@ _ROWS = {
 
 
 def main() -> int:
-    """Follows each stream with each strategy, compares, draws."""
-    _launch.prepare(host_devices=1)
+    """Runs each strategy on each stream, compares and draws the results."""
+    run.prepare(host_devices=1)
     import jax
     import numpy as np
 
+    import metajax
     from experiments import _runs
-    from metajax import strategies
 
     out = _runs.out_folder(_OUT.value)
     rounds = _ROUNDS.value
     _runs.require_seeds(_SEEDS.value, "rounds", rounds, 10)
 
     def follow(online: Any, items: list[Any], seed: int) -> Any:
-        return strategies.run_online(online, online.init(jax.random.key(seed), items[0]), items, steps=len(items))
+        return metajax.online.run_online(online, online.init(jax.random.key(seed), items[0]), items, steps=len(items))
 
-    trial = _stream(_SEED.value + _SEEDS.value, rounds)  # of none of the seeds below
+    trial = _stream(_SEED.value + _SEEDS.value, rounds)  # with a seed that is not used below
     found: dict[str, Any] = {"seed": _SEED.value, "rounds": rounds}
     plain = {}
     for name in ("tuned", "scratch"):
@@ -66,7 +66,7 @@ def main() -> int:
         plain[name] = _plain(*best, carry=name == "tuned")
     leader, part = _leader(rounds), rounds // _ONCE
     frozen = leader._replace(update=_same)
-    # the meta steps of the later rounds, at once
+    # takes the meta steps of the later rounds at once
     at_once = jax.jit(_leader(rounds, steps=(rounds - part) * _META_STEPS).update)
     losses: dict[str, list[Any]] = {name: [] for name in _ROWS}
     for seed in range(_SEED.value, _SEED.value + _SEEDS.value):
@@ -76,9 +76,9 @@ def main() -> int:
         state, first = follow(leader, items[:part], seed)
         starts = ("leader", leader, state), ("once", frozen, state), ("longer", frozen, at_once(state)[0])
         for name, online, start in starts:
-            _, later = strategies.run_online(online, start, items[part:], steps=rounds - part)
+            _, later = metajax.online.run_online(online, start, items[part:], steps=rounds - part)
             losses[name].append(np.append(first, later))
-    regrets = {name: strategies.cumulative_regret(values) for name, values in losses.items()}
+    regrets = {name: metajax.online.cumulative_regret(values) for name, values in losses.items()}
     print(f"{_SEEDS.value} streams of {rounds} waves, {_POINTS} points each; mean and 95 % interval")
     print(f"{'':50s}{'regret':>20s}{'more than the leader':>24s}{'MSE, last half':>20s}")
     for name, title in _ROWS.items():
@@ -94,7 +94,7 @@ def main() -> int:
 
 
 def _stream(seed: int, rounds: int) -> list[Any]:
-    """Waves `a sin(x - p)` as those of MAML, but for the drift of p, which makes one turn in all rounds."""
+    """Returns waves `a sin(x - p)` as in MAML, except that p drifts by one turn over all rounds."""
     import numpy as np
 
     import metajax
@@ -110,7 +110,7 @@ def _stream(seed: int, rounds: int) -> list[Any]:
 
 
 def _same(state: Any) -> Any:
-    """An update that teaches nothing."""
+    """An update that does nothing."""
     return state, {}
 
 
@@ -132,13 +132,13 @@ def _leader(rounds: int, steps: int = _META_STEPS) -> Any:
     outer = metajax.outer_update(
         learner, optax.adam(_META_RATE), hypergrad=metajax.hypergrad.mixed_mode(), before=False, task_batching="vmap"
     )
-    return metajax.strategies.follow_the_meta_leader(
+    return metajax.online.follow_the_meta_leader(
         learner, outer, capacity=rounds, meta_batch=_META_BATCH, meta_steps=steps
     )
 
 
 def _plain(rate: float, steps: int, *, carry: bool) -> Any:
-    """No meta-learning: a round begins with the weights that fit all of the round before, or with random ones."""
+    """Returns a learner without meta-learning. Each round starts from the weights of the last one or random weights."""
     import jax
     import jax.numpy as jnp
 
@@ -150,7 +150,7 @@ def _plain(rate: float, steps: int, *, carry: bool) -> Any:
         everything = jax.tree.map(lambda *parts: jnp.concatenate(parts), item.support, item.query)
         return fits.adapt(params, everything).params if carry else params
 
-    return metajax.strategies.Online(
+    return metajax.online.Online(
         init=lambda key, item: fits.init(key, item.support.inputs),
         adapt=fits.adapt,
         loss=lambda params, item: fits.outer_loss(fits.adapt(params, item.support), params, item.query)[0],
@@ -174,4 +174,4 @@ def _draw(path: pathlib.Path, regrets: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    _launch.run(main)
+    run.launch(main)

@@ -1,4 +1,4 @@
-"""Prepares images as a set of TensorFlow Datasets, which `metajax.data.tfds_source` reads.
+"""Prepares images as a TensorFlow dataset for `metajax.data.tfds_source`.
 
     python -m experiments.prepare --builder=omniglot --path=PATH                   # the folder of the published zips
     python -m experiments.prepare --builder=image_folder --path=PATH --name=birds  # a folder or zip of CLASS/NAME.png
@@ -15,7 +15,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import _launch
+from metajax import run
 
 _BUILDERS, _FORMATS = ("omniglot", "image_folder"), ("array_record", "tfrecord")
 
@@ -29,8 +29,8 @@ _SHARDS = flags.DEFINE_integer("shards", None, "Shards of each TFDS split; as TF
 
 
 def main() -> int:
-    """Prepares the set, and prints how it is read."""
-    _launch.prepare()
+    """Prepares the dataset and prints how to read it."""
+    run.prepare()
     from metajax.core import _validate
 
     _validate.one_of("builder", _BUILDER.value, _BUILDERS)
@@ -46,7 +46,7 @@ def main() -> int:
         raise ValueError(f"data_dir already holds {builder.info.full_name}, in {builder.data_dir!r}; delete it first")
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
-    with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download, which there is none of
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download, although there is none
         builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=_SHARDS.value))
     images, classes = builder.info.splits.total_num_examples, builder.info.features["label"].num_classes
     print(f"{images} images of {classes} classes in {builder.data_dir}")
@@ -69,4 +69,4 @@ def _builder(options: dict[str, Any]) -> Any:
 
 
 if __name__ == "__main__":
-    _launch.run(main)
+    run.launch(main)

@@ -1,4 +1,4 @@
-"""Momentum contrast before prototypical training, or labels before it, against prototypical training alone.
+"""Momentum contrast or supervised pre-training before prototypical training, against prototypical training alone.
 
     python -m experiments.pretraining --data=PATH --out=runs/pretraining
 
@@ -6,11 +6,11 @@
     python -m experiments.pretraining --data=PATH --out=OUT --arms=scratch --scratch_steps=1250   # one core each
     python -m experiments.pretraining --data=PATH --out=OUT --arms=supervised
 
-Conv4 on CIFAR-FS. One arm learns the training images without labels first and then on episodes, another one on episodes
-from scratch, for the same processor time. The third arm learns to tell all training classes first, as Meta-Baseline
-does, and then on episodes, in as many steps as the first. All keep the parameters that are best on validation episodes.
-Prints the accuracy on classes never seen, 5-way 1-shot, and draws how it grows on validation classes. An arm whose
-result is in the folder is not run again.
+Trains Conv4 on CIFAR-FS. One arm trains on the training images without labels and then on episodes. Another arm trains
+on episodes from scratch, for the same processor time. The third arm trains to classify all training classes, as in
+Meta-Baseline, and then on episodes, for as many steps as the first arm. All arms keep the parameters that are best on
+validation episodes. Prints the 5-way 1-shot accuracy on unseen classes, and draws the accuracy on validation classes
+during training. An arm whose result is in the folder is not run again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import _launch
+from metajax import run
 
 _DATA = flags.DEFINE_string("data", None, "CIFAR-FS, as data.path takes it.", required=True)
 _OUT = flags.DEFINE_string("out", "runs/pretraining", "Folder of the table and the picture.")
@@ -45,8 +45,8 @@ _TITLES = {
 
 
 def main() -> int:
-    """Trains the arms, evaluates, prints."""
-    _launch.prepare(host_devices=1)
+    """Trains and evaluates the arms and prints the results."""
+    run.prepare(host_devices=1)
     import jax
     import numpy as np
     import optax
@@ -91,16 +91,16 @@ def main() -> int:
         return metajax.training.augment(outer, standard)
 
     def fitted(outer: Any, stream: Any, example: Any, steps: int) -> tuple[Any, float]:
-        """The state after pre-training, and the processor seconds that it took."""
+        """Returns the state after pre-training, and the processor seconds of the pre-training."""
         state, clock = outer.init(jax.random.key(_SEED.value), example), _Clock()
         state = metajax.training.fit(outer, state, stream, steps=steps, callbacks=[clock])
         return state, clock.seconds
 
     def contrasted(steps: int) -> tuple[Any, float]:
         rule, stream = optax.adam(optax.cosine_decay_schedule(_RATE, steps)), batches()
-        outer = metajax.strategies.moco(model, rule, queue=_QUEUE.value)
+        outer = metajax.training.moco(model, rule, queue=_QUEUE.value)
         state, seconds = fitted(outer, stream, next(stream), steps)
-        return metajax.strategies.encoder_params(state), seconds
+        return metajax.training.encoder_params(state), seconds
 
     def labelled(steps: int) -> tuple[Any, float]:
         rule = optax.adam(optax.cosine_decay_schedule(_RATE, steps))
@@ -112,7 +112,7 @@ def main() -> int:
         return state.params["backbone"], seconds
 
     def meta_trained(arm: str, steps: int, params: Any, before: float) -> None:
-        """Trains from `params`, tests the parameters that are best by validation, and writes what was found."""
+        """Trains from `params`, tests the parameters with the best validation score, and writes the results."""
         outer, example = meta_step(steps), metajax.data.episode(train, train_spec, seed=0, index=0)
         state = outer.init(jax.random.key(_SEED.value), example, params)
         clock = _Clock()
@@ -158,7 +158,7 @@ def main() -> int:
 
 
 def _read(path: pathlib.Path, settings: dict[str, Any]) -> Any:
-    """The result of an arm, None where there is none."""
+    """Returns the result of an arm, or None if there is none."""
     if not path.exists():
         return None
     found = json.loads(path.read_text(encoding="utf-8"))
@@ -198,23 +198,23 @@ def _report(arms: dict[str, Any], out: pathlib.Path) -> None:
 
 
 class _Clock:
-    """A callback that counts the processor seconds between steps, from the second step on: without compilation."""
+    """A callback that counts the processor seconds between steps, without the first step and its compilation."""
 
     def __init__(self) -> None:
         self.seconds, self._since = 0.0, 0.0
 
     def __call__(self, step: int, state: Any, metrics: Any) -> None:
-        float(metrics["loss"])  # the step has ended
+        float(metrics["loss"])  # waits for the step
         if step > 1:
             self.seconds += time.process_time() - self._since
         self._since = time.process_time()
 
     @contextlib.contextmanager
     def stopped(self) -> Iterator[None]:
-        """What is inside does not count."""
+        """Excludes the enclosed code from the count."""
         yield
         self._since = time.process_time()
 
 
 if __name__ == "__main__":
-    _launch.run(main)
+    run.launch(main)

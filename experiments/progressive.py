@@ -1,12 +1,12 @@
-"""Progressive training against the fixed schedule: the same accuracy from less compute.
+"""Progressive training compared with a fixed schedule: the same accuracy from less compute.
 
     python -m experiments.progressive --out=runs/progressive
 
-A prototypical network on characters of scripts that were never trained on. The fixed schedule trains the whole network
-from the first step to the last. The curriculum trains a network of half the width first, whose steps cost a quarter,
-and lets it grow for the last steps (Net2Net: function and moments stay). A third row is the control: the fixed schedule
-cut to the compute of the curriculum. Compute is counted in the program of the meta step, 2 operations for a
-multiply-add; seconds are those of the processor, of all cores. Prints the table and draws `progressive.png`.
+Evaluates a prototypical network on characters of scripts that were not used in training. The fixed schedule trains the
+whole network for all steps. The curriculum first trains a network of half the width, whose steps cost a quarter, and
+grows it for the last steps (Net2Net: function and moments are preserved). The control is the fixed schedule cut to the
+compute of the curriculum. Compute is counted in the program of the meta step, with 2 operations for a multiply-add.
+Seconds are processor seconds over all cores. Prints the table and draws `progressive.png`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from experiments import _launch
+from metajax import run
 
 _OUT = flags.DEFINE_string("out", "runs/progressive", "Folder of the figure and the table.")
 _STEPS = flags.DEFINE_integer("steps", 300, "Meta steps of the fixed schedule.")
@@ -31,7 +31,7 @@ _RATE, _META_BATCH, _QUERIES, _NOISE = 2e-3, 2, 5, 0.1
 
 
 class Phase(NamedTuple):
-    """Part of a schedule: steps as a share of those of the fixed one, and what is trained on what."""
+    """A phase of a schedule: steps as a fraction of the fixed schedule, ways of the episodes, fraction of the width."""
 
     steps: float
     ways: int
@@ -42,8 +42,8 @@ _CURRICULUM = (Phase(1.4, 20, 0.5), Phase(0.3, 20))
 
 
 def main() -> int:
-    """Trains by each schedule, several times, compares, draws."""
-    _launch.prepare(host_devices=1)
+    """Trains several times with each schedule, compares and draws the results."""
+    run.prepare(host_devices=1)
     import numpy as np
 
     import metajax
@@ -62,7 +62,7 @@ def main() -> int:
     schedules = {"fixed": fixed, "curriculum": _CURRICULUM, "fixed, cut": (Phase(share, 20),)}
     rows: dict[str, dict[str, list[float]]] = {name: {"accuracy": [], "seconds": []} for name in schedules}
     for seed in range(_SEED.value, _SEED.value + _SEEDS.value):
-        for name, phases in schedules.items():  # side by side: the machine may be busier at one time than at another
+        for name, phases in schedules.items():  # in turns, because the load of the machine may vary
             accuracy, seconds = _run(phases, sources, seed)
             rows[name]["accuracy"].append(100 * accuracy)
             rows[name]["seconds"].append(seconds)
@@ -104,7 +104,7 @@ def _steps_of(phase: Phase) -> int:
 
 
 def _parts(phase: Phase, rule: Any) -> tuple[Any, Any]:
-    """The learner and the meta step of a phase."""
+    """Returns the learner and the meta step of a phase."""
     import metajax
 
     model = metajax.models.conv4(width=round(phase.width * _WIDTH.value), pool=False)
@@ -113,7 +113,7 @@ def _parts(phase: Phase, rule: Any) -> tuple[Any, Any]:
 
 
 def _compute(phase: Phase, source: Any, prices: dict[Any, float]) -> float:
-    """Operations of all steps of a phase, by the program of one."""
+    """Returns the operations of all steps of a phase, counted in the program of one step."""
     import jax
     import optax
 
@@ -134,7 +134,7 @@ def _compute(phase: Phase, source: Any, prices: dict[Any, float]) -> float:
 def _parts_of(phases: tuple[Phase, ...]) -> list[tuple[Any, Any]]:
     import optax
 
-    hold = sum(_steps_of(phase) for phase in phases[:-1])  # the rate falls in the last phase
+    hold = sum(_steps_of(phase) for phase in phases[:-1])  # the rate decays in the last phase
     falls = optax.cosine_decay_schedule(_RATE, _steps_of(phases[-1]))
     rate = optax.join_schedules([optax.constant_schedule(_RATE), falls], [hold])
     rule = optax.chain(optax.clip_by_global_norm(10.0), optax.adam(rate))
@@ -142,11 +142,12 @@ def _parts_of(phases: tuple[Phase, ...]) -> list[tuple[Any, Any]]:
 
 
 def _run(phases: tuple[Phase, ...], sources: dict[str, Any], seed: int) -> tuple[float, float]:
-    """The test accuracy after training by a schedule, and the processor seconds that training took, all cores."""
+    """Returns the test accuracy after training with a schedule, and the processor seconds of training on all cores."""
     import jax
 
     import metajax
-    from metajax.strategies import Stage, curriculum, widen
+    from metajax.models import widen
+    from metajax.training import Stage, curriculum
 
     stages, parts = [], _parts_of(phases)
     for index, (phase, (_, outer)) in enumerate(zip(phases, parts, strict=True)):
@@ -167,7 +168,7 @@ def _run(phases: tuple[Phase, ...], sources: dict[str, Any], seed: int) -> tuple
 
 
 def _draw(path: pathlib.Path, table: dict[str, Any]) -> None:
-    """The accuracy of each run against the compute of its schedule."""
+    """Draws the accuracy of each run against the compute of its schedule."""
     import matplotlib.figure
     import numpy as np
 
@@ -185,4 +186,4 @@ def _draw(path: pathlib.Path, table: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    _launch.run(main)
+    run.launch(main)

@@ -1,12 +1,13 @@
-"""Replaying stretches of sequences to a recurrent network: from which state?
+"""Initial states for replaying parts of sequences to a recurrent network.
 
     python -m experiments.recurrent_replay --out=runs/recurrent_replay
 
-Sine waves come as sequences of points; only the first points of each tell their value, and the network must remember
-the wave for the rest. It learns from short stretches of a memory (Kapturowski et al. 2019, R2D2), which mostly begin
-long after those points: from a state of zeros, from the state that was stored when the stretch was recorded, and from
-either after a burn-in by the present weights. All stretches are as long; without a burn-in, all of their steps teach.
-Prints the squared error on whole sequences of new waves over several seeds, and draws it over the steps of a sequence.
+The tasks are sequences of points of sine waves. Only the first points of a sequence include their value, and the
+network must remember the wave for the rest. It trains on short stretches from a memory (Kapturowski et al. 2019, R2D2),
+most of which start long after those points. They start from a zero state, from the state stored when the stretch was
+recorded, or from either of these after a burn-in with the current weights. All stretches have the same length. Without
+a burn-in, all of their steps are trained on. Prints the squared error on whole sequences of new waves over several
+seeds, and draws it over the steps of a sequence.
 """
 
 from __future__ import annotations
@@ -16,21 +17,21 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from experiments import _launch
+from metajax import run
 
 _OUT = flags.DEFINE_string("out", "runs/recurrent_replay", "Folder of the table and the figure.")
 _SEED = flags.DEFINE_integer("seed", 0, "The first seed, of waves, weights and draws.")
 _SEEDS = flags.DEFINE_integer("seeds", 10, "Seeds.")
 _STEPS = flags.DEFINE_integer("steps", 4000, "Optimizer steps.")
 _BURN_IN = flags.DEFINE_integer("burn_in", 8, "First steps of a stretch that bring its state up to date.")
-_LENGTH, _TOLD, _LATE = 64, 8, 32  # steps of a sequence; with the value told; judged from this one on
-_ROWS, _BLOCK, _CAPACITY = 8, 8, 8192  # sequences side by side; steps between two updates; steps of a row that are kept
+_LENGTH, _TOLD, _LATE = 64, 8, 32  # steps of a sequence; steps with a given value; first evaluated step
+_ROWS, _BLOCK, _CAPACITY = 8, 8, 8192  # parallel sequences; steps between updates; stored steps of a row
 _STRETCH, _COUNT = 24, 16  # steps of a stretch, stretches of an update
 _HIDDEN, _RATE, _JUDGED = 64, 2e-3, 256
 
 
 class _Step(NamedTuple):
-    """Leaves `[..., k]`. state: the recurrent state that stood before the step."""
+    """A step, with leaves `[..., k]`. `state` is the recurrent state before the step."""
 
     inputs: Any
     target: Any
@@ -53,8 +54,8 @@ _WAYS = {
 
 
 def main() -> int:
-    """Trains in each way on the same waves, compares, draws."""
-    _launch.prepare(host_devices=1)
+    """Trains in each way on the same waves, compares and draws the results."""
+    run.prepare(host_devices=1)
     import jax
     import numpy as np
 
@@ -84,7 +85,7 @@ def main() -> int:
 
 
 def _wave(key: Any) -> _Step:
-    """A sequence `[_LENGTH, ...]` of points of a random sine wave; the state is left out."""
+    """Returns a sequence `[_LENGTH, ...]` of points of a random sine wave, with an empty state."""
     import jax
     import jax.numpy as jnp
 
@@ -97,12 +98,12 @@ def _wave(key: Any) -> _Step:
 
 
 def _network() -> tuple[Any, Any]:
-    """`(init, apply)` of a gated recurrent unit whose state, beside the point, a small network reads."""
+    """Returns `(init, apply)` of a gated recurrent unit, and a small network that reads its state and the point."""
     import jax
     import jax.numpy as jnp
 
     import metajax
-    from metajax.strategies._recurrent import Cell
+    from metajax.learners import Cell
 
     cell = metajax.models.from_nnx(lambda rngs: Cell(3, _HIDDEN, rngs))
     head = metajax.models.mlp(1, hidden=(64,))
@@ -116,7 +117,7 @@ def _network() -> tuple[Any, Any]:
 
     def apply(params: Any, state: Any, step: _Step) -> tuple[Any, Any]:
         before = jnp.where(step.first, 0.0, state)
-        # what is told of a point is read after it is judged
+        # the value of a point is read after its prediction
         guess = head.apply(params["head"], jnp.concatenate([step.inputs[:1], before])[None])[0, 0]
         return cell.apply(params["cell"], jnp.concatenate([before, step.inputs])[None])[0], guess
 
@@ -124,25 +125,25 @@ def _network() -> tuple[Any, Any]:
 
 
 def _learned(way: _Way) -> Any:
-    """A function from a key to the squared errors `[_LENGTH]` on new waves, after training."""
+    """Returns a function from a key to the squared errors `[_LENGTH]` on new waves after training."""
     import jax
     import jax.numpy as jnp
     import optax
 
-    from metajax import strategies
+    from metajax import replay
 
     init, apply = _network()
     rule, burn_in = optax.adam(_RATE), _BURN_IN.value if way.burn_in else 0
-    memory = strategies.sequences(_CAPACITY, _STRETCH, rows=_ROWS, period=_BLOCK, exponent=0.0)
+    memory = replay.sequences(_CAPACITY, _STRETCH, rows=_ROWS, period=_BLOCK, exponent=0.0)
 
     def block(key: Any, number: Any) -> _Step:
-        """The steps `[_ROWS, _BLOCK, ...]` that the stream brings next."""
+        """Returns the next steps `[_ROWS, _BLOCK, ...]` of the stream."""
         sequence, place = number * _BLOCK // _LENGTH, number * _BLOCK % _LENGTH
         waves = jax.vmap(_wave)(jax.random.split(jax.random.fold_in(key, sequence), _ROWS))
         return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, place, _BLOCK, 1), waves)
 
     def record(params: Any, state: Any, steps: _Step) -> tuple[Any, _Step]:
-        """Runs over new steps of one row, and stores the states that stood before them."""
+        """Runs over new steps of one row, and stores the state before each step."""
 
         def run(state: Any, step: _Step) -> tuple[Any, Any]:
             return apply(params, state, step)[0], state
@@ -151,9 +152,9 @@ def _learned(way: _Way) -> Any:
         return state, steps._replace(state=states)
 
     def errors(params: Any, stretch: _Step) -> Any:
-        """Squared errors of one stretch behind its burn-in."""
+        """Returns the squared errors of one stretch after its burn-in."""
         start = stretch.state[0] if way.stored else jnp.zeros(_HIDDEN)
-        state, rest = strategies.burn_in(apply, params, start, stretch, burn_in)
+        state, rest = replay.burn_in(apply, params, start, stretch, burn_in)
         _, guesses = jax.lax.scan(lambda state, step: apply(params, state, step), state, rest)
         return jnp.square(guesses - rest.target)
 
@@ -174,7 +175,7 @@ def _learned(way: _Way) -> Any:
         params, states = init(params_key), jnp.zeros([_ROWS, _HIDDEN])
         one = _wave(params_key)._replace(state=jnp.zeros([_LENGTH, _HIDDEN]))
         kept = memory.init(jax.tree.map(lambda leaf: leaf[0], one))
-        before = -(-_STRETCH // _BLOCK)  # blocks that come before a stretch is whole
+        before = -(-_STRETCH // _BLOCK)  # blocks until the first stretch is complete
         for number in range(before):
             states, steps = jax.vmap(record, (None, 0, 0))(params, states, block(stream_key, number))
             kept = memory.add(kept, steps)
@@ -191,7 +192,7 @@ def _learned(way: _Way) -> Any:
 
 
 def _draw(path: pathlib.Path, errors: dict[str, Any]) -> None:
-    """Mean over seeds, and its 95 % interval."""
+    """Draws the mean over seeds with its 95 % interval."""
     import matplotlib.figure
 
     from experiments import _figures
@@ -208,4 +209,4 @@ def _draw(path: pathlib.Path, errors: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    _launch.run(main)
+    run.launch(main)

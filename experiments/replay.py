@@ -1,13 +1,13 @@
-"""Learning alphabets one after the other: what a memory of a few images keeps from being forgotten.
+"""Replay against forgetting: learning a sequence of alphabets with a memory of a few images.
 
     python -m experiments.replay --out=runs/replay                      # scripts of the embedded glyphs
     python -m experiments.replay --out=runs/replay --data=OMNIGLOT      # a folder as `metajax.data.omniglot` takes it
 
-One convolutional network with one output for each character of all alphabets learns them in turn by Reptile, from new
-images alone, and from new and remembered ones (Riemer et al. 2019, Meta-Experience Replay) in as many updates of the
-same size. Prints the accuracy in the end, that among the letters of an image's own alphabet (task-incremental instead
-of class-incremental), and the forgetting (for each alphabet but the last, best minus final accuracy) over several
-streams, and draws the accuracy of each alphabet over time.
+A convolutional network with one output for each character of all alphabets learns the alphabets in turn with Reptile,
+from new images only, or from new and remembered images (Riemer et al. 2019, Meta-Experience Replay), with the same
+number of updates of the same size. Prints the final accuracy, the final accuracy among the letters of an image's own
+alphabet (task-incremental instead of class-incremental), and the forgetting (best minus final accuracy, for each
+alphabet except the last) over several streams, and draws the accuracy of each alphabet over time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any
 
 from absl import flags
 
-from experiments import _alphabets, _launch
+from experiments import _alphabets
+from metajax import run
 
 _OUT = flags.DEFINE_string("out", "runs/replay", "Folder of the table and the figure.")
 _DATA = flags.DEFINE_string("data", None, "Folder of Omniglot; without it, scripts of the embedded glyphs.")
@@ -25,13 +26,13 @@ _SEED = flags.DEFINE_integer("seed", 0, "The first stream's; each differs in alp
 _SEEDS = flags.DEFINE_integer("seeds", 10, "Streams.")
 _STEPS = flags.DEFINE_integer("steps", 100, "Meta steps on each alphabet.")
 _CAPACITY = flags.DEFINE_integer("capacity", 200, "Images that a memory holds.")
-_REPLAYED = 30  # images of a step, beside the new ones
+_REPLAYED = 30  # replayed images per step, in addition to the new ones
 _ROWS = {"without": "without replay", "reservoir": "a reservoir", "balanced": "a memory for each alphabet"}
 
 
 def main() -> int:
-    """Learns each stream without and with a memory, compares, draws."""
-    _launch.prepare(host_devices=1)
+    """Learns each stream with and without a memory, compares and draws the results."""
+    run.prepare(host_devices=1)
     import jax
     import numpy as np
 
@@ -46,16 +47,15 @@ def main() -> int:
     model = _alphabets.network(_alphabets.ALPHABETS * _alphabets.LETTERS)
     plain = _alphabets.reptile(model)
     memories = {
-        "reservoir": metajax.strategies.reservoir(_CAPACITY.value),
-        "balanced": metajax.strategies.balanced(
+        "reservoir": metajax.replay.reservoir(_CAPACITY.value),
+        "balanced": metajax.replay.balanced(
             _alphabets.ALPHABETS,
             _CAPACITY.value // _alphabets.ALPHABETS,
             lambda item: item.targets // _alphabets.LETTERS,
         ),
     }
     outers = {"without": plain} | {
-        name: metajax.strategies.replayed(plain, memory, _REPLAYED, what="examples")
-        for name, memory in memories.items()
+        name: metajax.replay.replayed(plain, memory, _REPLAYED, what="examples") for name, memory in memories.items()
     }
     learn = {name: _alphabets.in_turn(outer) for name, outer in outers.items()}
     judge = jax.jit(lambda params, inputs: model.apply(params, inputs).argmax(-1))
@@ -68,7 +68,7 @@ def main() -> int:
         order.append(names)
         for name, outer in outers.items():
             state = outer.init(jax.random.key(seed), jax.tree.map(lambda leaf: leaf[0, 0], stream[0]))
-            table = []  # a line after each alphabet
+            table = []  # a row after each alphabet
             for batches in stream:
                 state = learn[name](state, batches)
                 hits = [np.mean(np.asarray(judge(state.params, inputs)) == targets) for inputs, targets in test]
@@ -105,7 +105,7 @@ def main() -> int:
 
 
 def _told(params: Any, model: Any, test: list[Any]) -> float:
-    """The share of test images that are right among the letters of their own alphabet."""
+    """Returns the accuracy among the letters of an image's own alphabet, as a fraction."""
     import numpy as np
 
     hits = []
@@ -117,7 +117,7 @@ def _told(params: Any, model: Any, test: list[Any]) -> float:
 
 
 def _draw(path: pathlib.Path, accuracies: dict[str, list[Any]]) -> None:
-    """One panel for each way of learning: the accuracy of every alphabet after each, averaged over streams."""
+    """Draws one panel for each method: the accuracy of every alphabet after each alphabet, averaged over streams."""
     import matplotlib.figure
     import numpy as np
 
@@ -139,4 +139,4 @@ def _draw(path: pathlib.Path, accuracies: dict[str, list[Any]]) -> None:
 
 
 if __name__ == "__main__":
-    _launch.run(main)
+    run.launch(main)

@@ -1,11 +1,11 @@
-"""Learning from wrong labels: a small network learns what each training example should weigh.
+"""Learning from wrong labels: a small network learns the weight of each training example.
 
     python -m experiments.reweighting --out=runs/reweighting
 
-Ten letters, 80 training images a letter of which 40 % carry a wrong label, and two clean ones. The outer loop learns a
-network from the loss of an example to its weight (Shu et al. 2019, Meta-Weight-Net), such that a whole training run
-under these weights is right on the clean images. Prints the test accuracy over several problems, beside that of plain
-training on the same data.
+Each problem has ten letters. Each letter has 80 training images, 40 % of them with a wrong label, and two clean images.
+The outer loop learns a network from the loss of an example to its weight (Shu et al. 2019, Meta-Weight-Net), such that
+a whole training run with these weights has a low loss on the clean images. Prints the test accuracy over several
+problems, compared with plain training on the same data.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import _launch
+from metajax import run
 
 _OUT = flags.DEFINE_string("out", "runs/reweighting", "Folder of the table.")
 _STEPS = flags.DEFINE_integer("steps", 60, "Outer steps on each problem.")
@@ -34,8 +34,8 @@ _ROWS = {
 
 
 def main() -> int:
-    """Learns the weights of each problem, compares, prints."""
-    _launch.prepare(host_devices=1)
+    """Learns the weights of each problem, compares and prints the results."""
+    run.prepare(host_devices=1)
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -55,7 +55,7 @@ def main() -> int:
     model, net = metajax.models.mlp(_LETTERS, hidden=(64,)), metajax.models.mlp(1, hidden=(16,))
 
     def weights(params: Any, meta_params: Any, examples: metajax.Examples) -> tuple[Any, Any]:
-        """Losses of the examples, and their weights in (0, 2): about 1 while nothing is learned."""
+        """Returns the losses of the examples and their weights in (0, 2), which are about 1 before training."""
         losses = metajax.core.cross_entropy(model.apply(params, examples.inputs), examples.targets)
         if meta_params["net"] is None:
             return losses, jnp.ones_like(losses)
@@ -76,8 +76,8 @@ def main() -> int:
         num_steps=_INNER_STEPS,
         finalize=lambda params, meta_params, support, key: params,
     )
-    learner = metajax.bilevel(problem, outer_loss)
-    # what a whole training run gives moves a lot with the weights: small, clipped steps that die out
+    learner = metajax.learners.bilevel(problem, outer_loss)
+    # the result of a training run is sensitive to the weights, hence small, clipped steps with decay to 0
     rule = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(_OUTER_RATE, _STEPS.value))
     )
@@ -90,7 +90,7 @@ def main() -> int:
         return float(metajax.core.accuracy(model.apply(params, examples.inputs), examples))
 
     def stopped(meta_params: Any, support: metajax.Examples, clean: metajax.Examples) -> Any:
-        """The fast weights of the inner step after which the loss on the clean images is lowest."""
+        """Returns the fast weights after the inner step with the lowest loss on the clean images."""
         state, best = metajax.inner_init(problem)(meta_params, support), (float("inf"), meta_params["start"])
         for _ in range(_INNER_STEPS):
             state = inner_step(state, meta_params, support)
@@ -102,7 +102,7 @@ def main() -> int:
     found: dict[str, list[float]] = {"weight_of_wrong": [], "weight_of_right": []}
     for seed in range(_SEEDS.value):
         everything, right, clean, test = _problem(source, seed, _TRAIN.value, _WRONG.value)
-        train = np.arange(len(right)) < _LETTERS * _TRAIN.value  # the clean images stand behind
+        train = np.arange(len(right)) < _LETTERS * _TRAIN.value  # the clean images come last
         support = everything._replace(mask=train)
         start_key, net_key, key = jax.random.split(jax.random.key(seed), 3)
         start = model.init(start_key, test.inputs[:1])
@@ -148,8 +148,8 @@ def _problem(source: Any, seed: int, train: int, wrong: float) -> Any:
     """Draws one problem.
 
     Returns:
-      The training images with some wrong labels, followed by the clean ones; which of them are right; the clean
-      images; the test images.
+      The training images with some wrong labels, followed by the clean images; which of these labels are right; the
+      clean images; the test images.
     """
     import numpy as np
 
@@ -178,4 +178,4 @@ def _problem(source: Any, seed: int, train: int, wrong: float) -> Any:
 
 
 if __name__ == "__main__":
-    _launch.run(main)
+    run.launch(main)

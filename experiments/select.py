@@ -1,12 +1,12 @@
-"""Choosing a strategy for a family of tasks: successive halving against training every candidate to the end.
+"""Selection of a strategy for a family of tasks: successive halving against full training of all candidates.
 
     python -m experiments.select --out=runs/select
     python -m experiments.select --out=runs/select --data=OMNIGLOT      # a folder as `metajax.data.omniglot` takes it
 
-Six families, one for each script of the built-in characters, or of five alphabets of Omniglot each. Of each, half of
-the letters are trained on, a quarter validates, and the last quarter judges: is the chosen strategy within one 95 %
-interval of the one that turns out best, and what did it cost, in meta steps and in processor time of the steps? Prints
-a row for each family.
+There are six families, one for each script of the built-in characters, or of five alphabets of Omniglot each. Half of
+the letters of a family are for training, a quarter for validation, and a quarter for testing. The experiment tests
+whether the chosen strategy is within one 95 % interval of the best strategy, and measures the cost of the choice in
+meta steps and in processor time of the steps. Prints a row for each family.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import _launch
+from metajax import run
 
 _OUT = flags.DEFINE_string("out", "runs/select", "Folder of the table, the pictures, and what makes it go on.")
 _DATA = flags.DEFINE_string("data", None, "Folder of Omniglot; without it, scripts of the embedded glyphs.")
@@ -31,8 +31,8 @@ _META_BATCH, _SIZE, _VALIDATION = 2, 14, 200
 
 
 def main() -> int:
-    """Chooses for each family, trains all candidates, compares, prints."""
-    _launch.prepare(host_devices=1)
+    """Selects a strategy for each family, trains all candidates, compares and prints the results."""
+    run.prepare(host_devices=1)
     import jax
 
     import metajax
@@ -70,12 +70,12 @@ def main() -> int:
             times: list[float] = []
 
             def clock(step: int, state: Any, metrics: Any, times: list[float] = times) -> None:
-                float(metrics["loss"])  # the step has ended
+                float(metrics["loss"])  # waits for the step
                 times.append(time.process_time())
 
             state = metajax.training.fit(candidate.outer, state, stream(), steps=longest, callbacks=[clock])
             trained[candidate.name] = state.params
-            cost[candidate.name] = (times[-1] - times[0]) / (longest - 1)  # of a step, without compilation
+            cost[candidate.name] = (times[-1] - times[0]) / (longest - 1)  # per step, without compilation
 
         def tested(candidate: Any, params: Any, source: Any = parts["test"]) -> Any:
             options = {"episodes": _EPISODES.value, "seed": _SEED.value, "num_steps": candidate.num_steps}
@@ -106,10 +106,10 @@ def main() -> int:
 
 
 def _candidates() -> list[Any]:
-    """Ten strategies on two small networks."""
+    """Returns ten strategies on two small networks."""
     import optax
 
-    from metajax import hypergrad, learners, models, outer_update, strategies
+    from metajax import hypergrad, learners, models, outer_update, run
 
     conv: dict[str, Any] = {"width": 16, "depth": 3, "pool": False, "normalisation": "support"}
     features, network = models.conv4(**conv), models.conv4(5, **conv)
@@ -128,13 +128,13 @@ def _candidates() -> list[Any]:
         "reptile": (learners.reptile(network, optax.sgd(0.1), 3), hypergrad.displacement(), 1e-2),
     }
     return [
-        strategies.Candidate(name, learner, outer_update(learner, optax.adam(rate), hypergrad=rule, before=False))
+        run.Candidate(name, learner, outer_update(learner, optax.adam(rate), hypergrad=rule, before=False))
         for name, (learner, rule, rate) in several.items()
     ]
 
 
 def _scripts() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each script with its letters in three parts; look-alikes are in one part."""
+    """Yields each script with its letters in three parts. Look-alike letters are in the same part."""
     import numpy as np
 
     import metajax
@@ -149,8 +149,7 @@ def _scripts() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _alphabets(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The alphabets of the background set, some together in the order of their names, with their letters in three
-    parts."""
+    """Yields groups of alphabets of the background set, in order of their names, with their letters in three parts."""
     import numpy as np
 
     import metajax
@@ -169,7 +168,7 @@ def _alphabets(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _parts(name: str, inputs: Any, labels: Any, groups: Any, families: Any) -> dict[str, Any]:
-    """Classes of a family for training, validation and test; those of one group `[classes]` are in one part."""
+    """Splits the classes of a family for training, validation and test. Each group `[classes]` is in one part."""
     import numpy as np
 
     import metajax
@@ -192,4 +191,4 @@ def _told(found: Any) -> str:
 
 
 if __name__ == "__main__":
-    _launch.run(main)
+    run.launch(main)

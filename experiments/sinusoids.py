@@ -1,9 +1,9 @@
-"""The regression figure of MAML's paper: adaptation against pre-training on all tasks, from 10 points and one step.
+"""The regression figure of the MAML paper: MAML against pre-training on all tasks, with 10 points and one step.
 
     python -m experiments.sinusoids --out=runs/sinusoids
 
-Trains both networks, finds the best fine-tuning step size of the pre-trained one on validation tasks, prints the table
-and draws `sinusoids.png` (Finn et al. 2017, figures 2 and 3).
+Trains both networks, selects the best fine-tuning step size of the pre-trained network on validation tasks, prints the
+table and draws `sinusoids.png` (Finn et al. 2017, figures 2 and 3).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import _launch
+from metajax import run
 
 _OUT = flags.DEFINE_string("out", "runs/sinusoids", "Folder of the figure and the table.")
 _STEPS = flags.DEFINE_integer("steps", 30000, "Meta steps of either network.")
@@ -23,8 +23,8 @@ _INNER_RATE, _SHOTS, _GRADIENT_STEPS = 0.01, 10, (0, 1, 10)
 
 
 def main() -> int:
-    """Trains, compares, draws."""
-    _launch.prepare(host_devices=1)
+    """Trains, compares and draws both networks."""
+    run.prepare(host_devices=1)
     import jax
     import optax
 
@@ -73,7 +73,7 @@ def main() -> int:
 
 
 def _draw(path: pathlib.Path, adapting: Any, networks: dict[str, tuple[Any, float]]) -> None:
-    """One column for each network: two tasks, before and after 1 and 10 steps."""
+    """Draws one column for each network: two tasks, before and after 1 and 10 steps."""
     import matplotlib.figure
     import numpy as np
 
@@ -100,4 +100,4 @@ def _draw(path: pathlib.Path, adapting: Any, networks: dict[str, tuple[Any, floa
 
 
 if __name__ == "__main__":
-    _launch.run(main)
+    run.launch(main)

@@ -13,9 +13,11 @@ from metajax import (
     inner,
     learners,
     models,
+    online,
     parallel,
     pretrained,
-    strategies,
+    replay,
+    run,
     tasks,
     training,
 )
@@ -35,13 +37,12 @@ from metajax.core import (
     Model,
     OuterUpdate,
     TaskType,
-    bilevel,
     inner_init,
     inner_update,
 )
 from metajax.pretrained import load_pretrained_model, save_pretrained_model
-from metajax.strategies import select
-from metajax.training import load_run, outer_update
+from metajax.run import load_run, select
+from metajax.training import outer_update
 
 __all__ = [
     "Aux",
@@ -62,7 +63,6 @@ __all__ = [
     "adapt_model",
     "adaptation",
     "adapters",
-    "bilevel",
     "data",
     "evaluation",
     "fast_adapt_model",
@@ -74,12 +74,14 @@ __all__ = [
     "load_pretrained_model",
     "load_run",
     "models",
+    "online",
     "outer_update",
     "parallel",
     "pretrained",
+    "replay",
+    "run",
     "save_pretrained_model",
     "select",
-    "strategies",
     "tasks",
     "training",
 ]

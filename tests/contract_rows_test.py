@@ -31,7 +31,7 @@ def compiled(name, estimator):
     row = rows.ROWS[name]
 
     def run(params, episode):
-        trained, frozen = metajax.core.split(params, row.trainable)
+        trained, frozen = metajax.core.split(params, row.learner.trainable)
         estimated = ESTIMATORS[estimator].value_and_grad(row.learner, trained, (), episode, key=rows.KEY, frozen=frozen)
         return estimated[:2]
 
@@ -67,13 +67,13 @@ def plain_loop(name, params, episode):
 
 @pytest.mark.parametrize(
     ("name", "estimator"),
-    [pair for pair in PAIRS if "moco" not in pair.values[0]],  # theirs: strategies/contrast_test.py
+    [pair for pair in PAIRS if "moco" not in pair.values[0]],  # theirs: training/contrastive_test.py
 )
 def test_gradient(name, estimator):
     row, params = rows.ROWS[name], rows.parameters(name)
     episode = row.episode(0, 2, np.float64)
     (loss, _), grads = result(name, estimator)
-    trained, frozen = metajax.core.split(params, row.trainable)
+    trained, frozen = metajax.core.split(params, row.learner.trainable)
     assert jax.tree.structure(grads) == jax.tree.structure(trained)
     np.testing.assert_allclose(loss, objective(name)(params, episode), rtol=1e-12)
     if estimator == "first_order" and row.learner.problem is not None:
@@ -185,8 +185,7 @@ def test_types_are_kept_and_an_empty_task_does_not_count(name):
     row = rows.ROWS[name]
     with jax.enable_x64(False):
         outer = metajax.outer_update(
-            row.learner, optax.adam(1e-2), hypergrad=hypergrad.mixed_mode(), trainable=row.trainable,
-            task_batching="scan",
+            row.learner, optax.adam(1e-2), hypergrad=hypergrad.mixed_mode(), task_batching="scan",
         )  # fmt: skip
         episodes = [row.episode(seed, 2, np.float32) for seed in range(2)]
         nothing = metajax.Episode(*(part._replace(mask=jnp.zeros_like(part.mask)) for part in episodes[0]))
@@ -232,7 +231,7 @@ def of_function(row, functions):
 
 
 def test_every_learner_and_every_estimator_is_a_row():
-    made = public_functions_that_return(metajax.Learner) | {"proto_maml"}  # which adapt_model makes
+    made = public_functions_that_return(metajax.Learner)
     known = [name.replace("anil", "maml") for name in [*worlds.LEARNERS, *rows.ROWS]]
     assert {of_function(row, made) for row in known} == made
     estimators = public_functions_that_return(metajax.Hypergrad)

@@ -100,13 +100,15 @@ def _run(module: str, flags: list[str], env: dict[str, str], paths: tuple[pathli
 def small_config(pictures, changes):
     """The default config on folders of pictures of 8 pixels, with a network of one block, and what is changed of it."""
     from experiments.configs import prototypical_glyphs
+    from metajax import run
 
-    config = prototypical_glyphs.get_config()
-    config.update(
-        data={"name": "image_folder", "size": 8, "channels": 1, "path": str(pictures)},
-        model={"width": 4, "depth": 1},
-        episode={"ways": 3, "queries": 2},
-        train_episode={"ways": 0, "queries": 0},
+    config = run.complete(
+        {
+            **prototypical_glyphs.get_config(),
+            "data": {"name": "image_folder", "size": 8, "channels": 1, "path": str(pictures)},
+            "model": {"width": 4, "depth": 1},
+            "episode": {"ways": 3, "queries": 2},
+            "train_episode": {},
+        }
     )
-    config.update_from_flattened_dict(changes)
-    return config
+    return run.changed(config, [f"{name}={value}" for name, value in changes.items()])

@@ -8,6 +8,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+import typing
 
 import pytest
 
@@ -15,11 +16,18 @@ import metajax
 
 _ROOT = pathlib.Path(metajax.__file__).parent
 _PACKAGES = ["metajax", *(f"metajax.{module.name}" for module in pkgutil.iter_modules([str(_ROOT)]))]
+
+
+def _is_plain(thing):
+    """Modules, numbers, tuples of them, and names of types, which have no docstring of their own."""
+    return inspect.ismodule(thing) or type(thing) in (int, tuple) or typing.get_origin(thing) is not None
+
+
 _PUBLIC = [
     (package, name)
     for package in _PACKAGES
     for name in importlib.import_module(package).__all__
-    if not inspect.ismodule(getattr(importlib.import_module(package), name))
+    if not _is_plain(getattr(importlib.import_module(package), name))
 ]
 
 
@@ -36,11 +44,12 @@ def _unannotated(function):
 def test_what_is_public_is_listed_once_in_order_and_there():
     for package in _PACKAGES:
         module = importlib.import_module(package)
-        assert list(module.__all__) == sorted(set(module.__all__)), package
+        assert list(module.__all__) == sorted(set(module.__all__), key=lambda name: (not name.isupper(), name)), package
         assert module.__doc__, package
         assert all(hasattr(module, name) for name in module.__all__), package
     assert set(metajax.core.__all__) - set(metajax.__all__) == {
-        "accuracy", "cross_entropy", "merge", "outer_objective", "span_cross_entropy", "split", "squared_error",
+        "Dtype", "Features", "accuracy", "cross_entropy", "merge", "outer_objective", "span_cross_entropy", "split",
+        "squared_error",
     }  # fmt: skip
 
 
@@ -114,8 +123,50 @@ def test_no_file_is_long_and_none_reaches_into_jax():
         assert len(text.splitlines()) < 500, path
         assert max(map(len, text.splitlines()), default=0) <= 120, path
         assert "jax._src" not in text, path
-        assert not re.search(r"^\s*print\(", text, re.MULTILINE), path
-        assert "absl" not in text, path
+        if path.parent.name != "run":  # the launchers
+            assert not re.search(r"^\s*print\(", text, re.MULTILINE), path
+            assert "absl" not in text, path
+
+
+_FLOORS = [
+    "core", "tasks", "inner hypergrad parallel models adapters", "data", "replay learners pretrained", "training",
+    "evaluation online", "adaptation run",
+]  # fmt: skip
+_FLOOR = {name: place for place, names in enumerate(_FLOORS) for name in names.split()}
+
+
+def _crossings(path):
+    """The packages of metajax that a file imports, and the private modules of others among them."""
+    own = path.relative_to(_ROOT).parts[0] if path.parent != _ROOT else ""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "metajax":
+            for alias in node.names:
+                parts = [*node.module.split("."), alias.name][1:]
+                if parts[0] in _FLOOR and parts[0] != own:
+                    yield own, parts
+
+
+@pytest.mark.parametrize("path", _SOURCES, ids=lambda path: str(path.relative_to(_ROOT)))
+def test_no_import_runs_upward_or_into_a_private_module(path):
+    if path.parent == _ROOT:
+        return
+    for own, (package, *rest) in _crossings(path):
+        assert _FLOOR[package] <= _FLOOR[own], f"{own} imports {package}"
+        private = [part for part in rest if part.startswith("_")]
+        assert package == "core" or not private, f"{own} imports {package}.{'.'.join(rest)}"
+
+
+def test_few_names_are_compared():
+    """What a section is, its factory's signature says; a comparison of names is a case by hand."""
+    found = []
+    for path in _SOURCES:
+        if path.relative_to(_ROOT).parts[0] in ("run", "training", "adaptation"):
+            text = path.read_text(encoding="utf-8")
+            found += [f"{path.name}: {line.strip()}" for line in text.splitlines() if re.search(_COMPARED, line)]
+    assert len(found) <= 3, found
+
+
+_COMPARED = r"""(\.name|\["name"\]|_name\(\w+\)) (==|!=|in) |is learners\.|is models\."""
 
 
 def _imported(text):

@@ -16,9 +16,7 @@ import streams
 import worlds
 
 import metajax
-from metajax import learners, models, strategies, tasks
-from metajax.adaptation._proto_maml import proto_maml
-from metajax.strategies._contrast import TRAINED
+from metajax import learners, models, tasks
 
 KEY = jax.random.key(3)
 
@@ -29,14 +27,12 @@ class Row(NamedTuple):
     Attributes:
       learner: the learner.
       episode: `(seed, padding, dtype) -> Episode`; as many more examples in each set are padding.
-      trainable: path regex of what is trained, None for all.
       support: whether the objective depends on the support set.
       ordered: whether the order of the support set counts.
     """
 
     learner: metajax.Learner
     episode: Callable[[int, int, Any], metajax.Episode]
-    trainable: str | None = None
     support: bool = True
     ordered: bool = False
 
@@ -106,23 +102,23 @@ _CONTRAST = {"dim": 4, "hidden": 5, "view": _view}
 
 ROWS = {
     "contrastive_simclr": Row(
-        strategies.contrastive(_FLAT, **_CONTRAST), _images, TRAINED, support=False
+        learners.contrastive(_FLAT, **_CONTRAST), _images, support=False
     ),
     "contrastive_moco": Row(
-        strategies.contrastive(_FLAT, momentum=0.9, queue=8, **_CONTRAST), _images, TRAINED, support=False
+        learners.contrastive(_FLAT, momentum=0.9, queue=8, **_CONTRAST), _images, support=False
     ),
     "contrastive_moco_v3": Row(
-        strategies.contrastive(_FLAT, momentum=0.9, **_CONTRAST), _images, TRAINED, support=False
+        learners.contrastive(_FLAT, momentum=0.9, **_CONTRAST), _images, support=False
     ),
     "in_context": Row(
         learners.in_context(_TOKENS, labels=[[10], [11]], separator=[12], end=[13]), _texts, ordered=True
     ),
     "proto_maml": Row(
-        proto_maml(models.mlp(worlds.FEATURES, hidden=(6,)), optax.sgd(0.3), 2, adapts="layer_0"), _classes
+        learners.proto_maml(models.mlp(worlds.FEATURES, hidden=(6,)), optax.sgd(0.3), 2, adapts="layer_0"), _classes
     ),
-    "recurrent": Row(strategies.recurrent(models.mlp(2, hidden=(6,)), 2, hidden=4), _numbers, ordered=True),
+    "recurrent": Row(learners.recurrent(models.mlp(2, hidden=(6,)), 2, hidden=4), _numbers, ordered=True),
     "recurrent_labels": Row(
-        strategies.recurrent(models.mlp(worlds.WAYS), worlds.WAYS, hidden=4, task=tasks.classification), _classes,
+        learners.recurrent(models.mlp(worlds.WAYS), worlds.WAYS, hidden=4, task=tasks.classification), _classes,
         ordered=True,
     ),
     **{

@@ -113,7 +113,7 @@ def learner(
         optimizer=lambda meta: RULES[rule](jnp.exp(meta["rate"]) if learned else 0.2), num_steps=steps,
         finalize=finalize, stream=_stream, context=_context, carry=_first_carry if carry else None,
     )  # fmt: skip
-    return metajax.bilevel(
+    return metajax.learners.bilevel(
         problem, outer_loss, init=lambda key, inputs: parameters(), predict=predictions, objective=objective
     )
 

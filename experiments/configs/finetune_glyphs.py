@@ -3,15 +3,14 @@
 python -m experiments.train --config=experiments/configs/finetune_glyphs.py
 """
 
-from ml_collections import ConfigDict
-
-from experiments.configs._base import base
+from typing import Any
 
 
-def get_config() -> ConfigDict:
-    """Baseline; `--config.learner.head=cosine` is Baseline++. outer.meta_batch counts examples."""
-    config = base()
-    config.learner.name = "finetune"
-    config.inner.update(rate=0.1, steps=100)
-    config.outer.update(steps=3000, meta_batch=128)
-    return config
+def get_config() -> dict[str, Any]:
+    """Baseline; `--config.learner.head=cosine` is Baseline++. training.meta_batch counts examples."""
+    return {
+        "sampler": "batches",
+        "learner": {"name": "pretrain"},
+        "deployed": {"name": "finetune", "inner": {"name": "sgd", "learning_rate": 0.1}},
+        "training": {"steps": 3000, "meta_batch": 128},
+    }

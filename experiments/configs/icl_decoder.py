@@ -3,26 +3,37 @@
 Training is MetaICL over low-rank adapters; the pretrained decoder alone is the checkpoint that training begins with:
 
 python -m experiments.train --config=experiments/configs/icl_decoder.py --config.model.path=DECODER \
-    --config.data.path=clinc150/data_full.json.gz --config.data.domain=clinc150/domains.json --workdir=RUN
+    --config.data.files=clinc150/data_full.json.gz --config.data.domain=clinc150/domains.json --workdir=RUN
 python -m experiments.evaluate --workdir=RUN --checkpoint=start
 """
 
-from ml_collections import ConfigDict
+from typing import Any
 
-from experiments.configs._base import base
 from experiments.configs.proto_lora_clinc import DOMAINS
 
 
-def get_config() -> ConfigDict:
+def get_config() -> dict[str, Any]:
     """5-way 1-shot: a prompt of five demonstrations, whose classes are called by letters."""
-    config = base()
-    config.data.update(name="text", divides="domain", length=32, buckets=(16, 24, 32))
-    config.data.names.update(DOMAINS)
-    config.model.update(name="pretrained")
-    config.adapter.update(name="lora", rank=8, where="query|value")
-    config.learner.update(name="in_context", content_free="N/A")
-    config.episode.update(ways=5, shots=1, queries=3)
-    config.outer.update(rate=1e-3, schedule="linear", steps=120, meta_batch=2, trainable="lora")
-    config.validation.update(every=120, episodes=20)
-    config.checkpoint.every = 20
-    return config
+    return {
+        "data": {
+            "name": "text", "split_by": "domain", "splits": DOMAINS, "domain": None, "max_length": 32,
+            "length_buckets": (16, 24, 32),
+        },
+        "model": {"name": "pretrained_model", "head": "tokens"},
+        "wrap": [{"name": "lora", "rank": 8, "where": "query|value"}],
+        "learner": {
+            "name": "in_context", "labels": ("A", "B", "C", "D", "E"), "separator": " =>", "end": "\n",
+            "content_free": "N/A",
+        },
+        "episode": {"ways": 5, "shots": 1, "queries": 3},
+        "optimizer": {
+            "adam": {
+                "learning_rate": {
+                    "name": "linear_schedule", "init_value": 1e-3, "end_value": 0.0, "transition_steps": "@steps",
+                },
+            },
+        },
+        "training": {"steps": 120, "meta_batch": 2, "trainable": "lora"},
+        "validation": {"every": 120, "episodes": 20},
+        "checkpoint": {"every": 20},
+    }  # fmt: skip

@@ -5,28 +5,35 @@ of it are the support set. A decoder scores choices by their likelihood, an enco
 64, 16 and 20 % of the kinds are for training, validation and test, unless all three are named:
 
 python -m experiments.train --config=experiments/configs/maml_lora_choices.py --config.model.path=MODEL \
-    --config.data.path=FOLDER --workdir=RUN
+    --config.data.files=FOLDER --workdir=RUN
 
-A decoder whose head is no transpose of its embedding: --config.learner.adapts=lora --config.outer.trainable=lora
+A decoder whose head is no transpose of its embedding: --config.learner.adapts=lora --config.training.trainable=lora
 """
 
-from ml_collections import ConfigDict
-
-from experiments.configs._base import base
+from typing import Any
 
 
-def get_config() -> ConfigDict:
+def get_config() -> dict[str, Any]:
     """8 support questions and 4 query questions of one kind."""
-    config = base()
-    config.data.update(name="multiple_choice", length=128, buckets=(16, 32, 64, 128), at_least=12)
-    config.model.name = "pretrained"
-    config.adapter.update(name="lora", rank=8, where="(query|value)/kernel")
-    config.learner.update(name="maml", adapts="lora|head")
-    config.hypergrad.name = "first_order"
-    config.episode.update(ways=1, shots=8, queries=4)
-    config.inner.update(optimizer="adam", rate=2e-3, steps=3, eval_steps=10)
-    config.outer.update(rate=1e-3, schedule="linear", steps=200, meta_batch=4, trainable="lora|head")
-    config.validation.update(every=100, episodes=20)
-    config.evaluation.episodes = 100
-    config.checkpoint.every = 50
-    return config
+    return {
+        "data": {"name": "multiple_choice", "max_length": 128, "length_buckets": (16, 32, 64, 128)},
+        "min_examples": 12,
+        "model": {"name": "pretrained_model"},
+        "wrap": [{"name": "lora", "rank": 8, "where": "(query|value)/kernel"}],
+        "learner": {
+            "name": "maml", "adapts": "lora|head", "inner": {"name": "adam", "rate": 2e-3, "b1": 0.0}, "num_steps": 3,
+        },
+        "hypergrad": {"name": "first_order"},
+        "episode": {"ways": 1, "shots": 8, "queries": 4},
+        "optimizer": {
+            "adam": {
+                "learning_rate": {
+                    "name": "linear_schedule", "init_value": 1e-3, "end_value": 0.0, "transition_steps": "@steps",
+                },
+            },
+        },
+        "training": {"steps": 200, "trainable": "lora|head"},
+        "validation": {"every": 100, "episodes": 20},
+        "evaluation": {"episodes": 100, "num_steps": 10},
+        "checkpoint": {"every": 50},
+    }  # fmt: skip

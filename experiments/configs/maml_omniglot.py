@@ -5,21 +5,22 @@ python -m experiments.train --config=experiments/configs/maml_omniglot.py --conf
 accuracy 97.30 +- 0.30 % on 600 test episodes.
 """
 
-from ml_collections import ConfigDict
-
-from experiments.configs._base import base
+from typing import Any
 
 
-def get_config() -> ConfigDict:
+def get_config() -> dict[str, Any]:
     """One inner step in training, three in evaluation, as in the paper."""
-    config = base()
-    config.data.update(name="omniglot", mirrored=True)
-    config.augment.update(rotation=8.0, scale=0.1, shear=0.1, shift=0.05)
-    config.learner.name = "maml"
-    config.train_episode.update(ways=5, shots=1, queries=5)
-    config.inner.update(rate=0.4, steps=1, eval_steps=3)
-    config.outer.update(rate=2e-3, steps=60000, meta_batch=4)
-    config.log.every = 100
-    config.validation.update(every=2000, episodes=200)
-    config.checkpoint.every = 2000
-    return config
+    return {
+        "data": {"name": "omniglot", "mirrored": True},
+        "val_data": {"mirrored": False},
+        "test_data": {"mirrored": False},
+        "augment": {"name": "random_affine", "rotation": 8.0, "scale": 0.1, "shear": 0.1, "shift": 0.05},
+        "learner": {"name": "maml", "inner": {"name": "sgd", "learning_rate": 0.4}},
+        "train_episode": {"queries": 5},
+        "optimizer": {"adam": {"learning_rate": {"init_value": 2e-3}}},
+        "training": {"steps": 60000},
+        "evaluation": {"num_steps": 3},
+        "log": {"every": 100},
+        "validation": {"every": 2000, "episodes": 200},
+        "checkpoint": {"every": 2000},
+    }

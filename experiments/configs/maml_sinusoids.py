@@ -3,22 +3,20 @@
 python -m experiments.train --config=experiments/configs/maml_sinusoids.py
 """
 
-from ml_collections import ConfigDict
-
-from experiments.configs._base import base
+from typing import Any
 
 
-def get_config() -> ConfigDict:
+def get_config() -> dict[str, Any]:
     """One inner step at rate 0.01, as in the paper."""
-    config = base()
-    config.data.name = "sinusoids"
-    config.model.update(name="mlp", hidden=(40, 40))
-    config.learner.name = "maml"
-    config.episode.update(ways=1, shots=10, queries=100)
-    config.train_episode.update(ways=1, shots=10, queries=10)
-    config.inner.update(rate=0.01, steps=1)
-    config.outer.update(rate=1e-3, schedule="constant", clip=0.0, steps=20000, meta_batch=25)
-    config.log.every = 200
-    config.validation.update(every=2000, episodes=100)
-    config.checkpoint.every = 5000
-    return config
+    return {
+        "data": {"name": "sinusoids"},
+        "model": {"name": "mlp", "hidden": (40, 40)},
+        "learner": {"name": "maml", "inner": {"name": "sgd", "learning_rate": 0.01}},
+        "episode": {"ways": 1, "shots": 10, "queries": 100},
+        "train_episode": {"queries": 10},
+        "optimizer": {"name": "adam", "learning_rate": 1e-3},
+        "training": {"steps": 20000, "meta_batch": 25},
+        "log": {"every": 200},
+        "validation": {"every": 2000},
+        "checkpoint": {"every": 5000},
+    }

@@ -3,18 +3,18 @@
 python -m experiments.train --config=experiments/configs/moco_cifar_fs.py --config.data.path=PATH --workdir=RUN
 """
 
-from ml_collections import ConfigDict
-
-from experiments.configs._base import base
+from typing import Any
 
 
-def get_config() -> ConfigDict:
+def get_config() -> dict[str, Any]:
     """Validated as the nearest class mean in its features, 5-way 1-shot."""
-    config = base()
-    config.data.name = "cifar_fs"
-    config.model.normalisation = "group"
-    config.learner.name = "moco"
-    config.contrast.update(momentum=0.99, queue=2048, temperature=0.2)
-    config.outer.update(rate=2e-3, steps=2000, meta_batch=256)
-    config.validation.update(every=500, episodes=200)
-    return config
+    return {
+        "data": {"name": "cifar_fs"},
+        "sampler": "batches",
+        "model": {"normalisation": "group"},
+        "learner": {"name": "contrastive", "momentum": 0.99, "queue": 2048},
+        "hypergrad": {"name": "unrolled"},
+        "optimizer": {"adam": {"learning_rate": {"init_value": 2e-3}}},
+        "training": {"steps": 2000, "meta_batch": 256},
+        "validation": {"episodes": 200},
+    }

@@ -3,13 +3,11 @@
 A task is one language. Test differs from training in languages and in sentences:
 
 python -m experiments.train --config=experiments/configs/proto_lora_sib200.py --config.model.path=MULTILINGUAL_E5 \
-    --config.data.path=sib200/train.tsv.gz --config.data.val_path=sib200/dev.tsv.gz \
-    --config.data.test_path=sib200/test.tsv.gz
+    --config.data.files=sib200/train.tsv.gz --config.val_data.files=sib200/dev.tsv.gz \
+    --config.test_data.files=sib200/test.tsv.gz
 """
 
-from ml_collections import ConfigDict
-
-from experiments.configs._base import base
+from typing import Any
 
 LANGUAGES = {
     "train": (
@@ -26,19 +24,21 @@ LANGUAGES = {
 }  # fmt: skip
 
 
-def get_config() -> ConfigDict:
+def get_config() -> dict[str, Any]:
     """7-way 5-shot episodes of one language each; its smallest class has 8 sentences in validation."""
-    config = base()
-    config.data.update(
-        name="text", label="category", domain="lang", divides="domain", prefix="query: ", length=96,
-        buckets=(32, 48, 64, 96),
-    )  # fmt: skip
-    config.data.names.update(LANGUAGES)
-    config.model.update(name="pretrained", head="mean")
-    config.adapter.update(name="lora", rank=8, where="kernel")
-    config.learner.update(name="prototypical", distance="cosine", scale=20.0)
-    config.episode.update(ways=7, shots=5, queries=3, hierarchical=True)
-    config.outer.update(rate=2e-4, steps=500, meta_batch=2, trainable="lora")
-    config.validation.update(every=100, episodes=50)
-    config.checkpoint.every = 100
-    return config
+    return {
+        "data": {
+            "name": "text", "label": "category", "domain": "lang", "split_by": "domain", "splits": LANGUAGES,
+            "prefix": "query: ", "max_length": 96, "length_buckets": (32, 48, 64, 96),
+        },
+        "val_data": {"files": None},  # None: those of data
+        "test_data": {"files": None},
+        "model": {"name": "pretrained_model", "head": "mean"},
+        "wrap": [{"name": "lora", "rank": 8, "where": "kernel"}],
+        "learner": {"name": "prototypical", "distance": "cosine", "scale": 20.0},
+        "episode": {"ways": 7, "shots": 5, "queries": 3, "hierarchical": True},
+        "optimizer": {"adam": {"learning_rate": {"init_value": 2e-4}}},
+        "training": {"steps": 500, "meta_batch": 2, "trainable": "lora"},
+        "validation": {"every": 100, "episodes": 50},
+        "checkpoint": {"every": 100},
+    }  # fmt: skip

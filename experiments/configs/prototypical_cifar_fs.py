@@ -4,17 +4,15 @@ python -m experiments.train --config=experiments/configs/prototypical_cifar_fs.p
     --config.init=RUN
 """
 
-from ml_collections import ConfigDict
-
-from experiments.configs._base import base
+from typing import Any
 
 
-def get_config() -> ConfigDict:
+def get_config() -> dict[str, Any]:
     """5-way 1-shot, trained 10-way; inductive."""
-    config = base()
-    config.data.name = "cifar_fs"
-    config.model.normalisation = "group"
-    config.train_episode.update(ways=10, shots=1, queries=10)
-    config.outer.update(rate=1e-3, steps=2000, meta_batch=4)
-    config.validation.update(every=250, episodes=200)
-    return config
+    return {
+        "data": {"name": "cifar_fs"},
+        "model": {"normalisation": "group"},
+        "train_episode": {"ways": 10, "queries": 10},
+        "training": {"steps": 2000},
+        "validation": {"every": 250, "episodes": 200},
+    }

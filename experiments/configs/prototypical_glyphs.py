@@ -5,16 +5,14 @@ python -m experiments.train
 accuracy 97.34 +- 0.40 % on 600 test episodes.
 """
 
-from ml_collections import ConfigDict
-
-from experiments.configs._base import base
+from typing import Any
 
 
-def get_config() -> ConfigDict:
+def get_config() -> dict[str, Any]:
     """5-way 1-shot, trained 20-way."""
-    config = base()
-    config.train_episode.update(ways=20, shots=1, queries=5)
-    config.outer.update(rate=2e-3, steps=1000, meta_batch=4)
-    config.validation.update(every=250, episodes=100)
-    config.checkpoint.every = 250
-    return config
+    return {
+        "train_episode": {"ways": 20, "queries": 5},
+        "optimizer": {"adam": {"learning_rate": {"init_value": 2e-3}}},
+        "validation": {"every": 250},
+        "checkpoint": {"every": 250},
+    }

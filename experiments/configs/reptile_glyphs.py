@@ -3,17 +3,23 @@
 python -m experiments.train --config=experiments/configs/reptile_glyphs.py
 """
 
-from ml_collections import ConfigDict
-
-from experiments.configs._base import base
+from typing import Any
 
 
-def get_config() -> ConfigDict:
+def get_config() -> dict[str, Any]:
     """Trained on 10 shots with minibatches of 10, evaluated on 1 shot with more inner steps."""
-    config = base()
-    config.learner.update(name="reptile", batch_size=10)
-    config.hypergrad.name = "displacement"
-    config.train_episode.update(ways=5, shots=10, queries=5)
-    config.inner.update(optimizer="adam", rate=1e-3, steps=5, eval_steps=50)
-    config.outer.update(optimizer="sgd", rate=1.0, schedule="linear", clip=0.0, steps=3000, meta_batch=4)
-    return config
+    return {
+        "learner": {
+            "name": "reptile", "inner": {"name": "adam", "rate": 1e-3, "b1": 0.0}, "num_steps": 5, "batch_size": 10,
+        },
+        "hypergrad": {"name": "displacement"},
+        "train_episode": {"shots": 10, "queries": 5},
+        "optimizer": {
+            "name": "sgd",
+            "learning_rate": {
+                "name": "linear_schedule", "init_value": 1.0, "end_value": 0.0, "transition_steps": "@steps",
+            },
+        },
+        "training": {"steps": 3000},
+        "evaluation": {"num_steps": 50},
+    }  # fmt: skip

@@ -17,14 +17,13 @@ from typing import Any
 
 from absl import flags
 
-from experiments import _launch
-
+LOST_PEER = 70  # that of metajax.run, which a machine that only renders need not import
 _KIND = flags.DEFINE_string("kind", None, "What to render: jobset, slurm or tpu_vm.")
 _NAME = flags.DEFINE_string("name", None, "Name of the JobSet or of the Slurm job; tpu_vm: of the TPU.")
 _CONFIG = flags.DEFINE_string("config", None, "Config file to train, with a path that holds in the checkout.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder, the same one on all hosts.")
 _HOSTS = flags.DEFINE_integer("hosts", None, "Hosts, in all slices together.")
-_TRAIN_FLAG = flags.DEFINE_multi_string("train_flag", [], "Another flag of the training: --config.outer.steps=9.")
+_TRAIN_FLAG = flags.DEFINE_multi_string("train_flag", [], "Another flag of the training: --config.training.steps=9.")
 _CACHE = flags.DEFINE_string("cache", None, "Folder of compiled programs; the folder xla beside workdir by default.")
 _CHECKOUT = flags.DEFINE_string(
     "checkout", None, "Folder of the checkout on all hosts; by default that of the image, or where sbatch is called."
@@ -73,6 +72,11 @@ def render() -> str:
     Raises:
       ValueError: a flag is missing, has a bad value, or is none of this kind's.
     """
+    config = _CONFIG.value
+    if config is not None:
+        _check_text(_CONFIG)
+        if not pathlib.Path(config.partition(":")[0]).is_file():
+            raise ValueError(f"config must name a config file, got {config!r}")
     kinds = {"jobset": _jobset, "slurm": _slurm, "tpu_vm": _tpu_vm}
     kind = _given(_KIND)
     if kind not in kinds:
@@ -107,7 +111,7 @@ def _tpu_vm() -> dict[str, str]:
     name, checkout = _given(_NAME), _given(_CHECKOUT)
     _check_name(_ZONE, _LABEL, "a zone of Google Cloud, as us-east5-a")
     # a connection that is lost leaves its process behind: the next one waits for it
-    lock = ["flock", "--wait", "600", "--conflict-exit-code", str(_launch.LOST_PEER), f"/tmp/metajax-{name}.lock"]
+    lock = ["flock", "--wait", "600", "--conflict-exit-code", str(LOST_PEER), f"/tmp/metajax-{name}.lock"]
     return {
         "hosts": str(_given(_HOSTS)),
         "tpu": name + (f" --zone={_ZONE.value}" if _ZONE.value else ""),

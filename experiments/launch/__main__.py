@@ -1,6 +1,7 @@
 """`python -m experiments.launch`."""
 
-from experiments import _launch, launch
+from experiments import launch
+from metajax import run
 
 if __name__ == "__main__":
-    _launch.run(launch.main)
+    run.launch(launch.main)

@@ -1,4 +1,4 @@
-"""Pretrained models that become better at new tasks with every task, and classifiers of a task from a few examples."""
+"""Adapts pretrained models: meta-trains them over tasks, and makes few-shot classifiers from them."""
 
 from metajax.adaptation._estimator import FewShotClassifier
 from metajax.adaptation._fast import FastModel, fast_adapt_model

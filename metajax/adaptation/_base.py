@@ -1,4 +1,4 @@
-"""A pretrained model with what adapts in it: low-rank paths in its attention, or all of it where it has none."""
+"""A pretrained model and the leaves that adapt: low-rank paths in its attention, or all leaves if it has none."""
 
 from __future__ import annotations
 
@@ -12,33 +12,30 @@ import numpy as np
 import optax
 
 from metajax import adapters, learners, models, tasks
-from metajax.adaptation._proto_maml import proto_maml
 from metajax.core import _tree, _validate
 from metajax.core._types import Examples, Learner, Model, Params, PyTree, TaskType
-from metajax.data._episodes import check_type
-from metajax.data._sources import ClassSource, Source
-from metajax.data.readers import Form, Reader, Reading, reader_of
-from metajax.data.readers._questions import with_choices
-from metajax.data.readers._reading import to_length
+from metajax.data import ClassSource, Source, check_type
+from metajax.data.readers import Form, Reader, Reading, reader_of, to_length, with_choices
+from metajax.learners import proto_maml
 from metajax.pretrained import PretrainedModel
 
 _ATTENTION = "(query|value)/kernel"
 _ADAPTERS = "lora_(a|b)$"
-_HEAD = "^head/"  # which is made anew
-MAX_TOKENS = 128  # of a text; longer ones lose their ends
+_HEAD = "^head/"  # a newly initialised head
+MAX_TOKENS = 128  # maximum length of a text; longer texts are cut at the end
 _LENGTHS = (8, 16, 32, 64, 128)
-_WAYS = 8  # classes come in multiples of it
+_WAYS = 8  # the number of classes is rounded up to a multiple of this
 
 
 class Program(NamedTuple):
-    """How tasks of a type are learned.
+    """How to learn the tasks of a task type.
 
     Attributes:
       task: the task type.
-      learners: names of those that meta-training takes, the default first.
-      fast: the one that adapts to a new task.
-      episode_ways: ways of an episode, None where the task has classes to choose from.
-      head: whether a head that is made anew adapts too.
+      learners: names of the learners for meta-training, the default first.
+      fast: name of the learner that adapts to a new task.
+      episode_ways: ways of an episode, None if the task has classes to choose from.
+      head: whether a newly initialised head adapts too.
     """
 
     task: TaskType
@@ -48,7 +45,7 @@ class Program(NamedTuple):
     head: bool
 
 
-# the task types that a pretrained model adapts to, by what comes out of it
+# the task types that a pretrained model can adapt to
 PROGRAMS = (
     Program(tasks.classification, ("prototypical", "proto_maml"), "proto_maml", None, False),
     Program(tasks.multiple_choice, ("maml",), "maml", 1, True),
@@ -56,13 +53,13 @@ PROGRAMS = (
 
 
 class Adaptable(NamedTuple):
-    """A model and what adapts in it.
+    """A model and the leaves of it that adapt.
 
     Attributes:
-      model: with adapters, where there are some.
+      model: the model, with adapters if it has attention.
       where: path regex of the leaves that adapt, None for all.
-      program: how its tasks are learned.
-      one_by_one: whether questions go through it one after the other, which saves memory.
+      program: how to learn its tasks.
+      one_by_one: whether questions go through the model one after the other, which saves memory.
     """
 
     model: Model
@@ -72,10 +69,10 @@ class Adaptable(NamedTuple):
 
 
 def adaptable(base: PretrainedModel, rank: int) -> Adaptable:
-    """Equal for the same model and rank: its functions are the key of what is compiled.
+    """Finds what adapts in a model. Equal for the same model and rank, because its functions are compilation keys.
 
     Raises:
-      ValueError: `base` is none, serves no task type that models adapt to, or `rank` does not fit.
+      ValueError: `base` has the wrong type, serves no task type that models adapt to, or `rank` does not fit.
     """
     _validate.instance("model", base, PretrainedModel)
     _validate.positive_int("rank", rank)
@@ -100,12 +97,12 @@ def _with_adapters(model: Model, rank: int) -> Model:
 
 
 def reader(base: PretrainedModel, program: Program) -> Reader:
-    """What reads the tasks of a model."""
+    """Returns the reader for the tasks of a model."""
     return reader_of(program.task, base.kind)
 
 
 def form_of(base: PretrainedModel) -> Form:
-    """The inputs that a model takes; the lengths of texts are static, so that a new text seldom means a compilation."""
+    """Returns the input form of a model. Text lengths are static, so that a new text seldom causes a compilation."""
     if base.kind == "image":
         return Form("image", image=base.image)
     most = min(base.max_length or MAX_TOKENS, MAX_TOKENS)
@@ -114,10 +111,10 @@ def form_of(base: PretrainedModel) -> Form:
 
 
 def read_task(base: PretrainedModel, program: Program, task: Any) -> Reading:
-    """The examples of a task.
+    """Reads the examples of a task.
 
     Raises:
-      ValueError: `task` is no task, is of another kind than the model, or has one class only.
+      ValueError: `task` is not a task, does not fit the kind of the model, or has only one class.
     """
     found = reader(base, program).read(form_of(base), task)
     if program.task.classes and len(found.classes) < 2:
@@ -126,7 +123,7 @@ def read_task(base: PretrainedModel, program: Program, task: Any) -> Reading:
 
 
 def read_sources(base: PretrainedModel, program: Program, given: list[Any]) -> list[Source]:
-    """Sources of the episodes of tasks, of one form. One of `metajax.data` that is no `ClassSource` is taken as it is.
+    """Returns episode sources of tasks, all in one form. A `metajax.data` source other than `ClassSource` is kept.
 
     Raises:
       ValueError: as `read_task`.
@@ -163,19 +160,19 @@ def _source(base: PretrainedModel, program: Program, reading: Reading, choices: 
 
 
 def example_inputs(base: PretrainedModel) -> Any:
-    """Two examples, of zeros."""
+    """Returns two examples of zeros."""
     if base.kind == "text":
         return {"tokens": np.zeros([2, 4], np.int32), "mask": np.ones([2, 4], bool)}
     return np.zeros([2, *(base.image or ())], np.uint8)
 
 
 def abstract(base: PretrainedModel, model: Model) -> Params:
-    """The shapes of the parameters of a model that reads the inputs of `base`."""
+    """Returns the parameter shapes of a model that reads the inputs of `base`."""
     return jax.eval_shape(model.init, jax.random.key(0), example_inputs(base))
 
 
 def example_support(base: PretrainedModel, classes: tuple[Any, ...], ways: int) -> Examples:
-    """A support set of two examples, of zeros."""
+    """Returns a support set of two examples of zeros."""
     inputs: PyTree = example_inputs(base)
     if not classes:
         inputs = jax.tree.map(lambda leaf: np.stack([leaf, leaf], axis=1), inputs)
@@ -184,20 +181,20 @@ def example_support(base: PretrainedModel, classes: tuple[Any, ...], ways: int) 
 
 
 def class_mask(classes: tuple[Any, ...], ways: int | None = None) -> np.ndarray | None:
-    """Which of the ways a task has; without `ways`, as many as hold its classes. Questions have none."""
+    """Returns which ways a task uses, None for questions. By default the ways are the classes, rounded up."""
     ways = -(-len(classes) // _WAYS) * _WAYS if ways is None else ways
     return np.arange(ways) < len(classes) if classes else None
 
 
 def start(base: PretrainedModel, made: Adaptable, key: jax.Array) -> Params:
-    """The parameters on the device, with new adapters, which change no output yet."""
+    """Puts the parameters on the device, with new adapters, which do not change any output yet."""
     params = jax.tree.map(jnp.asarray, base.params)
     return params if made.where is None else adapters.attach(made.model, params, key=key)
 
 
 @functools.lru_cache(maxsize=64)
 def learner_of(made: Adaptable, name: str, steps: int, rate: float) -> Learner:
-    """The same learner for the same arguments. `steps` is 0 only where `adapt(num_steps=0)` is called."""
+    """Returns the same learner for the same arguments. `steps` is 0 only if `adapt(num_steps=0)` is called."""
     return _LEARNERS[name](made, steps, rate)
 
 
@@ -220,5 +217,5 @@ _LEARNERS = {"prototypical": _prototypical, "proto_maml": _proto_maml, "maml": _
 
 
 def fast_learner(made: Adaptable, steps: int, rate: float) -> Learner:
-    """What adapts to a new task in a few steps."""
+    """Returns the learner that adapts to a new task in a few steps."""
     return learner_of(made, made.program.fast, steps, rate)

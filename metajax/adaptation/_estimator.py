@@ -1,4 +1,4 @@
-"""Few-shot classification in scikit-learn's conventions. The library itself is asked for nothing but its own types."""
+"""Few-shot classification with the scikit-learn interface. Only types are imported from scikit-learn."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import optax
 
 from metajax.adaptation._fast import fast_adapt_model, padded_size
 from metajax.adaptation._meta import MetaTrainedModel, scores_choices
-from metajax.adaptation._proto_maml import proto_maml
 from metajax.core import _validate
 from metajax.core._types import Examples, Learner, Model
-from metajax.evaluation._metrics import softmax
+from metajax.evaluation import softmax
+from metajax.learners import proto_maml
 from metajax.pretrained import PretrainedModel
 
 _IDENTITY = Model(lambda key, inputs: {}, lambda params, inputs: inputs)
@@ -26,18 +26,18 @@ _IDENTITY = Model(lambda key, inputs: {}, lambda params, inputs: inputs)
 class FewShotClassifier:
     """A classifier of texts, images or features from a few examples, with the interface of scikit-learn.
 
-    With a `model` it is `fast_adapt_model`. Without one it takes features `[n, d]`, standardises them by the examples
-    of `fit`, and trains a linear head that starts as their class means.
+    With a `model` it uses `fast_adapt_model`. Without one it takes features `[n, d]`, standardises them with the
+    statistics of the examples in `fit`, and trains a linear head that starts at the class means.
 
     Args:
-      model: what `load_pretrained_model` or `adapt_model` gives, or None.
-      steps: of Adam, at least 0.
-      rate: of Adam.
-      rank: of the adapters of a pretrained model.
+      model: the result of `load_pretrained_model` or `adapt_model`, or None.
+      steps: number of Adam steps, at least 0.
+      rate: learning rate of Adam.
+      rank: rank of the adapters of a pretrained model.
 
     Attributes:
       classes_: `[ways]` labels, sorted.
-      n_features_in_: of features; not there with a model.
+      n_features_in_: number of features; not set with a model.
 
     Source: Triantafillou et al. 2020 (Proto-MAML), arXiv:1903.03096.
 
@@ -63,12 +63,12 @@ class FewShotClassifier:
         self.rank = rank
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """The arguments of the constructor by name; `deep` has no effect, since none is an estimator."""
+        """Returns the constructor arguments by name; `deep` has no effect, since none of them is an estimator."""
         del deep
         return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
     def set_params(self, **params: Any) -> FewShotClassifier:
-        """Sets arguments of the constructor.
+        """Sets constructor arguments.
 
         Raises:
           ValueError: there is no such argument.
@@ -88,8 +88,8 @@ class FewShotClassifier:
           y: `[n]` labels.
 
         Raises:
-          ValueError: features are no finite real numbers, labels are not classes, there is one class only, or what
-            `fast_adapt_model` refuses.
+          ValueError: features are not finite real numbers, labels are not classes, there is only one class, or
+            `fast_adapt_model` raises an error.
         """
         if y is None:
             raise ValueError("requires y to be passed, but the target y is None")
@@ -102,7 +102,7 @@ class FewShotClassifier:
             classes, places = np.unique(_labels(y, len(X)), return_inverse=True)
             task = (X, places.tolist())
             fast = fast_adapt_model(self.model, task, steps=self.steps, rate=self.rate, rank=self.rank)
-            self.classes_, self._fast = classes, fast  # together: a fit that fails changes nothing
+            self.classes_, self._fast = classes, fast  # set together, so that a failed fit changes nothing
             return self
         features = _features(X)
         classes, places = np.unique(_labels(y, len(features)), return_inverse=True)
@@ -132,14 +132,14 @@ class FewShotClassifier:
         return head
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        """Probabilities `[n, ways]` of the classes in the order of `classes_`.
+        """Returns probabilities `[n, ways]` of the classes in the order of `classes_`.
 
         Args:
           X: as for `fit`.
 
         Raises:
-          ValueError: `fit` was not called (scikit-learn's `NotFittedError`, where it is installed), or `X` is of
-            another form than in `fit`.
+          ValueError: `fit` was not called (scikit-learn's `NotFittedError` if it is installed), or `X` has another form
+            than in `fit`.
         """
         if not hasattr(self, "classes_"):
             raise _not_fitted(f"This {type(self).__name__} instance is not fitted yet: call fit first")
@@ -152,22 +152,22 @@ class FewShotClassifier:
                 f"X has {features.shape[1]} features, but {type(self).__name__} is expecting {self.n_features_in_} "
                 "features as input"
             )
-        # row by row sums, so that a prediction does not depend on what is predicted beside it
+        # each row is summed alone, so that a prediction does not depend on the other rows
         products = np.einsum("nd,wd->nw", _scaled(features, self._scale).astype(np.float64), self._head["kernel"])
         return softmax(products + self._head["bias"])
 
     def predict(self, X: Any) -> np.ndarray:
-        """The labels `[n]` of `X`, which is as for `fit`."""
+        """Returns the predicted labels `[n]`; `X` is as for `fit`."""
         places = self.predict_proba(X).argmax(axis=1)
         return self.classes_[places]
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
-        """Accuracy, weighted by `sample_weight` `[n]` where it is given."""
+        """Computes the accuracy, weighted by `sample_weight` `[n]` if it is given."""
         predicted = self.predict(X)
         return float(np.average(predicted == _labels(y, len(predicted)), weights=sample_weight))
 
     def _check_names(self, X: Any) -> None:
-        """Columns of features must be those of `fit`, in its order; the words are those of scikit-learn."""
+        """Checks that feature columns are those of `fit`, in the same order; the messages are scikit-learn's."""
         names, known, kind = _names(X), getattr(self, "feature_names_in_", None), type(self).__name__
         if names is None or known is None:
             if names is not None:
@@ -201,7 +201,7 @@ class FewShotClassifier:
 
 @functools.lru_cache(maxsize=32)
 def _learner(steps: int, rate: float) -> Learner:
-    """The same object for the same arguments: it is the key of what is compiled."""
+    """Returns the same object for the same arguments, because it is the key of compiled programs."""
     return proto_maml(_IDENTITY, optax.adam(rate), steps, adapts=None, distance="euclidean")
 
 
@@ -211,19 +211,19 @@ def _head(support: Examples, *, learner: Learner) -> Any:
 
 
 def _names(X: Any) -> np.ndarray | None:
-    """The names of the columns of a dataframe, None where they are no texts."""
+    """Returns the column names of a dataframe, None if they are not all texts."""
     names = list(getattr(X, "columns", ()))
     return np.array(names, dtype=object) if names and all(isinstance(name, str) for name in names) else None
 
 
 def _scale(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation of columns, 1 of one that is constant; in units of the largest, whose square may overflow."""
+    """Returns column means and deviations (1 if constant), scaled by the largest value: its square may overflow."""
     unit = np.abs(features).max(axis=0)
     unit = np.where(unit > 0, unit, 1)
     mean, spread = (part * unit for part in ((features / unit).mean(axis=0), (features / unit).std(axis=0)))
-    # not where the deviation is 0: that of equal numbers is often not, by rounding
+    # compares the values, because rounding often makes the deviation of equal numbers differ from 0
     spread = np.where(features.max(axis=0) > features.min(axis=0), spread, 1)
-    # by the root of the width too: distances are then of order one, whatever the width
+    # also scaled by the root of the width, so that distances are of order one for any width
     return mean, spread * features.shape[1] ** 0.5
 
 
@@ -233,14 +233,14 @@ def _scaled(features: np.ndarray, scale: tuple[np.ndarray, np.ndarray]) -> np.nd
 
 
 def _features(X: Any) -> np.ndarray:
-    """Finite features `[n, d]`; the words of errors are those that scikit-learn's checks look for."""
+    """Returns finite features `[n, d]`; the error messages hold the words that scikit-learn's checks look for."""
     if hasattr(X, "tocsr") or hasattr(X, "todense"):
         raise TypeError("X must be dense features, got a sparse matrix; X.toarray() makes it dense")
     features = np.asarray(X)
     if features.dtype.kind == "c":
         raise ValueError("Complex data not supported")
     if features.dtype.kind == "O":
-        features = features.astype(np.float64)  # numbers as objects; a TypeError or ValueError says what is none
+        features = features.astype(np.float64)  # numbers as objects; other objects raise a TypeError or ValueError
     if features.dtype.kind not in "fiub":
         raise ValueError(f"X must be numbers, or texts with a model, got an array of type {features.dtype}")
     if features.ndim != 2:

@@ -1,4 +1,4 @@
-"""What a model becomes for one task: a classifier from a few examples of each class, or a judge of choices."""
+"""A model adapted to one task: a classifier from a few examples of each class, or a scorer of choices."""
 
 from __future__ import annotations
 
@@ -17,18 +17,26 @@ from metajax.adaptation import _base
 from metajax.adaptation._meta import MetaTrainedModel
 from metajax.core import _tree, _validate
 from metajax.core._types import Examples, Learner, Params, PyTree
-from metajax.data.readers._questions import answered
-from metajax.evaluation._metrics import softmax
-from metajax.learners._forward import Adapted
-from metajax.pretrained import PretrainedModel, Report, open_model
-from metajax.pretrained._load import read_preprocessor, read_tokenizer, tasks_of
-from metajax.pretrained._save import FILES, named, whole_folder
-from metajax.pretrained._tensors import WEIGHTS, Tensors, write
+from metajax.data.readers import answered
+from metajax.evaluation import softmax
+from metajax.learners import Adapted
+from metajax.pretrained import (
+    FILES,
+    PretrainedModel,
+    Report,
+    named,
+    open_model,
+    read_preprocessor,
+    read_tokenizer,
+    tasks_of,
+    whole_folder,
+)
+from metajax.pretrained.tensors import WEIGHTS, Tensors, write
 
-_SIZES = (5, 10, 16, 25, 32, 48, 64)  # of support sets and of what is predicted at once; then multiples of the last
+_SIZES = (5, 10, 16, 25, 32, 48, 64)  # of support sets and prediction batches; above, multiples of the last
 _FILE = "fast_model.json"
 _FILES = (*FILES, "preprocessor_config.json", _FILE)
-_RATE = 2e-3  # of Adam
+_RATE = 2e-3  # learning rate of Adam
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +44,12 @@ class FastModel:
     """A model adapted to one task by `fast_adapt_model`.
 
     Attributes:
-      base: the pretrained model. What of it adapts, all of it without attention and a layer of one output, is the
-        adapted one there in a loaded `FastModel`.
-      learner: which adapted it, and predicts.
-      rank: of the adapters.
-      adapted: what the learner predicts with: parameters, the mask of classes, and the head.
-      classes_: the labels of the task, sorted; () where it is questions, which bring their choices.
+      base: the pretrained model. In a loaded `FastModel`, the leaves of `base` that adaptation changes (all leaves of a
+        model without attention, and a layer of one output) already hold their adapted values.
+      learner: the learner that adapted the model and predicts with it.
+      rank: rank of the adapters.
+      adapted: the learner's state for prediction: parameters, the class mask and the head.
+      classes_: the labels of the task, sorted; () for questions, which have their own choices.
 
     >>> FastModel.__name__
     'FastModel'
@@ -54,14 +62,14 @@ class FastModel:
     classes_: tuple[Any, ...]
 
     def predict_proba(self, inputs: Any) -> np.ndarray:
-        """Probabilities `[n, ways]` of the classes in the order of `classes_`, or of choices, 0 beyond a question's.
+        """Returns probabilities `[n, ways]` of `classes_`, in their order, or of choices, 0 beyond those of a question.
 
         Args:
-          inputs: a list of texts, uint8 images `[n, height, width, channels]`, or a list of questions, dicts as the
-            lines of `metajax.data.multiple_choice` (an answer is not looked at).
+          inputs: a list of texts, uint8 images `[n, height, width, channels]`, or a list of questions, dicts like the
+            lines of `metajax.data.multiple_choice` (answers are ignored).
 
         Raises:
-          ValueError: something else, an empty text (by its index), or images of another size.
+          ValueError: inputs of another kind, an empty text (reported by its index), or images of another size.
         """
         made = _base.adaptable(self.base, self.rank)
         read = _base.reader(self.base, made.program).encode(_base.form_of(self.base), inputs)
@@ -75,17 +83,17 @@ class FastModel:
         return softmax(np.concatenate(logits))
 
     def predict(self, inputs: Any) -> list[Any]:
-        """The labels of `inputs`, which are those of `predict_proba`; of questions the texts of choices."""
+        """Returns the most likely labels of `inputs`, which are as for `predict_proba`; for questions, choice texts."""
         places = self.predict_proba(inputs).argmax(axis=1)
         if self.classes_:
             return [self.classes_[place] for place in places]
         return [question["choices"][place] for question, place in zip(inputs, places, strict=True)]
 
     def score(self, inputs: Any, labels: Any) -> float:
-        """Accuracy on labelled inputs; labels of questions are places or texts of the right choices.
+        """Computes the accuracy on labelled inputs. Labels of questions are indices or texts of the right choices.
 
         Raises:
-          ValueError: as `predict_proba`; labels are of another number, or one is none of `classes_`, or of the choices.
+          ValueError: as `predict_proba`; the number of labels is wrong, or a label is not in `classes_` or the choices.
         """
         if not self.classes_:
             answers = [question.answer for question in answered(inputs, labels, "inputs", "labels")]
@@ -100,13 +108,13 @@ class FastModel:
         return float(np.mean([a == b for a, b in zip(self.predict(inputs), labels, strict=True)]))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Saves the model as a folder that `FastModel.load` reads, without the folder of the base.
+        """Saves the model as a folder that `FastModel.load` reads without the folder of the base.
 
-        It holds safetensors and JSON, all parameters of the base among them, and is there whole or not at all; a folder
-        of an earlier save is replaced.
+        The folder holds safetensors and JSON, including all parameters of the base. It is written completely or not at
+        all; a folder of an earlier save is replaced.
 
         Raises:
-          ValueError: another folder or a file is there.
+          ValueError: there is another folder or a file at `path`.
           ImportError: the safetensors library is not installed.
         """
         told = {
@@ -126,10 +134,10 @@ class FastModel:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FastModel:
-        """Loads what `save` wrote.
+        """Loads a model that `save` wrote.
 
         Raises:
-          ValueError: the folder is none, or a file of it is damaged, lacks a tensor or holds one of another shape.
+          ValueError: it is not such a folder, or a file in it is damaged, lacks a tensor or has one of another shape.
         """
         folder = pathlib.Path(path)
         classes, rank, ways, options = _told(folder)
@@ -160,26 +168,25 @@ def fast_adapt_model(
 ) -> FastModel:
     """Adapts a model to a new task by a few gradient steps on its examples, in one compiled call.
 
-    A pretrained model and a meta-trained one are adapted in the same way (Proto-MAML): a linear head on normalised
-    features starts as the class means, then `steps` steps of Adam train it together with the low-rank adapters, or with
-    the whole model where it has no attention. Examples are padded to a few static sizes, so that the next task of a
-    similar size compiles nothing. A model that scores choices (see `adapt_model`) has no head to start from class
-    means: the steps train its adapters, and the layer of one output, on the questions of the task.
+    Pretrained and meta-trained models are adapted in the same way (Proto-MAML): a linear head on normalised features
+    starts at the class means. Then `steps` steps of Adam train it together with the low-rank adapters, or with the
+    whole model if it has no attention. Examples are padded to a few static sizes, so that the next task of a similar
+    size needs no compilation. A model that scores choices (see `adapt_model`) has no head to start at class means: the
+    steps train its adapters, and the layer of one output, on the questions of the task.
 
     Args:
-      model: what `load_pretrained_model` or `adapt_model` gives.
-      task: as `adapt_model` takes it, with all its examples as the support set. A source must be a
-        `metajax.data.ClassSource`.
-      steps: of Adam; 0 predicts by the class means, or what the model says of choices.
-      rate: of Adam.
-      rank: of the adapters of a pretrained model; a meta-trained one has its own.
+      model: the result of `load_pretrained_model` or `adapt_model`.
+      task: as for `adapt_model`; all its examples are the support set. A source must be a `metajax.data.ClassSource`.
+      steps: number of Adam steps; 0 predicts with the class means, or with the unchanged scores of choices.
+      rate: learning rate of Adam.
+      rank: rank of the adapters of a pretrained model; a meta-trained one has its own.
 
     Returns:
       A `FastModel` with `predict`, `predict_proba`, `score`, `save` and `classes_`.
 
     Raises:
-      ValueError: what is given is no task, of another kind than the model, of one class, with an empty text (by its
-        index), with images of another size, or with an answer that is no choice; or an argument is out of range.
+      ValueError: `task` is not a task, does not fit the kind of the model, has only one class, an empty text (reported
+        by its index), images of another size, or an answer that is not a choice; or an argument is out of range.
 
     Source: Triantafillou et al. 2020, section 3.3, arXiv:1903.03096.
 
@@ -202,7 +209,7 @@ def fast_adapt_model(
         base, params = model, _base.start(model, made, jax.random.key(0))
     found = _base.read_task(base, made.program, task)
     classes, labels = found.classes, found.targets
-    assert labels is not None  # a task has them
+    assert labels is not None  # a task always has labels
     learner = _base.fast_learner(made, steps, rate)
     padded, mask = _pad(found.inputs)
     targets = np.zeros(len(mask), np.int32)
@@ -211,7 +218,7 @@ def fast_adapt_model(
     moved, head, stats = _adapt(params, support, learner=learner, where=made.where, steps=steps)
     if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves((moved, head))):
         raise ValueError(f"rate must be low enough for a finite result, got {rate}: the adapted model is not finite")
-    kept = _tree.split(params, made.where)[1]  # the base itself: what comes out of the call is what moved
+    kept = _tree.split(params, made.where)[1]  # the base itself; the call returns only the leaves that adapt
     return FastModel(base, learner, rank, Adapted(_tree.fill(moved, kept), support.class_mask, stats, head), classes)
 
 
@@ -229,7 +236,7 @@ def _predict(adapted: Adapted, inputs: PyTree, mask: Any, *, learner: Learner) -
 
 
 def padded_size(count: int) -> int:
-    """The static size that holds `count` examples.
+    """Returns the static size that holds `count` examples.
 
     >>> padded_size(25), padded_size(65)
     (25, 128)
@@ -238,7 +245,7 @@ def padded_size(count: int) -> int:
 
 
 def _pad(inputs: PyTree) -> tuple[PyTree, np.ndarray]:
-    """Inputs with padding examples, and which are none `[size]`. Padding repeats no example: it is zeros."""
+    """Pads inputs with examples of zeros. Returns the inputs, and which examples are not padding `[size]`."""
     count = len(jax.tree.leaves(inputs)[0])
     size = padded_size(count)
     padded = jax.tree.map(lambda leaf: np.pad(leaf, [(0, size - count)] + [(0, 0)] * (leaf.ndim - 1)), inputs)
@@ -246,12 +253,12 @@ def _pad(inputs: PyTree) -> tuple[PyTree, np.ndarray]:
 
 
 def _stored(adapted: Adapted) -> dict[str, Any]:
-    """What of an adapted model lies in the file of tensors."""
+    """Returns the parts of an adapted model that the tensor file stores."""
     return {"params": adapted.params, "stats": adapted.stats, "head": adapted.head}
 
 
 def _told(folder: pathlib.Path) -> tuple[tuple[Any, ...], int, int, dict[str, Any]]:
-    """Classes, rank, ways and the options of the model, as `save` wrote them."""
+    """Reads the classes, rank, ways and model options that `save` wrote."""
     path = folder / _FILE
     if not path.is_file():
         raise ValueError(f"path must be a folder that FastModel.save wrote, with {_FILE}, got {str(folder)!r}")
@@ -272,10 +279,10 @@ def _told(folder: pathlib.Path) -> tuple[tuple[Any, ...], int, int, dict[str, An
 
 
 def _read(folder: pathlib.Path, like: dict[str, Any]) -> dict[str, Any]:
-    """Tensors in the form of `like`.
+    """Reads tensors in the form of `like`.
 
     Raises:
-      ValueError: one is missing or has another shape.
+      ValueError: a tensor is missing or has another shape.
     """
     tensors = Tensors(folder)
 
@@ -289,7 +296,7 @@ def _read(folder: pathlib.Path, like: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without(params: Params, plain: Params) -> Params:
-    """The leaves that a model without adapters has."""
+    """Returns the leaves that the model has without adapters."""
     if not isinstance(plain, dict):
         return params
     return {key: _without(params[key], plain[key]) for key in plain}

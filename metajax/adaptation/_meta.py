@@ -1,4 +1,4 @@
-"""Meta-training of a pretrained model, task after task."""
+"""Meta-trains a pretrained model on one task after another."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ from metajax.core._types import Episode, Learner, MetaState, OuterUpdate, Params
 from metajax.pretrained import PretrainedModel
 from metajax.training import NonFiniteError, fit, outer_update
 
-_WAYS = 5  # at most, where nobody says
+_WAYS = 5  # default, at most
 _EPISODES = 4  # in an outer step
 _INNER_STEPS, _INNER_RATE = 3, 2e-3  # of "proto_maml" and "maml"
 
 
 @dataclasses.dataclass(frozen=True)
 class MetaTrainedModel:
-    """A pretrained model whose adapters are meta-trained; `adapt_model` makes it, and goes on from it.
+    """A pretrained model with meta-trained adapters; `adapt_model` returns it and can continue to train it.
 
     Attributes:
-      base: the pretrained model, shared by all that are made of it.
-      learner: what adapts in an episode.
-      rank: of the adapters.
-      options: what the meta step is made of besides: the name of the learner and the outer rate.
-      state: what is trained, the state of the outer optimizer, the number of steps and the key; the frozen base is no
-        part of it.
-      frozen: the base on the device, None where `state.params` has a leaf; None where all of the model is trained.
-      history: what each outer step of the last call measured, by name: `loss` and `accuracy` `[steps]`, and others.
+      base: the pretrained model, shared by all models made from it.
+      learner: the learner that adapts in an episode.
+      rank: rank of the adapters.
+      options: other settings of the meta step: the name of the learner and the outer rate.
+      state: the trained parameters, the state of the outer optimizer, the number of steps and the key, without the
+        frozen base.
+      frozen: the base on the device, with None for leaves that are in `state.params`; None if the whole model is
+        trained.
+      history: metrics of each outer step of the last call, by name: `loss` and `accuracy` `[steps]`, and others.
 
     >>> MetaTrainedModel.__name__
     'MetaTrainedModel'
@@ -51,7 +52,7 @@ class MetaTrainedModel:
 
     @property
     def params(self) -> Params:
-        """All parameters, the adapters among them."""
+        """All parameters, including the adapters."""
         return _tree.merge(self.state.params, self.frozen)
 
 
@@ -68,42 +69,42 @@ def adapt_model(
     outer_rate: float | None = None,
     seed: int = 0,
 ) -> MetaTrainedModel:
-    """Meta-trains a pretrained model on a task: episodes of its classes teach it to tell new classes from few examples.
+    """Meta-trains a pretrained model on a task: from episodes it learns to tell new classes from few examples.
 
-    What is trained are low-rank adapters (LoRA) in the queries and values of attention; the base is frozen and shared.
-    A model without attention (Conv4, ResNet-12) is trained as a whole. A call with what the last one gave goes on with
-    it. Tasks of the same ways, shots, queries and form of inputs share one compilation.
+    It trains low-rank adapters (LoRA) in the queries and values of attention; the base is frozen and shared. A model
+    without attention (Conv4, ResNet-12) is trained as a whole. Pass the result of a call to train it further. Tasks
+    with the same ways, shots, queries and input form share one compilation.
 
     A model that scores texts learns to answer questions with choices (see `metajax.models.score_choices`): a decoder
-    with logits of tokens (`load_pretrained_model(path, head="tokens")`), or a model of one number, `outputs=1`, whose
-    new layer is trained too. Its tasks are kinds of questions, and an episode has questions of one kind.
+    with token logits (`load_pretrained_model(path, head="tokens")`), or a model with one output, `outputs=1`, whose new
+    layer is trained too. Its tasks are kinds of questions, and an episode has questions of one kind.
 
     Args:
-      model: what `load_pretrained_model` gives, or the result of a call before.
+      model: the result of `load_pretrained_model`, or of an earlier call.
       task: a folder or zip of `CLASS/NAME.png`; a file of texts with the columns `text` and `label` (.jsonl, .csv,
         .tsv, or .json lists; see `metajax.data.text`); a pair `(inputs, labels)` of uint8 images `[n, height, width,
-        channels]` or a list of texts, and texts or integers; a source of `metajax.data` with classes; or a list of
-        these, which take turns at random. Texts are cut at 128 tokens. Of questions: a .jsonl file as
-        `metajax.data.multiple_choice` reads it or a folder of such, a pair `(questions, answers)` of dicts
-        `{"question": ..., "choices": [...], "context": ...}` and the places or texts of the right choices, or a source
+        channels]` or a list of texts, and labels that are texts or integers; a source of `metajax.data` with classes;
+        or a list of these, sampled at random. Texts are cut at 128 tokens. For questions: a .jsonl file in the format
+        of `metajax.data.multiple_choice` or a folder of such files, a pair `(questions, answers)` of dicts
+        `{"question": ..., "choices": [...], "context": ...}` and the indices or texts of the right choices, or a source
         of that function.
-      steps: outer steps, of 4 episodes each.
-      ways: classes of an episode; by default 5, or all where a task has fewer. Questions have 1.
-      shots: support examples of a class, or questions.
-      queries: query examples of a class, or questions.
-      learner: "prototypical" (cosine; the default), or "proto_maml", three first-order inner steps from prototypes. It
-        is chosen in the first call. For questions it is "maml", three first-order inner steps.
-      rank: of the adapters, 8 by default; chosen in the first call.
-      outer_rate: of Adam, 1e-3 by default; chosen in the first call.
-      seed: of the new adapters and of the episodes.
+      steps: outer steps, with 4 episodes each.
+      ways: classes of an episode; by default 5, or all classes if a task has fewer. Questions have 1.
+      shots: support examples of each class, or support questions.
+      queries: query examples of each class, or query questions.
+      learner: "prototypical" (cosine; the default), or "proto_maml", three first-order inner steps from prototypes. For
+        questions it is "maml", three first-order inner steps. The first call sets it.
+      rank: rank of the adapters, 8 by default; the first call sets it.
+      outer_rate: learning rate of Adam, 1e-3 by default; the first call sets it.
+      seed: seed of the new adapters and of the episodes.
 
     Returns:
       A `MetaTrainedModel`; `model` is not changed.
 
     Raises:
-      ValueError: what is given is no task, of another kind than the model, of one class, with an empty text (by its
-        index), with images of another size, or with an answer that is no choice; a class has fewer examples than
-        `shots + queries`; ways are fewer than 2 or more than the classes; another learner, rank or rate than in the
+      ValueError: `task` is not a task, does not fit the kind of the model, has only one class, an empty text (reported
+        by its index), images of another size, or an answer that is not a choice; a class has fewer examples than
+        `shots + queries`; there are fewer than 2 ways, or more than classes; the learner, rank or rate differs from the
         first call; an argument is out of range.
 
     Sources: Snell et al. 2017, arXiv:1703.05175; Hu et al. 2022 (LoRA), arXiv:2106.09685; Triantafillou et al. 2020
@@ -139,7 +140,7 @@ def adapt_model(
         data.episode_batch(source, spec, seed=seed, start=step * _EPISODES, count=_EPISODES)
         for step in range(begun, begun + steps)
     )
-    state = jax.tree.map(jnp.copy, model.state)  # the call consumes it, and `model` is not changed
+    state = jax.tree.map(jnp.copy, model.state)  # the call consumes its state, and `model` must not change
     try:
         state = fit(
             _outer(model.learner, rate), state, episodes, steps=begun + steps, frozen=model.frozen,
@@ -154,7 +155,7 @@ def adapt_model(
 
 
 def _ways(ways: int | None, program: _base.Program, sources: list[Any]) -> int:
-    """Ways of an episode."""
+    """Returns the ways of an episode."""
     if program.episode_ways is not None:
         if ways not in (None, program.episode_ways):
             raise ValueError(
@@ -186,7 +187,7 @@ def scores_choices(model: PretrainedModel | MetaTrainedModel, rank: int) -> bool
     """Whether the tasks of a model are questions with choices.
 
     Raises:
-      ValueError: it adapts to no task, or `rank` does not fit.
+      ValueError: the model adapts to no task type, or `rank` does not fit.
     """
     base, rank = (model.base, model.rank) if isinstance(model, MetaTrainedModel) else (model, rank)
     return not _base.adaptable(base, rank).program.task.classes
@@ -194,5 +195,5 @@ def scores_choices(model: PretrainedModel | MetaTrainedModel, rank: int) -> bool
 
 @functools.lru_cache(maxsize=32)
 def _outer(learner: Learner, rate: float) -> OuterUpdate:
-    """The same meta step for the same arguments: it is the key of what is compiled."""
+    """Returns the same meta step for the same arguments, because it is the key of compiled programs."""
     return outer_update(learner, optax.adam(rate), hypergrad=hypergrad.first_order(), before=False)

@@ -1,4 +1,4 @@
-"""What adapters share: the adapted model, and the ways from plain parameters to adapted ones and back."""
+"""Parts shared by adapters: the adapted model, and conversions between plain and adapted parameters."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from metajax.core._types import Model, Params
 
 @dataclasses.dataclass(frozen=True)
 class Apply:
-    """The `apply` of an adapted model, which remembers what it is made of.
+    """The `apply` of an adapted model; it stores the parts that the model is made of.
 
     Attributes:
-      name: what the leaves of the adapter are called.
-      model: what is adapted.
-      add: `(params, key) -> params` with the leaves that are missing.
-      edit: `(params, inputs) -> (params, inputs)`, what the model takes.
-      folds: whether the edited parameters are all that the adapter does.
+      name: name of the adapter's leaves.
+      model: the model that is adapted.
+      add: `(params, key) -> params` with the missing leaves added.
+      edit: `(params, inputs) -> (params, inputs)`, the arguments that the model takes.
+      folds: whether the edited parameters are everything that the adapter does.
     """
 
     name: str
@@ -37,31 +37,31 @@ class Apply:
 
 
 class Weight:
-    """A kernel and what an adapter puts beside it, as one leaf of the edited parameters: `inputs @ weight`.
+    """A kernel and the leaves of an adapter beside it, as one leaf of the edited parameters: `inputs @ weight`.
 
-    Subclasses of adapters that fold have `merged` too.
+    Subclasses for adapters that fold also implement `merged`.
     """
 
-    __array_ufunc__ = None  # NumPy inputs leave the product to the weight
+    __array_ufunc__ = None  # for NumPy inputs, the weight computes the product
 
     def merged(self) -> jax.Array:
-        """The one array that does the same."""
+        """Returns one array that gives the same outputs."""
         raise ValueError("model must multiply by its kernels for this adapter, got one that reads them as arrays")
 
     def __getitem__(self, index: Any) -> jax.Array:
-        return self.merged()[index]  # how layers of flax.nnx that know nothing of adapters ask for a kernel
+        return self.merged()[index]  # flax.nnx layers that do not know adapters read a kernel like this
 
 
 def merged(kernel: Any) -> jax.Array:
-    """A kernel as one array."""
+    """Returns a kernel as one array."""
     return kernel.merged() if isinstance(kernel, Weight) else kernel
 
 
 def adapted(apply: Apply) -> Model:
-    """The model of an adapter.
+    """Returns the model of an adapter.
 
     Raises:
-      ValueError: the model has an adapter of this name already.
+      ValueError: the model already has an adapter with this name.
     """
     taken = names_of(apply.model)
     if apply.name in taken:
@@ -75,12 +75,12 @@ def adapted(apply: Apply) -> Model:
 
 
 def names_of(model: Model) -> list[str]:
-    """The names of the adapters of a model, the outermost first."""
+    """Returns the names of the adapters of a model, the outermost first."""
     return [part.name for part in _chain(model)]
 
 
 def _chain(model: Model) -> list[Apply]:
-    """The adapters of a model, the outermost first."""
+    """Returns the adapters of a model, the outermost first."""
     chain = []
     while isinstance(model.apply, Apply):
         chain.append(model.apply)
@@ -99,7 +99,7 @@ def _adapters(model: Model) -> list[Apply]:
 
 
 def absent(name: str) -> ValueError:
-    """The error about parameters without the leaves of an adapter."""
+    """Returns the error for parameters without the leaves of an adapter."""
     return ValueError(
         f"params must hold the leaves of the adapter {name!r}, got none: init of the adapted model makes them, "
         "attach adds them to parameters of the plain model"
@@ -110,7 +110,7 @@ def attach(model: Model, params: Params, *, key: jax.Array) -> Params:
     """Adds the leaves of a model's adapters to parameters that lack them, such as pretrained ones.
 
     Args:
-      model: what `lora` or another adapter returned, or several of them one in the other.
+      model: the result of `lora` or another adapter, or several nested ones.
       params: parameters of the plain model, or of one that has some of the adapters. No leaf is changed or copied.
       key: PRNG key of the new leaves.
 
@@ -118,7 +118,7 @@ def attach(model: Model, params: Params, *, key: jax.Array) -> Params:
       Parameters of `model`. Its outputs are those of the plain model, unless it has a prompt or a prefix.
 
     Raises:
-      ValueError: a model without adapters, or what `model.init` would refuse.
+      ValueError: the model has no adapters, or `model.init` would raise an error.
 
     >>> import jax, jax.numpy as jnp, metajax
     >>> base = metajax.models.decoder(100, width=16, depth=2, heads=4)
@@ -139,15 +139,15 @@ def merge(model: Model, params: Params) -> Params:
     """Folds low-rank paths and learned scales into plain weights.
 
     Args:
-      model: what `lora` or `ia3` returned, or both, one in the other.
+      model: the result of `lora` or `ia3`, or of both nested.
       params: its parameters.
 
     Returns:
       Parameters of the plain model that give the same outputs, up to rounding; a weight keeps its type.
 
     Raises:
-      ValueError: a model without adapters, parameters without their leaves, or an adapter that no weight can hold,
-        such as a prompt. The leaf of a prompt passes through `merge(lora(plain), params)`.
+      ValueError: the model has no adapters, the parameters lack their leaves, or no weight can hold an adapter, such as
+        a prompt. The leaf of a prompt passes through `merge(lora(plain), params)`.
 
     >>> import jax, jax.numpy as jnp, metajax
     >>> base = metajax.models.decoder(100, width=16, depth=2, heads=4)
@@ -170,7 +170,7 @@ def count(params: Params, where: _tree.Where = None) -> int:
 
     Args:
       params: a tree of arrays, or of their shapes.
-      where: path regex or predicate, as `trainable=` and `adapts=` take it; None counts all.
+      where: path regex or predicate, as in `trainable=` and `adapts=`; None counts all.
 
     Raises:
       ValueError: `where` picks no leaf.

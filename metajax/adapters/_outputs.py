@@ -1,4 +1,4 @@
-"""Adapters of what a kernel gives: bottlenecks behind it, shifts, and learned keys and values in front of it."""
+"""Adapters of kernel outputs: bottlenecks after a kernel, shifts, and learned keys and values in front."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from metajax.adapters._weights import beside_kernels, learned
 from metajax.core import _tree, _validate
 from metajax.core._types import Model
 
-_SPREAD = 0.02  # as the embeddings of transformers start
+_SPREAD = 0.02  # initial deviation of transformer embeddings
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Bottleneck(Weight):
-    """A kernel, and a small network behind it that is added to what it gives."""
+    """A kernel followed by a small network whose outputs are added to those of the kernel."""
 
     kernel: Any
     down: jax.Array
@@ -48,7 +48,7 @@ class _Shifted(Weight):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Prefixed(Weight):
-    """A kernel with learned rows in front of what it gives for a text."""
+    """A kernel with learned rows in front of its outputs for a text."""
 
     kernel: Any
     rows: jax.Array
@@ -62,23 +62,23 @@ class _Prefixed(Weight):
 def bottleneck(
     model: Model, size: int = 16, *, where: _tree.Where = "(out|down)/kernel", name: str = "bottleneck"
 ) -> Model:
-    """Adapters behind the two halves of each block (Houlsby et al. 2019): `y + gelu(y @ down + bias) @ up`.
+    """Adapters after the two halves of each block (Houlsby et al. 2019): `y + gelu(y @ down + bias) @ up`.
 
-    `y` is what the kernel gives. A bias of the layer is added after that: the adapter's own bias stands for what it
-    would have added inside. The leaves `bottleneck_down` `[..., out, size]`, normal with variance 1 / out,
-    `bottleneck_bias` `[..., size]` and `bottleneck_up` `[..., size, out]`, both zero, stand beside `kernel`, so that
-    the outputs are at first those of `model`.
+    `y` is the output of the kernel. A bias of the layer is added after the adapter; the adapter's own bias replaces its
+    effect inside the adapter. The leaves are beside `kernel`: `bottleneck_down` `[..., out, size]`, normal with
+    variance 1 / out, `bottleneck_bias` `[..., size]` and `bottleneck_up` `[..., size, out]`, both zero. At first the
+    outputs are therefore those of `model`.
 
     Args:
-      model: with layers that compute `inputs @ kernel`: those of `models.decoder`, `encoder` and `vit`, your own.
-      size: units between the two.
-      where: path regex or predicate, among the leaves called `kernel`; the form of Pfeiffer et al. 2021
+      model: a model whose layers compute `inputs @ kernel`, such as `models.decoder`, `encoder`, `vit` or your own.
+      size: hidden units of the bottleneck.
+      where: path regex or predicate over the leaves called `kernel`; the form of Pfeiffer et al. 2021
         (arXiv:2005.00247) is `"down/kernel"`.
-      name: what the leaves begin with.
+      name: prefix of the leaf names.
 
     Returns:
-      A `Model`; composes with the other adapters. No weight of the plain model can hold a nonlinearity: `merge` refuses
-      it.
+      A `Model`, which composes with the other adapters. No weight of the plain model can hold a nonlinearity, so
+      `merge` refuses it.
 
     Raises:
       ValueError: as `lora`, for `size`.
@@ -106,17 +106,17 @@ def bottleneck(
 
 
 def bitfit(model: Model, *, where: _tree.Where = None) -> Model:
-    """BitFit (Ben Zaken et al. 2022) for layers without biases, as those of Llama are: learned shifts of their outputs.
+    """BitFit (Ben Zaken et al. 2022) for layers without biases, such as those of Llama: learned shifts of the outputs.
 
-    Layers that have biases need no adapter: `adapts="bias"` picks them. The leaf `bitfit` `[..., out]`, zero, stands
-    beside `kernel`.
+    Layers that have biases need no adapter: `adapts="bias"` picks them. The leaf `bitfit` `[..., out]` is beside
+    `kernel` and starts at zero.
 
     Args:
-      model: as `bottleneck` takes it.
-      where: path regex or predicate, among the leaves called `kernel`; None shifts what all of them give.
+      model: as for `bottleneck`.
+      where: path regex or predicate over the leaves called `kernel`; None shifts the outputs of all of them.
 
     Returns:
-      A `Model`; composes with the other adapters. A kernel alone holds no shift: `merge` refuses it.
+      A `Model`, which composes with the other adapters. A kernel cannot hold a shift, so `merge` refuses it.
 
     Raises:
       ValueError: as `ia3`.
@@ -139,23 +139,25 @@ def bitfit(model: Model, *, where: _tree.Where = None) -> Model:
 
 
 def prefix(model: Model, length: int, *, where: _tree.Where = "(key|value)/kernel") -> Model:
-    """Prefix tuning (Li and Liang 2021): learned keys and values in front of those of every text, in each block.
+    """Prefix tuning (Li and Liang 2021): learned keys and values before those of every text, in each block.
 
-    The leaf `prefix` `[..., length, out]` stands beside the kernels of keys and values. All tokens see the prefix,
-    which takes no position: learned keys are not rotated. A layer with a bias adds it to the learned rows too. They
-    start small, normal with deviation 0.02, and take attention at once: outputs differ from those of `model` at first.
+    The leaf `prefix` `[..., length, out]` is beside the kernels of keys and values. All tokens see the prefix. It takes
+    no position, so learned keys are not rotated. A layer with a bias also adds it to the learned rows. The rows start
+    small, normal with deviation 0.02, and receive attention at once, so the outputs differ from those of `model` at
+    first.
 
     Args:
-      model: `models.decoder`, `encoder` or `vit`, with prompts or none, and no other adapter: put those around it, as
-        in `lora(prefix(model, 8))`.
-      length: of the prefix, in positions.
-      where: path regex or predicate, among the leaves called `kernel`; must pick those of keys and values alike.
+      model: `models.decoder`, `encoder` or `vit`, with or without prompts, and with no other adapter: put other
+        adapters around it, as in `lora(prefix(model, 8))`.
+      length: length of the prefix, in positions.
+      where: path regex or predicate over the leaves called `kernel`; must pick the keys and values of the same blocks.
 
     Returns:
-      A `Model`. No weight of the plain model can hold a prefix: `merge` refuses it.
+      A `Model`. No weight of the plain model can hold a prefix, so `merge` refuses it.
 
     Raises:
-      ValueError: as `ia3`, or `length` is below 1, or `model` has other adapters, or (when made) `where` picks others.
+      ValueError: as `ia3`, or `length` is below 1, or `model` has other adapters, or (when parameters are made) `where`
+        picks other kernels.
 
     Source: Li and Liang 2021, arXiv:2101.00190.
 

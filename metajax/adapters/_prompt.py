@@ -1,4 +1,4 @@
-"""A learned prompt: embeddings in front of the tokens."""
+"""A learned prompt: embeddings before the tokens."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from metajax.core._types import Model, Params
 
 
 def prompt(model: Model, length: int, *, where: _tree.Where = "embed/embedding") -> Model:
-    """Prompt tuning (Lester et al. 2021): learned embeddings in front of the tokens of every text.
+    """Prompt tuning (Lester et al. 2021): learned embeddings before the tokens of every text.
 
-    The leaf `prompt` `[length, width]` stands at the top of the tree. It starts as embeddings of random tokens, in
-    float32 where the table is narrower. Texts see it as if it were words before them; it gets no logits.
+    The leaf `prompt` `[length, width]` is at the top of the tree. It starts as the embeddings of random tokens, in
+    float32 if the table is narrower. Texts see it like words before them; it gets no logits.
 
     Args:
-      model: `models.decoder`, or one that takes `{"tokens": ..., "prompt": [length, width]}`.
-      length: of the prompt, in embeddings.
-      where: path regex or predicate of the table of embeddings `[vocab, width]`.
+      model: `models.decoder`, or a model that takes `{"tokens": ..., "prompt": [length, width]}`.
+      length: number of embeddings in the prompt.
+      where: path regex or predicate that picks the embedding table `[vocab, width]`.
 
     Returns:
-      A `Model`; composes with `lora` and `ia3`. No weight of the plain model can hold a prompt: `merge` refuses it.
+      A `Model`, which composes with `lora` and `ia3`. No weight of the plain model can hold a prompt, so `merge`
+      refuses it.
 
     Raises:
-      ValueError: a part of another type, `length` is below 1, a prompt in `model` already, or (where parameters are
-        made) `where` does not pick one table.
+      ValueError: an argument has the wrong type, `length` is below 1, `model` already has a prompt, or (when parameters
+        are made) `where` does not pick one table.
 
     Source: Lester, Al-Rfou and Constant 2021, arXiv:2104.08691.
 

@@ -1,4 +1,4 @@
-"""Adapters that stand beside a kernel: low-rank paths and learned scales of outputs."""
+"""Adapters beside a kernel: low-rank paths and learned scales of outputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from metajax.core._types import Model, Params
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LowRank(Weight):
-    """`kernel + scale * a @ b`, applied beside the kernel: a sum would be a copy of the kernel for each task."""
+    """`kernel + scale * a @ b`, applied beside the kernel, because the sum would copy the kernel for each task."""
 
     kernel: Any
     a: jax.Array
@@ -59,28 +59,28 @@ def lora(
     where: _tree.Where = "(query|value)/kernel",
     name: str = "lora",
 ) -> Model:
-    """Low-rank adaptation (Hu et al. 2022): `inputs @ kernel + alpha / rank * inputs @ a @ b`, to learn `a` and `b`.
+    """Low-rank adaptation (Hu et al. 2022): `inputs @ kernel + alpha / rank * inputs @ a @ b`, with learned `a`, `b`.
 
-    The leaves `lora_a` `[..., in, rank]`, normal with variance 1 / in, and `lora_b` `[..., rank, out]`, zero, stand
-    beside `kernel` in the tree, so that the outputs are at first those of `model`. They are float32 where the kernel
-    is narrower: they are small, and take gradient steps. The kernel is never summed with the product, so that tasks
+    The leaves are beside `kernel` in the tree: `lora_a` `[..., in, rank]`, normal with variance 1 / in, and `lora_b`
+    `[..., rank, out]`, zero. At first the outputs are therefore those of `model`. The leaves are float32 if the kernel
+    is narrower, because they are small and take gradient steps. The kernel is never summed with the product, so tasks
     under vmap share it.
 
     Args:
-      model: with layers that compute `inputs @ kernel`: those of `models.decoder` and `models.vit`, your function's. A
-        layer of flax.nnx works too, but takes the sum first, which is a copy of its kernel for each task.
-      rank: of the product, at most the smaller side of each kernel.
-      alpha: weight of the product, times `rank`; None is `rank`, so that the weight is 1.
-      where: path regex or predicate, among the leaves called `kernel`; None adapts all of them.
-      name: what the leaves are called, so that a model can have two: `lora(lora(model, name="slow"), name="fast")`.
+      model: a model whose layers compute `inputs @ kernel`, such as `models.decoder`, `models.vit` or your own
+        function. A layer of flax.nnx works too, but it computes the sum first, which copies its kernel for each task.
+      rank: rank of the product, at most the smaller side of each kernel.
+      alpha: weight of the product, times `rank`; None means `rank`, which gives the weight 1.
+      where: path regex or predicate over the leaves called `kernel`; None adapts all of them.
+      name: name of the leaves, so that a model can have two adapters: `lora(lora(model, name="slow"), name="fast")`.
 
     Returns:
-      A `Model`. In `lora(ia3(model))` the scales multiply the low-rank path too, and in `ia3(lora(model))` they do not.
+      A `Model`. In `lora(ia3(model))` the scales also multiply the low-rank path; in `ia3(lora(model))` they do not.
 
     Raises:
-      ValueError: a part of another type, a `rank` or `alpha` of 0 or below, an adapter of this name in `model`, or
-        (where parameters are made) `where` picks nothing or a kernel that is neither `[in, out]` nor, in scanned
-        blocks, `[depth, in, out]`, or `rank` is above a side of a kernel.
+      ValueError: an argument has the wrong type, `rank` or `alpha` is 0 or below, `model` already has an adapter with
+        this name, or (when parameters are made) `where` picks nothing or a kernel that is neither `[in, out]` nor, in
+        scanned blocks, `[depth, in, out]`, or `rank` is above a side of a kernel.
 
     Source: Hu et al. 2022, arXiv:2106.09685.
 
@@ -109,19 +109,19 @@ def lora(
 def ia3(model: Model, *, where: _tree.Where = "(key|value|up)/kernel") -> Model:
     """(IA)^3 (Liu et al. 2022): learned scales of keys, values and hidden units.
 
-    The leaf `ia3` `[..., out]`, ones, stands beside `kernel` in the tree and multiplies what the kernel gives. In a
-    SwiGLU, scaling what `up` gives scales the hidden units. Keys are scaled before their rotary positions.
+    The leaf `ia3` `[..., out]` is beside `kernel` in the tree. It starts as ones and multiplies the output of the
+    kernel. In a SwiGLU, scaling the output of `up` scales the hidden units. Keys are scaled before the rotation.
 
     Args:
-      model: as `lora` takes it.
-      where: path regex or predicate, among the leaves called `kernel`; None adapts all of them.
+      model: as for `lora`.
+      where: path regex or predicate over the leaves called `kernel`; None adapts all of them.
 
     Returns:
-      A `Model`; composes with `lora` and `prompt`.
+      A `Model`, which composes with `lora` and `prompt`.
 
     Raises:
-      ValueError: a part of another type, scales in `model` already, or (where parameters are made) `where` picks
-        nothing or a kernel that is neither `[in, out]` nor, in scanned blocks, `[depth, in, out]`.
+      ValueError: an argument has the wrong type, `model` already has scales, or (when parameters are made) `where`
+        picks nothing or a kernel that is neither `[in, out]` nor, in scanned blocks, `[depth, in, out]`.
 
     Source: Liu et al. 2022, arXiv:2205.05638.
 
@@ -140,7 +140,7 @@ def ia3(model: Model, *, where: _tree.Where = "(key|value|up)/kernel") -> Model:
 
 
 def learned(kernel: Any) -> Any:
-    """The type of what an adapter learns beside a kernel: float32 at least."""
+    """Returns the type of the leaves that an adapter learns beside a kernel: at least float32."""
     return jnp.promote_types(kernel.dtype, jnp.float32)
 
 
@@ -155,17 +155,17 @@ def beside_kernels(
     folds: bool = True,
     check: Callable[[list[str], list[str]], None] = lambda picked, all_paths: None,
 ) -> Model:
-    """An adapter with leaves `names` beside the kernels that `where` picks.
+    """Makes an adapter with the leaves `names` beside the kernels that `where` picks.
 
     Args:
-      model: what is adapted.
-      name: of the adapter.
-      names: of its leaves.
+      model: the model to adapt.
+      name: name of the adapter.
+      names: names of its leaves.
       where: picks kernels.
       make: `(key, path, kernel) -> leaves`.
-      build: `(kernel, leaves) -> weight`, what stands for the kernel while the model computes.
-      folds: whether one array can do what the weight does.
-      check: `(picked, all)` raises a ValueError where these paths of kernels must not be picked together.
+      build: `(kernel, leaves) -> weight`, which replaces the kernel during the computation.
+      folds: whether one array can replace the weight.
+      check: `(picked, all)`, paths of kernels; raises a ValueError if these kernels must not be picked together.
     """
     _validate.instance("model", model, Model)
 

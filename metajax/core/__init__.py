@@ -1,6 +1,5 @@
-"""The contract, the inner loop, and the masks and losses that everything shares."""
+"""The contract, the inner loop, and the masks and losses that all packages share."""
 
-from metajax.core._bilevel import bilevel
 from metajax.core._inner import InnerState, inner_init, inner_update
 from metajax.core._losses import accuracy, cross_entropy, span_cross_entropy, squared_error
 from metajax.core._objective import outer_objective
@@ -8,8 +7,10 @@ from metajax.core._tree import merge, split
 from metajax.core._types import (
     Aux,
     Collected,
+    Dtype,
     Episode,
     Examples,
+    Features,
     Hypergrad,
     InnerLosses,
     InnerProblem,
@@ -24,8 +25,10 @@ from metajax.core._types import (
 __all__ = [
     "Aux",
     "Collected",
+    "Dtype",
     "Episode",
     "Examples",
+    "Features",
     "Hypergrad",
     "InnerLosses",
     "InnerProblem",
@@ -37,7 +40,6 @@ __all__ = [
     "OuterUpdate",
     "TaskType",
     "accuracy",
-    "bilevel",
     "cross_entropy",
     "inner_init",
     "inner_update",

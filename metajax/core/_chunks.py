@@ -1,4 +1,4 @@
-"""A sum over a leading axis, so many entries at a time."""
+"""A sum over a leading axis, computed in chunks."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ PyTree = Any
 def sum_in_chunks(
     function: Callable[..., tuple[PyTree, PyTree]], arguments: tuple[PyTree, ...], size: int, axes: Iterable[Any] = ()
 ) -> tuple[PyTree, PyTree]:
-    """Sums what `function` gives first over the leading axis of its arguments; what it gives second comes back stacked.
+    """Sums the first output of `function` over the leading axis of its arguments, and stacks the second output.
 
     Args:
-      function: of one entry of each argument, gives `(summed, stacked)`.
+      function: takes one entry of each argument and returns `(summed, stacked)`.
       arguments: trees whose leaves share a leading axis.
-      size: how many entries run together under vmap, one chunk after the other; it divides the leading axis.
+      size: number of entries in a chunk. The entries of a chunk run together under vmap, the chunks run one after the
+        other. Must divide the leading axis.
       axes: names of the `shard_map` axes along which the sum differs between devices.
 
     >>> total, squares = sum_in_chunks(lambda x: (x, x * x), (jnp.arange(4.0),), size=2)
@@ -30,7 +31,7 @@ def sum_in_chunks(
     """
     count = jax.tree.leaves(arguments)[0].shape[0]
     if size == 1:
-        run, chunks = function, arguments  # no vmap: a batch axis of one would still make grouped kernels
+        run, chunks = function, arguments  # no vmap: a batch axis of size one would still produce grouped kernels
     else:
         chunks = jax.tree.map(lambda leaf: leaf.reshape(count // size, size, *leaf.shape[1:]), arguments)
 

@@ -1,6 +1,6 @@
-"""What a function costs, counted in its jaxpr: floating-point operations, and bytes between memory and the units.
+"""Cost of a function, counted in its jaxpr: floating-point operations, and bytes between memory and compute units.
 
-The compiler's own counts take the body of a loop once, however often it runs.
+The compiler's own counts include the body of a loop only once, regardless of how often it runs.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from typing import Any
 
 import jax
 
-_Count = Callable[[Any], float]  # of one equation that holds no others
+_Count = Callable[[Any], float]  # counts one equation that contains no other equations
 
 
 def flops(function: Callable[..., Any], *arguments: Any) -> float:
-    """Operations of one call: 2 for each multiply-add of matrix products and convolutions, 1 for each other result.
+    """Counts operations of one call: 2 per multiply-add of matrix products and convolutions, 1 per other result.
 
-    A loop of unknown length counts as one turn, a branch as the costliest one, and a region of `shard_map` as one
-    device's part of it.
+    A loop of unknown length counts as one iteration, a conditional as its most expensive branch, and a `shard_map`
+    region as the part of one device.
 
     >>> import jax.numpy as jnp
     >>> flops(lambda x: x @ x, jnp.ones([10, 10]))
@@ -30,9 +30,9 @@ def flops(function: Callable[..., Any], *arguments: Any) -> float:
 
 
 def traffic(function: Callable[..., Any], *arguments: Any) -> float:
-    """Bytes that the matrix products, convolutions, reductions and gathers of one call read and write.
+    """Counts the bytes that the matrix products, convolutions, reductions and gathers of one call read and write.
 
-    Everything else is taken to be fused with one of them.
+    Assumes that every other operation is fused with one of these.
 
     >>> import jax.numpy as jnp
     >>> traffic(lambda x: jnp.sin(x @ x), jnp.ones([10, 10], jnp.float32))
@@ -60,7 +60,7 @@ def _flops(equation: Any) -> float:
     if name == "dot_general":
         (contracted, _), _ = equation.params["dimension_numbers"]
         return 2.0 * size * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-    if name == "convolution":  # of `metajax.models`: its value and its derivatives cost the same
+    if name == "convolution":  # the primitive of `metajax.models`: its value and its derivatives cost the same
         _, kernel, outputs = equation.params["shapes"]
         return 2.0 * math.prod(outputs) * math.prod(kernel[:-1])
     if name == "conv_general_dilated":
@@ -91,9 +91,9 @@ def _traffic(equation: Any) -> float:
 
 
 def _jaxprs(params: Any) -> Iterator[Any]:
-    """The jaxprs that an equation holds."""
+    """Yields the jaxprs that an equation contains."""
     for value in params.values():
         for part in value if isinstance(value, tuple | list) else (value,):
-            inner = getattr(part, "jaxpr", part)  # of a closed one
+            inner = getattr(part, "jaxpr", part)  # unwraps a closed jaxpr
             if hasattr(inner, "eqns"):
                 yield inner

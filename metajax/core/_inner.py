@@ -1,6 +1,6 @@
-"""The inner loop: one engine that adaptation and every explicit estimator share.
+"""The inner loop: one implementation that adaptation and all explicit estimators share.
 
-What differs between estimators is how the loop is run and differentiated (a `Loop`).
+Estimators differ in how they run and differentiate the loop (a `Loop`).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from metajax.core._types import Examples, InnerLosses, InnerProblem, Params
 
 
 class InnerState(NamedTuple):
-    """What an inner step carries.
+    """State that is passed from one inner step to the next.
 
     Attributes:
       params: fast weights.
       opt_state: state of the inner optimizer.
-      step: int32 scalar, inner steps taken.
-      carry: of the inner problem, `()` where it has none.
+      step: int32 scalar, number of inner steps taken.
+      carry: carry of the inner problem, `()` if it has none.
 
     >>> InnerState._fields
     ('params', 'opt_state', 'step', 'carry')
@@ -36,15 +36,15 @@ class InnerState(NamedTuple):
 
 
 class InnerResult(NamedTuple):
-    """What an inner loop gives.
+    """Result of an inner loop.
 
     Attributes:
-      initial: first fast weights.
-      params: last fast weights.
-      carry: last carry.
-      adapted: what predict needs.
-      losses: the inner losses, before each step.
-      visits: `[num_steps]`, what `visit` said after each step; `()` without one.
+      initial: initial fast weights.
+      params: final fast weights.
+      carry: final carry.
+      adapted: input of `predict`.
+      losses: inner losses, each computed before its step.
+      visits: `[num_steps]`, outputs of `visit` after each step; `()` if there is no `visit`.
     """
 
     initial: Params
@@ -56,15 +56,15 @@ class InnerResult(NamedTuple):
 
 
 class Arguments(NamedTuple):
-    """What stays the same over an inner loop.
+    """Values that stay the same during an inner loop.
 
     Attributes:
       meta_params: the meta-parameters, or the part of them that is differentiated.
-      frozen: the rest of them, where they are split.
+      frozen: the rest of the meta-parameters, if they are split.
       support: the support set.
       key: PRNG key of the steps or None.
-      context: of the inner problem, `()` where it has none.
-      query: what `visit` reads besides.
+      context: context of the inner problem, `()` if it has none.
+      query: additional input of `visit`.
     """
 
     meta_params: Params
@@ -81,11 +81,11 @@ class Arguments(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """What differs from step to step, leaves `[num_steps, ...]`, or of one step `[...]`.
+    """Values that differ between steps: leaves `[num_steps, ...]`, or `[...]` for a single step.
 
     Attributes:
-      data: of the stream, None without one.
-      valid: bool, False for a step whose data is all padding; None where every step counts.
+      data: data of the stream, None if there is no stream.
+      valid: bool, False for a step whose data is all padding; None if every step counts.
     """
 
     data: Any = None
@@ -93,7 +93,7 @@ class Steps(NamedTuple):
 
 
 class Rest(NamedTuple):
-    """What an inner loss reads and no estimator differentiates."""
+    """Inputs of an inner loss that no estimator differentiates."""
 
     frozen: Params
     support: Examples
@@ -106,14 +106,14 @@ class Rest(NamedTuple):
 Visit = Callable[[Params, Any, Arguments, jax.Array], jax.Array]
 # (problem, start, arguments, steps, num_steps, visit) -> (end, (losses [num_steps], visits [num_steps]))
 Loop = Callable[..., tuple[InnerState, tuple[jax.Array, Any]]]
-# (loss) -> (*loss_inputs) -> ((loss, carry), (gradient with respect to params, loss as the update rule reads it))
+# (loss) -> (*loss_inputs) -> ((loss, carry), (gradient with respect to params, loss that the update rule reads))
 Gradient = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def step_loss(problem: InnerProblem) -> Callable[..., tuple[jax.Array, Any]]:
-    """The inner loss of a step: `(params, meta_params, context, carry, data, rest) -> (scalar, carry)`.
+    """Returns the inner loss of a step: `(params, meta_params, context, carry, data, rest) -> (scalar, carry)`.
 
-    What may be differentiated comes first. A step that is not valid has the loss 0 and leaves the carry as it is.
+    The arguments that may be differentiated come first. An invalid step has loss 0 and does not change the carry.
     """
 
     def loss(
@@ -124,7 +124,7 @@ def step_loss(problem: InnerProblem) -> Callable[..., tuple[jax.Array, Any]]:
         found = problem.loss(params, full, rest.support, rest.step, rest.key, **keywords)
         value, after = _checked_loss(problem, found, carry)
         if rest.valid is not None:
-            # where, not a product: what padding makes of the loss may be NaN
+            # `where` instead of a product, because the loss of padding may be NaN
             value, after = select(rest.valid, (value, after), (jnp.zeros_like(value), carry))
         return value, after
 
@@ -132,7 +132,7 @@ def step_loss(problem: InnerProblem) -> Callable[..., tuple[jax.Array, Any]]:
 
 
 def _keywords(problem: InnerProblem, **values: Any) -> dict[str, Any]:
-    """Keywords of the fields that a problem has; a stream is passed as `data`."""
+    """Returns the keywords of the fields that are set in a problem; a stream is passed as `data`."""
     return {
         "data" if name == "stream" else name: value
         for name, value in values.items()
@@ -141,10 +141,10 @@ def _keywords(problem: InnerProblem, **values: Any) -> dict[str, Any]:
 
 
 def _checked_loss(problem: InnerProblem, found: Any, carry: Any) -> tuple[jax.Array, Any]:
-    """The loss and the carry after it.
+    """Returns the loss and the next carry.
 
     Raises:
-      ValueError: the loss is no scalar, or the carry is not of the form that it had.
+      ValueError: the loss is not a scalar, or the carry changed its structure, shapes or dtypes.
     """
     pair = isinstance(found, tuple) and len(found) == 2
     if (problem.carry is not None) != pair:
@@ -170,7 +170,7 @@ def _checked_loss(problem: InnerProblem, found: Any, carry: Any) -> tuple[jax.Ar
 
 
 def loss_inputs(state: InnerState, arguments: Arguments, inputs: Steps) -> tuple[Any, ...]:
-    """What `step_loss` takes at a state; `inputs` are those of the step."""
+    """Returns the inputs of `step_loss` at a state; `inputs` belong to the step."""
     rest = Rest(arguments.frozen, arguments.support, state.step, _keys.fold(arguments.key, state.step), inputs.valid)
     return state.params, arguments.meta_params, arguments.context, state.carry, inputs.data, rest
 
@@ -179,7 +179,7 @@ def apply_gradient(
     problem: InnerProblem, state: InnerState, grads: Params, loss: jax.Array, carry: Any, arguments: Arguments,
     valid: Any = None,
 ) -> InnerState:  # fmt: skip
-    """The update rule: the state after a step whose inner gradient and whose next carry are known."""
+    """Applies the update rule: returns the state after a step, given its inner gradient and the next carry."""
     optimizer = optax.with_extra_args_support(problem.optimizer(arguments.full))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=loss)
     after = optax.apply_updates(state.params, updates), opt_state
@@ -189,7 +189,7 @@ def apply_gradient(
 
 
 def select(condition: jax.Array, yes: Any, no: Any) -> Any:
-    """One of two trees.
+    """Selects one of two trees.
 
     >>> int(select(True, 1, 2))
     1
@@ -198,7 +198,7 @@ def select(condition: jax.Array, yes: Any, no: Any) -> Any:
 
 
 def plain_gradient(loss: Callable[..., Any]) -> Callable[..., Any]:
-    """The inner gradient as JAX differentiates it."""
+    """Returns the inner gradient that `jax.value_and_grad` computes."""
     gradient = jax.value_and_grad(loss, has_aux=True)
 
     def run(*inputs: Any) -> Any:
@@ -214,14 +214,14 @@ def scan_loop(
     block: int = 1,
     unroll: int = 1,
 ) -> Loop:
-    """A loop that JAX differentiates by itself.
+    """Returns a loop without a custom derivative: JAX differentiates it.
 
     Args:
-      gradient: how the gradient of the inner loss is taken.
-      wrap: applied to functions `(state, arguments, steps) -> (state, outputs)`, to a step and to a block of steps,
+      gradient: computes the gradient of the inner loss.
+      wrap: wrapper of a step and of a block of steps, both functions `(state, arguments, steps) -> (state, outputs)`,
         such as `jax.checkpoint`.
-      block: how many steps are wrapped together.
-      unroll: how many steps are written out one after the other in the program.
+      block: number of steps that are wrapped together.
+      unroll: number of steps that are unrolled in the program.
     """
 
     def loop(
@@ -241,7 +241,7 @@ def scan_loop(
                 lambda state, inputs: step(state, arguments, inputs), state, steps, length=length, unroll=unroll
             )
 
-        if num_steps == 0:  # not a scan, which has no turns under jax.disable_jit
+        if num_steps == 0:  # no scan, because jax.disable_jit does not support a scan of length 0
             one = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), steps)
             shapes = jax.eval_shape(step, start, arguments, one)[1]
             return start, jax.tree.map(lambda leaf: jnp.zeros((0, *leaf.shape), leaf.dtype), shapes)
@@ -264,21 +264,21 @@ def scan_loop(
 
 
 def context_of(problem: InnerProblem, meta_params: Params, support: Examples, keys: _keys.AdaptationKeys) -> Any:
-    """The context of a task, `()` where the problem has none."""
+    """Returns the context of a task, `()` if the problem has none."""
     return () if problem.context is None else problem.context(meta_params, support, keys.context)
 
 
 def params_of(
     problem: InnerProblem, meta_params: Params, support: Examples, keys: _keys.AdaptationKeys, context: Any
 ) -> Params:
-    """The first fast weights."""
+    """Returns the initial fast weights."""
     return problem.init(meta_params, support, keys.init, **_keywords(problem, context=context))
 
 
 def start_of(
     problem: InnerProblem, meta_params: Params, support: Examples, keys: _keys.AdaptationKeys, context: Any
 ) -> InnerState:
-    """The state before the first step."""
+    """Returns the state before the first step."""
     keywords = _keywords(problem, context=context)
     params = params_of(problem, meta_params, support, keys, context)
     carry = () if problem.carry is None else problem.carry(meta_params, support, keys.carry, **keywords)
@@ -289,10 +289,10 @@ def start_of(
 def steps_of(
     problem: InnerProblem, meta_params: Params, support: Examples, keys: _keys.AdaptationKeys, num_steps: int
 ) -> Steps:
-    """What the steps of a task read.
+    """Returns the step inputs of a task.
 
     Raises:
-      ValueError: the stream has no data, or none for some of the steps.
+      ValueError: the stream has no data, or no data for some of the steps.
     """
     if problem.stream is None:
         return Steps()
@@ -308,11 +308,11 @@ def steps_of(
 
 
 def _steps_that_count(data: Any, *, first: int) -> Steps:
-    """The data of steps without what stands in padding, and which steps count.
+    """Returns the data of steps with cleared padding, and which steps count.
 
     Args:
-      data: of one step, or of all.
-      first: axes in front of those of the examples: 0 for one step, 1 for all.
+      data: data of one step, or of all steps.
+      first: number of axes before the example axes: 0 for one step, 1 for all steps.
     """
     if not isinstance(data, Examples):
         return Steps(data)
@@ -324,10 +324,10 @@ def _steps_that_count(data: Any, *, first: int) -> Steps:
 
 
 def without_padding(support: Any) -> Any:
-    """The support set, zeros in its padding: no function of an inner problem sees what stands there.
+    """Returns the support set with zeros in its padding, so that no function of an inner problem reads padding values.
 
-    Leaves that do not begin with the axes of the mask are no examples, and stay as they are. None stays None, for a
-    problem that reads no support set.
+    Leaves that do not begin with the axes of the mask are not examples and are returned unchanged. None is returned
+    as None, for a problem that reads no support set.
     """
     if support is None:
         return None
@@ -338,15 +338,15 @@ def without_padding(support: Any) -> Any:
 def finalize(
     problem: InnerProblem, params: Params, carry: Any, arguments: Arguments, keys: _keys.AdaptationKeys, taken: Any
 ) -> Any:
-    """What predict needs, after so many steps."""
+    """Returns the input of `predict` after `taken` steps."""
     keywords = _keywords(problem, carry=carry, context=arguments.context)
     return problem.finalize(params, arguments.full, arguments.support, _keys.fold(keys.end, taken), **keywords)
 
 
 def inner_init(problem: InnerProblem) -> Callable[..., InnerState]:
-    """The start of an inner loop: `(meta_params, support, *, key=None) -> InnerState`.
+    """Returns a function that starts an inner loop: `(meta_params, support, *, key=None) -> InnerState`.
 
-    The key is that of `learner.adapt`, and serves the whole loop.
+    The key is the key of `learner.adapt` and is used for the whole loop.
 
     >>> import jax.numpy as jnp, optax, metajax
     >>> model = metajax.Model(lambda key, x: jnp.zeros([3, 2]), lambda w, x: x @ w)
@@ -364,14 +364,14 @@ def inner_init(problem: InnerProblem) -> Callable[..., InnerState]:
 
 
 def inner_update(problem: InnerProblem) -> Callable[..., InnerState]:
-    """One inner step: `(state, meta_params, support, key=None, *, data=None, context=None) -> state`.
+    """Returns one inner step: `(state, meta_params, support, key=None, *, data=None, context=None) -> state`.
 
-    `state` is from `inner_init`, and the key the same in each step: n steps are `learner.adapt(..., num_steps=n)`.
-    Where the problem has a stream, a step reads its own data from it; beyond its end, parameters, optimizer and carry
-    stay as they are. `data=` gives the data of this step instead, such as a chunk of a document that has just arrived,
-    and `context=` spares computing the context anew. A problem that reads no support set takes None for it. The loss
-    of a chunk before its step is `problem.loss(state.params, ...)`, and what predictions need is
-    `problem.finalize(state.params, ...)`.
+    `inner_init` returns the first `state`. Pass the same key to each step: n steps then equal
+    `learner.adapt(..., num_steps=n)`. If the problem has a stream, each step reads its own data from it; after the
+    end of the stream, a step does not change parameters, optimizer state or carry. `data=` passes the data of this step
+    instead, such as a chunk of a document that has just arrived. `context=` passes the context, which is then not
+    computed again. The support set is None for a problem that reads none. `problem.loss(state.params, ...)` is the
+    loss of a chunk before its step, and `problem.finalize(state.params, ...)` returns the input of `predict`.
 
     >>> import jax.numpy as jnp, optax, metajax
     >>> model = metajax.Model(lambda key, x: jnp.zeros([3, 2]), lambda w, x: x @ w)
@@ -423,24 +423,24 @@ def unroll(
     """Runs the whole inner loop of one task.
 
     Args:
-      problem: what is optimised.
+      problem: the inner problem.
       meta_params: the meta-parameters, or the part of them that is differentiated.
       support: the support set.
       key: PRNG key; None is deterministic.
-      num_steps: instead of `problem.num_steps`; 0 returns the initial fast weights, finalized.
-      frozen: the rest of the meta-parameters where they are split.
-      loop: how it is run and differentiated; `scan_loop()` by default.
-      visit: a scalar of the fast weights after each step.
-      query: what `visit` finds in `arguments.query`.
+      num_steps: replaces `problem.num_steps`; 0 returns the initial fast weights, finalized.
+      frozen: the rest of the meta-parameters, if they are split.
+      loop: runs the steps and defines how they are differentiated; `scan_loop()` by default.
+      visit: computes a scalar from the fast weights after each step.
+      query: passed to `visit` as `arguments.query`.
 
     Raises:
-      ValueError: `num_steps` is negative or no integer; or the stream is too short.
+      ValueError: `num_steps` is negative or not an integer; or the stream is too short.
     """
     num_steps = _validate.int_at_least("num_steps", problem.num_steps if num_steps is None else num_steps, 0)
     full, keys, support = _tree.fill(meta_params, frozen), _keys.of_adaptation(key), without_padding(support)
     context = context_of(problem, full, support, keys)
     start = start_of(problem, full, support, keys, context)
-    # a start that devices share (zeros, frozen parameters) adapts to the task of each
+    # a start that the devices share (zeros, frozen parameters) adapts to a different task on each device
     start = _tree.vary(start, _tree.varying_axes((full, support)))
     steps = steps_of(problem, full, support, keys, num_steps)
     arguments = Arguments(meta_params, frozen, support, keys.step, context, query)
@@ -450,12 +450,12 @@ def unroll(
 
 
 def inner_losses(values: jax.Array, steps: Steps) -> InnerLosses:
-    """Inner losses with the steps that count."""
+    """Returns the inner losses, marked with the steps that count."""
     return InnerLosses(values, jnp.ones(values.shape, bool) if steps.valid is None else steps.valid)
 
 
 def adaptation(problem: InnerProblem) -> Callable[..., Any]:
-    """The `adapt` of a learner that adapts by its inner loop alone."""
+    """Returns the `adapt` function of a learner that adapts only by its inner loop."""
 
     def adapt(meta_params: Params, support: Examples, *, num_steps: int | None = None, key: Any = None) -> Any:
         return unroll(problem, meta_params, support, key=key, num_steps=num_steps).adapted

@@ -1,7 +1,7 @@
-"""The keys of a task: one layout, which the inner loop, every estimator and evaluation share.
+"""The PRNG keys of a task: one layout that the inner loop, all estimators and evaluation share.
 
-No key at all means deterministic. In JAX `split(key)[i]` is `fold_in(key, i)`, so a key is either split or folded, and
-never both: the keys of one purpose a task are split off, and those of many steps are folded from one of these.
+A key of None means deterministic. In JAX `split(key)[i]` equals `fold_in(key, i)`, so a key is either split or folded,
+never both: keys that a task uses once are split off, and keys of many steps are folded from one of these.
 
     state.key    folded with the meta step, then with the task       -> a task of a meta step
     task         split into adapt, outer                             (`of_task`)
@@ -23,8 +23,8 @@ class TaskKeys(NamedTuple):
     """Keys of a task.
 
     Attributes:
-      adapt: of the adaptation.
-      outer: of the outer loss, or of the prediction.
+      adapt: key of the adaptation.
+      outer: key of the outer loss, or of the prediction.
     """
 
     adapt: Key
@@ -32,15 +32,15 @@ class TaskKeys(NamedTuple):
 
 
 class AdaptationKeys(NamedTuple):
-    """Keys of an adaptation by an inner loop, by the fields of the inner problem.
+    """Keys of an adaptation by an inner loop, named after the fields of the inner problem.
 
     Attributes:
-      init: of the first fast weights.
-      context: likewise.
-      stream: likewise.
-      carry: of the first carry.
-      step: folded with the step for the inner loss.
-      end: folded with the number of steps for `finalize`.
+      init: key of the initial fast weights.
+      context: key of the context.
+      stream: key of the stream.
+      carry: key of the initial carry.
+      step: folded with the step, key of the inner loss.
+      end: folded with the number of steps, key of `finalize`.
     """
 
     init: Key
@@ -70,7 +70,7 @@ def of_adaptation(key: Key) -> AdaptationKeys:
 
 
 def fold(key: Key, data: jax.Array | int) -> Key:
-    """Folds an integer into the key; None stays None.
+    """Folds an integer into the key; returns None for None.
 
     >>> fold(None, 3) is None
     True
@@ -79,7 +79,7 @@ def fold(key: Key, data: jax.Array | int) -> Key:
 
 
 def split(key: Key, num: int) -> list[Key]:
-    """Splits a key into `num` keys; None gives Nones.
+    """Splits a key into `num` keys; returns a list of Nones for None.
 
     >>> split(None, 2)
     [None, None]

@@ -1,4 +1,4 @@
-"""Per-example losses, and the masks that every mean and every logit honours."""
+"""Per-example losses, and the masks that apply to every mean and every logit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from metajax.core._types import Array, Examples, Loss, TaskType
 
 
 def absent_logit(dtype: Any) -> float:
-    """The logit of an absent class: large, negative, and finite in `dtype`, so that its gradient is zero and never NaN.
+    """Returns the logit of an absent class: large, negative, and finite in `dtype`.
+
+    The gradient of a masked logit is then zero and never NaN.
 
     >>> absent_logit(jnp.float32), absent_logit(jnp.float16)
     (-1000000000.0, -32752.0)
@@ -26,13 +28,13 @@ def cross_entropy(outputs: jax.Array, targets: jax.Array) -> jax.Array:
 
     Args:
       outputs: `[n, ..., c]` logits.
-      targets: `[n, ...]` integers; a negative target is left out.
+      targets: `[n, ...]` integers; negative targets are ignored.
 
     Returns:
       `[n]` losses; 0 for an example without a kept position.
 
     Raises:
-      ValueError: the shapes do not match, or targets are no integers.
+      ValueError: the shapes do not match, or the targets are not integers.
 
     >>> import jax.numpy as jnp
     >>> cross_entropy(jnp.zeros([1, 4]), jnp.array([2])).shape
@@ -47,7 +49,7 @@ def cross_entropy(outputs: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def check_labels_fit(outputs: Any, targets: Any) -> None:
-    """Refuses targets that are no integers, one for each row of logits.
+    """Raises a ValueError unless the targets are integers, one for each row of logits.
 
     >>> check_labels_fit(jnp.zeros([3, 5]), jnp.zeros(3, int))
     """
@@ -60,7 +62,7 @@ def check_labels_fit(outputs: Any, targets: Any) -> None:
 
 
 def require_labels(targets: Any) -> None:
-    """Refuses targets that are no array of integers.
+    """Raises a ValueError unless the targets are an array of integers.
 
     >>> require_labels(np.zeros(3, int))
     """
@@ -73,16 +75,17 @@ def require_labels(targets: Any) -> None:
 
 
 def span_cross_entropy(outputs: jax.Array, targets: jax.Array) -> jax.Array:
-    """Loss of extractive question answering: softmax cross-entropies of the first and the last position, averaged.
+    """Loss of extractive question answering: mean softmax cross-entropy of the first and the last position.
 
-    Positions that can hold no answer (padding) must have large negative logits, as the span heads of models give them.
+    Positions that cannot be part of an answer (padding) must have large negative logits. The span heads of models
+    return such logits.
 
     Args:
-      outputs: `[n, length, 2]` logits, of each position to be the first and to be the last of the span.
-      targets: `[n, 2]` integers, the first and the last position, both of the span; a negative one is left out.
+      outputs: `[n, length, 2]` logits: each position as the first position of the span, and as the last one.
+      targets: `[n, 2]` integers, the first and the last position, both inclusive; negative targets are ignored.
 
     Returns:
-      `[n]` losses; 0 for an example whose two targets are left out.
+      `[n]` losses; 0 for an example whose two targets are ignored.
 
     Raises:
       ValueError: the shapes do not match.
@@ -97,7 +100,7 @@ def span_cross_entropy(outputs: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def by_end(outputs: jax.Array, targets: jax.Array) -> jax.Array:
-    """Logits of spans `[n, length, 2]` with one row for each end, `[n, 2, length]`.
+    """Transposes logits of spans `[n, length, 2]` to one row for each end, `[n, 2, length]`.
 
     Raises:
       ValueError: the shapes do not match.
@@ -115,7 +118,7 @@ def by_end(outputs: jax.Array, targets: jax.Array) -> jax.Array:
 def squared_error(outputs: jax.Array, targets: jax.Array) -> jax.Array:
     """Squared error, averaged over the positions of each example: `[n, ...]` and `[n, ...]` to `[n]`.
 
-    Targets are numbers, integers too.
+    Targets are numbers; integers are accepted.
 
     Raises:
       ValueError: the shapes differ.
@@ -130,10 +133,10 @@ def squared_error(outputs: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def kept_examples(task: TaskType, examples: Examples) -> jax.Array:
-    """`[n]` bool: examples that the mask keeps and that have at least one target that counts.
+    """Returns `[n]` bools: True for examples that the mask keeps and that have at least one target that counts.
 
     Raises:
-      ValueError: the mask is not one of each example.
+      ValueError: the mask does not have one entry for each example.
 
     >>> import numpy as np, metajax
     >>> examples = Examples(np.zeros(3), np.array([0, -1, 1]), np.array([True, True, False]))
@@ -155,11 +158,11 @@ def kept_examples(task: TaskType, examples: Examples) -> jax.Array:
 
 
 def mean_loss(task: TaskType, outputs: Any, examples: Examples) -> jax.Array:
-    """The mean of the task type's loss over the kept examples; 0 where none is kept.
+    """Returns the mean of the task type's loss over the kept examples; 0 if none is kept.
 
     Raises:
-      ValueError: the loss is not one number for each example; or, where values are known, a label is beyond the
-        outputs or of a class that the task does not have.
+      ValueError: the loss does not return one number for each example; or, if values are known, a label is not below
+        the number of outputs or belongs to a class that the task does not have.
 
     >>> import numpy as np, metajax
     >>> examples = Examples(np.zeros(2), np.array([[1.0], [5.0]]), np.array([True, False]))
@@ -175,18 +178,18 @@ def mean_loss(task: TaskType, outputs: Any, examples: Examples) -> jax.Array:
 
 
 def mean_over(values: jax.Array, kept: jax.Array) -> jax.Array:
-    """The mean of `[n]` values where `kept`; 0 where none is.
+    """Returns the mean of the `[n]` values where `kept` is True; 0 if it is False everywhere.
 
     >>> float(mean_over(jnp.array([1.0, jnp.nan]), jnp.array([True, False])))
     1.0
     """
-    # where, not a product: a padding example may be NaN and must still not count
+    # `where` instead of a product, because a padding example may be NaN and must not count
     total = jnp.sum(jnp.where(kept, values, 0))
     return total / jnp.maximum(jnp.sum(kept), 1).astype(total.dtype)
 
 
 def check_loss(losses: Any, count: int, name: str = "loss") -> None:
-    """Refuses what is not one number for each example; `name` is that of the function.
+    """Raises a ValueError unless there is one loss for each example; `name` is the name of the loss function.
 
     >>> check_loss(jnp.zeros(3), 3)
     """
@@ -198,10 +201,10 @@ def check_loss(losses: Any, count: int, name: str = "loss") -> None:
 
 
 def per_example(loss: Loss) -> Loss:
-    """A loss that sees one example at a time, so that none of its arrays is broadcast against those of other examples.
+    """Returns a loss that is computed on one example at a time, so that its arrays never broadcast across examples.
 
     Raises (when called):
-      ValueError: the loss is not one number for each example.
+      ValueError: the loss does not return one number for each example.
 
     >>> wrong = per_example(lambda outputs, targets: jnp.mean((outputs - targets) ** 2, axis=-1))  # [3, 1] and [3]
     >>> wrong(jnp.array([[1.0], [2.0], [3.0]]), jnp.array([1.0, 2.0, 3.0])).tolist()
@@ -217,15 +220,15 @@ def per_example(loss: Loss) -> Loss:
 
 
 def check_labels(examples: Examples, outputs: int | None = None) -> None:
-    """Refuses labels that no class of the task has, where they are known (not while tracing).
+    """Checks that all labels belong to classes of the task, if the values are known (not while tracing).
 
     Args:
-      examples: of a task whose targets are labels.
-      outputs: how many classes the model tells apart, None where that does not matter.
+      examples: examples of a task whose targets are labels.
+      outputs: number of classes that the model distinguishes, None to skip this check.
 
     Raises:
-      ValueError: a kept label is not below the number of outputs or the length of the class mask, or is of a class
-        that the task does not have.
+      ValueError: a kept label is not below the number of outputs or the length of the class mask, or belongs to a
+        class that the task does not have.
 
     >>> check_labels(Examples(np.zeros(2), np.array([0, 7]), np.array([True, False])), 5)
     """
@@ -247,16 +250,16 @@ def check_labels(examples: Examples, outputs: int | None = None) -> None:
 
 
 def clear_padding(tree: Any, mask: Array | None, *, strict: bool = True) -> Any:
-    """Zeros in place of what stands in padding examples: leaves `[n, ...]`, mask `[n]` or None.
+    """Replaces the values of padding examples by zeros: leaves `[n, ...]`, mask `[n]` or None.
 
     A mask may have more axes, such as `[steps, n]` for leaves `[steps, n, ...]`. Without `strict`, leaves that do not
-    begin with its axes stay as they are.
+    begin with the axes of the mask are returned unchanged.
 
-    Masking the losses alone is not enough: the gradient of a masked loss is zero times what is there, and zero
-    times NaN is NaN.
+    Masking only the losses is not enough: the gradient of a masked loss is zero times the value in the padding, and
+    zero times NaN is NaN.
 
     Raises:
-      ValueError: the mask is not one of each example.
+      ValueError: the mask does not have one entry for each example.
 
     >>> clear_padding(jnp.array([1.0, jnp.nan]), jnp.array([True, False])).tolist()
     [1.0, 0.0]
@@ -285,11 +288,11 @@ def _check_mask(mask: tuple[int, ...], shape: tuple[int, ...]) -> None:
 
 
 def mask_classes(logits: jax.Array, class_mask: Array | None) -> jax.Array:
-    """Gives absent classes a large negative logit.
+    """Sets the logits of absent classes to a large negative number.
 
     Args:
       logits: `[..., c]`.
-      class_mask: `[ways]` bool with `ways <= c`, or None for no absent class. Outputs above `ways` are absent.
+      class_mask: `[ways]` bool with `ways <= c`, or None if no class is absent. Outputs from `ways` on are absent.
 
     Raises:
       ValueError: there are more classes than outputs.
@@ -307,7 +310,7 @@ def mask_classes(logits: jax.Array, class_mask: Array | None) -> jax.Array:
 
 
 def usable(outputs: Any) -> jax.Array:
-    """`[n, ...]` bool: rows of logits `[n, ..., c]` that hold no NaN and whose largest logit is finite.
+    """Returns `[n, ...]` bools: True for rows of logits `[n, ..., c]` without NaN and with a finite largest logit.
 
     >>> usable(jnp.array([[0.0, 1.0], [0.0, jnp.nan], [-jnp.inf, 2.0]])).tolist()
     [True, False, True]
@@ -316,16 +319,16 @@ def usable(outputs: Any) -> jax.Array:
 
 
 def hits(outputs: jax.Array, targets: jax.Array) -> jax.Array:
-    """`[n]`: the fraction of the kept targets of each example whose largest logit is right; 0 where none is kept.
+    """Returns the fraction of correct predictions among the kept targets of each example, `[n]`; 0 if none is kept.
 
-    A row of logits that holds a NaN, or whose largest one is not finite, is wrong.
+    A row of logits that contains a NaN, or whose largest logit is not finite, counts as wrong.
 
     Args:
       outputs: `[n, ..., c]` logits.
-      targets: `[n, ...]` integers; a negative target is left out.
+      targets: `[n, ...]` integers; negative targets are ignored.
 
     Raises:
-      ValueError: the shapes do not match, or targets are no integers.
+      ValueError: the shapes do not match, or the targets are not integers.
 
     >>> hits(jnp.array([[1.0, 0.0], [jnp.nan, 0.0]]), jnp.array([0, 0])).tolist()
     [1.0, 0.0]
@@ -337,16 +340,17 @@ def hits(outputs: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def accuracy(outputs: jax.Array, examples: Examples) -> jax.Array:
-    """Fraction of kept labels whose largest logit is right, averaged over the kept examples.
+    """Fraction of kept labels that are predicted correctly, averaged over the kept examples.
 
-    A prediction that holds a NaN, or whose largest logit is not finite, is wrong.
+    A prediction is the largest logit. A row of logits that contains a NaN, or whose largest logit is not finite,
+    counts as wrong.
 
     Args:
       outputs: `[n, ..., c]` logits.
-      examples: with integer targets `[n, ...]`; a negative target is left out.
+      examples: examples with integer targets `[n, ...]`; negative targets are ignored.
 
     Raises:
-      ValueError: the shapes do not match, or targets are no integers.
+      ValueError: the shapes do not match, or the targets are not integers.
 
     >>> import numpy as np
     >>> examples = Examples(np.zeros(2), np.array([0, 1]), np.ones(2, bool))
@@ -359,10 +363,10 @@ def accuracy(outputs: jax.Array, examples: Examples) -> jax.Array:
 
 
 def count_ways(examples: Examples, ways: int | None = None) -> int:
-    """The static number of classes of a task.
+    """Returns the static number of classes of a task.
 
-    Taken from the length of `class_mask`, else from the argument `ways`, else from the concrete targets of the
-    kept examples (1 where none is kept).
+    It is the length of `class_mask` if there is one, else the argument `ways`, else the largest concrete target of
+    the kept examples plus 1 (1 if none is kept).
 
     Raises:
       ValueError: none of the three is known, as under `jit` without a class mask.

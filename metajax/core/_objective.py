@@ -22,27 +22,27 @@ def outer_objective(
     loop: _inner.Loop | None = None,
     weights: tuple[float, ...] | None = None,
 ) -> tuple[jax.Array, Aux]:
-    """The outer loss of a task as a function of the meta-parameters, and what describes it.
+    """Computes the outer loss of a task, and its `Aux`, as a function of the meta-parameters.
 
-    It is what estimators differentiate: the learner adapts to the support set, and the result, or the inner losses on
-    the way, are judged.
+    Estimators differentiate this function. The learner adapts to the support set; the outer loss then evaluates the
+    result, the inner losses, or both.
 
     Args:
       learner: any learner.
       meta_params: its meta-parameters, or the part of them that is differentiated.
       episode: one task.
       key: PRNG key of the task; None is deterministic.
-      num_steps: inner steps; None is the learner's own number.
-      frozen: the rest of the meta-parameters, where they are split.
-      loop: how the inner loop is run and differentiated; by default as JAX does it.
-      weights: of the outer loss after each inner step, None for the last one alone.
+      num_steps: number of inner steps; None is the learner's own number.
+      frozen: the rest of the meta-parameters, if they are split.
+      loop: runs and differentiates the inner loop; by default JAX differentiates it.
+      weights: weights of the outer loss after each inner step; None for only the loss after the last step.
 
     Returns:
-      The loss and an `Aux`, with the inner losses where there is an inner loop.
+      The loss and an `Aux`, with the inner losses if there is an inner loop.
 
     Raises:
-      ValueError: a part of the learner is missing; there are not as many weights as inner steps; the learner has no
-        inner loop and is asked for a number of steps of its own; or the outer loss returns something else.
+      ValueError: a part of the learner is missing; the number of weights is not the number of inner steps; the learner
+        has no inner loop and `num_steps` is given; or the outer loss does not return a scalar and an `Aux`.
 
     >>> import jax.numpy as jnp, optax, metajax
     >>> learner = metajax.learners.maml(metajax.models.mlp(outputs=2), inner=optax.sgd(0.1), num_steps=3)
@@ -76,7 +76,7 @@ def outer_objective(
 
 
 def _weighted(learner: Learner, weights: tuple[float, ...], keys: _keys.TaskKeys) -> _inner.Visit:
-    """The weighted outer loss after each inner step."""
+    """Returns a visit that computes the weighted outer loss after each inner step."""
     problem = learner.problem
     assert problem is not None
     adapt_keys = _keys.of_adaptation(keys.adapt)
@@ -93,10 +93,10 @@ def _weighted(learner: Learner, weights: tuple[float, ...], keys: _keys.TaskKeys
 def judge(
     learner: Learner, adapted: Any, full: Params, episode: Episode, key: Any, losses: InnerLosses | None = None
 ) -> tuple[jax.Array, Aux]:
-    """The outer loss of what is adapted.
+    """Computes the outer loss of an adapted learner.
 
     Raises:
-      ValueError: it returns something else than a scalar and an `Aux`.
+      ValueError: the outer loss does not return a scalar and an `Aux`.
     """
     more = {} if learner.objective == "query" else {"inner_losses": losses}
     found = learner.outer_loss(adapted, full, episode.query, key=key, **more)

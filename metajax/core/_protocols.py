@@ -1,7 +1,7 @@
-"""Signatures of the functions that the contract is made of, for type checkers.
+"""Signatures of the functions of the contract, for type checkers.
 
-Arguments are positional, so that a user's function may call them as it likes. What a function returns is checked; what
-flows through as a tree of arrays is `Any`.
+Arguments are positional, so that a user's function may choose their names. Return types are checked; trees of arrays
+are `Any`.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ class ModelApply(Protocol):
 
 
 class InnerInit(Protocol):
-    """`(meta_params, support, key) -> params`, and `context=` where the problem has one."""
+    """`(meta_params, support, key) -> params`, and `context=` if the problem has one."""
 
     def __call__(self, meta_params: Any, support: Examples, key: Any, /, *args: Any, **kwargs: Any) -> Any: ...
 
 
 class InnerLoss(Protocol):
-    """`(params, meta_params, support, step, key) -> scalar`, or `(scalar, carry)` where the problem has a carry.
+    """`(params, meta_params, support, step, key) -> scalar`, or `(scalar, carry)` if the problem has a carry.
 
-    The keywords `data=`, `carry=` and `context=` are passed where the problem has these fields.
+    The keywords `data=`, `carry=` and `context=` are passed if the problem has these fields.
     """
 
     def __call__(
@@ -59,7 +59,7 @@ class InnerRule(Protocol):
 
 
 class Finalize(Protocol):
-    """`(params, meta_params, support, key) -> adapted`; `carry=` and `context=` where the problem has these fields."""
+    """`(params, meta_params, support, key) -> adapted`; `carry=` and `context=` if the problem has these fields."""
 
     def __call__(
         self, params: Any, meta_params: Any, support: Examples, key: Any, /, *args: Any, **kwargs: Any
@@ -87,7 +87,7 @@ class Predict(Protocol):
 
 
 class OuterLoss(Protocol):
-    """`(adapted, meta_params, query, *, key=None) -> (scalar, aux)`; `inner_losses=` where the objective has them."""
+    """`(adapted, meta_params, query, *, key=None) -> (scalar, aux)`; `inner_losses=` if the objective reads them."""
 
     def __call__(
         self, adapted: Any, meta_params: Any, query: Examples, /, *args: Any, **kwargs: Any

@@ -1,7 +1,7 @@
-"""Selection of leaves by path, and the split of a tree that every estimator differentiates in part.
+"""Selection of leaves by path, and the split of a tree into a differentiated part and the rest.
 
 A path joins keys with a slash (`body/conv_0/kernel`). A split keeps the structure: each of the two trees has
-None where the other has a leaf, and None is no leaf to JAX.
+None where the other has a leaf. JAX does not treat None as a leaf.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Where = str | Callable[[str], bool] | None
 
 
 def paths(tree: PyTree) -> list[str]:
-    """Paths of the leaves, in leaf order.
+    """Returns the paths of the leaves, in leaf order.
 
     >>> paths({"body": {"kernel": 1}, "head": 2})
     ['body/kernel', 'head']
@@ -28,7 +28,7 @@ def paths(tree: PyTree) -> list[str]:
 
 
 def map_with_path(function: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
-    """A tree of what `function(path, leaf, ...)` gives; where more than one tree is given, None counts as a leaf.
+    """Maps `function(path, leaf, ...)` over a tree; if more than one tree is given, None counts as a leaf.
 
     >>> map_with_path(lambda path, leaf: f"{path}={leaf}", {"head": 2})
     {'head': 'head=2'}
@@ -38,7 +38,7 @@ def map_with_path(function: Callable[..., Any], tree: PyTree, *rest: PyTree) -> 
 
 
 def gaps(tree: PyTree) -> list[str]:
-    """Paths of what is None.
+    """Returns the paths of the Nones.
 
     >>> gaps({"body": None, "head": 2})
     ['body']
@@ -51,17 +51,17 @@ def _path(path: Any) -> str:
 
 
 def split(tree: PyTree, where: Where, *, name: str = "where") -> tuple[PyTree, PyTree]:
-    """Splits `tree` into the leaves that `where` picks and the rest; `merge` undoes it.
+    """Splits `tree` into the leaves that `where` selects and the rest; `merge` reverses the split.
 
     Each of the two has None where the other has a leaf.
 
     Args:
       tree: any pytree.
       where: a regular expression searched in the path of each leaf, a predicate of the path, or None for all.
-      name: the argument that an error names.
+      name: name of the argument in error messages.
 
     Raises:
-      ValueError: `where` picks no leaf, or is no valid regular expression.
+      ValueError: `where` selects no leaf, or is not a valid regular expression.
 
     >>> split({"body": 1, "head": 2}, "head")
     ({'body': None, 'head': 2}, {'body': 1, 'head': None})
@@ -102,17 +102,17 @@ def _is_none(leaf: Any) -> bool:
 
 
 def merge(params: PyTree, frozen: PyTree | None) -> PyTree:
-    """Joins meta-parameters and the frozen base that stands beside them into one tree.
+    """Joins meta-parameters and their frozen base into one tree.
 
     Args:
-      params: such as `state.params`, with None where the base has a leaf.
-      frozen: the base, with None where `params` has a leaf; or None where there is none.
+      params: meta-parameters, such as `state.params`, with None where the base has a leaf.
+      frozen: the base, with None where `params` has a leaf; or None if there is no base.
 
     Returns:
-      The tree of both; no array is copied.
+      The joined tree; no array is copied.
 
     Raises:
-      ValueError: the two have different structures, or both have a leaf in one place.
+      ValueError: the two have different structures, or both have a leaf at the same path.
 
     >>> merge({"body": None, "head": 2}, {"body": 1, "head": None})
     {'body': 1, 'head': 2}
@@ -135,7 +135,7 @@ def merge(params: PyTree, frozen: PyTree | None) -> PyTree:
 
 
 def without(tree: PyTree, other: PyTree | None) -> PyTree:
-    """The tree with None where `other` has a leaf.
+    """Returns the tree with None where `other` has a leaf.
 
     >>> without({"body": 1, "head": 2}, {"body": 1, "head": None})
     {'body': None, 'head': 2}
@@ -146,7 +146,7 @@ def without(tree: PyTree, other: PyTree | None) -> PyTree:
 
 
 def split_floats(tree: PyTree) -> tuple[PyTree, PyTree]:
-    """Splits a tree into what can be differentiated and the rest, with None where the other has a leaf.
+    """Splits a tree into the leaves that can be differentiated and the rest, each with None where the other has a leaf.
 
     >>> split_floats({"rate": 0.5, "count": 3})
     ({'count': None, 'rate': 0.5}, {'count': 3, 'rate': None})
@@ -156,7 +156,7 @@ def split_floats(tree: PyTree) -> tuple[PyTree, PyTree]:
 
 
 def is_float(leaf: Any) -> bool:
-    """Whether a leaf can be differentiated.
+    """Returns whether a leaf can be differentiated.
 
     >>> is_float(0.5), is_float(3)
     (True, False)
@@ -165,7 +165,7 @@ def is_float(leaf: Any) -> bool:
 
 
 def strong(tree: PyTree) -> PyTree:
-    """Arrays on the device without weak types: a weak type and a strong one would be two compilations.
+    """Converts leaves to arrays without weak types, because a weak and a strong type would cause two compilations.
 
     >>> jax.typeof(strong(1.0)).weak_type
     False
@@ -181,10 +181,10 @@ def strong(tree: PyTree) -> PyTree:
 
 
 def vary(tree: PyTree, axes: Any) -> PyTree:
-    """Marks the leaves as differing between devices along `axes` (names), where they are not yet.
+    """Marks the leaves that are not yet marked as differing between devices along `axes` (names).
 
-    `shard_map` sums the gradient with respect to a value that all devices share over the devices. That is right
-    for a parameter and wrong for what adapts to the task of one device, which may start as a shared value.
+    If all devices share a value, `shard_map` sums the gradient with respect to it over the devices. This is correct
+    for a parameter, and wrong for a value that adapts to the task of one device but starts as a shared value.
 
     >>> vary({"head": 1.0}, ())
     {'head': 1.0}
@@ -198,7 +198,7 @@ def vary(tree: PyTree, axes: Any) -> PyTree:
 
 
 def varying_axes(tree: PyTree) -> list[Any]:
-    """Names of the `shard_map` axes along which any leaf differs between devices.
+    """Returns the names of the `shard_map` axes along which any leaf differs between devices.
 
     >>> varying_axes({"head": 1.0})
     []
@@ -208,7 +208,7 @@ def varying_axes(tree: PyTree) -> list[Any]:
 
 
 def update_hash(digest: Any, tree: PyTree) -> None:
-    """Feeds paths, dtypes, shapes and bytes of the leaves to a digest of hashlib.
+    """Updates a hashlib digest with the paths, dtypes, shapes and bytes of the leaves.
 
     >>> import hashlib
     >>> one, other = hashlib.sha256(), hashlib.sha256()
@@ -221,3 +221,14 @@ def update_hash(digest: Any, tree: PyTree) -> None:
         array = np.ascontiguousarray(leaf)
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
         digest.update(array.tobytes())
+
+
+def given(frozen: PyTree) -> tuple[PyTree, ...]:
+    """Returns the extra argument of an update: `(frozen,)`, or `()` if there is no frozen base.
+
+    Update functions without a frozen base take two arguments.
+
+    >>> given(None), len(given({"w": 1}))
+    ((), 1)
+    """
+    return () if frozen is None else (frozen,)

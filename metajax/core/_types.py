@@ -1,13 +1,13 @@
 """The contract: every part of metajax is one of these NamedTuples of pure functions.
 
-All functions are written for **one task, without a batch axis**. Batching over tasks, devices and hosts
-is decided by `metajax.outer_update` and whatever wraps it.
+All functions are written for **one task, without a batch axis**. `metajax.outer_update` and its wrappers batch over
+tasks, devices and hosts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -25,10 +25,10 @@ class Examples(NamedTuple):
 
     Attributes:
       inputs: pytree, leaves `[n, ...]`.
-      targets: pytree, leaves `[n, ...]`; what they mean, and which of them count, is said by a `TaskType`.
+      targets: pytree, leaves `[n, ...]`; a `TaskType` defines what they mean and which of them count.
       mask: `[n]` bool; False marks a padding example that must not influence any result.
       class_mask: `[max_ways]` bool or None; False marks a class that this task does not have. Its static
-        length is the number of classes, which is how shapes stay known under `jit`.
+        length is the number of classes, so that shapes are known under `jit`.
 
     >>> import numpy as np
     >>> Examples(np.zeros([2, 3]), np.array([0, 1]), np.ones(2, bool)).inputs.shape
@@ -42,7 +42,7 @@ class Examples(NamedTuple):
 
 
 class Episode(NamedTuple):
-    """A sampled task: the support set adapts the learner, the query set judges the result.
+    """A sampled task: the learner adapts to the support set and is evaluated on the query set.
 
     A batch of episodes is the same structure with a leading task axis on every leaf.
 
@@ -57,12 +57,12 @@ class Episode(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A pure network; any library's module becomes one in a line (`metajax.models.from_nnx`).
+    """A network as pure functions; `metajax.models.from_nnx`, for example, converts a module of another library.
 
     Attributes:
       init: `(key, inputs) -> params`.
       apply: `(params, inputs, **needed) -> outputs`, where `needed` are the keywords listed in `needs`.
-      needs: which keywords `apply` takes, of `mask` (bool `[n]`, padding must not influence statistics),
+      needs: the keywords that `apply` takes, out of `mask` (bool `[n]`, padding must not influence statistics),
         `key` (a PRNG key or None for deterministic), and `stats` (statistics of the support set or None
         to compute them from `inputs`; `apply` then returns `(outputs, stats)`).
 
@@ -77,14 +77,19 @@ class Model(NamedTuple):
     needs: tuple[str, ...] = ()
 
 
+# annotation of an argument: a model whose outputs are features, not the outputs of a task
+Features = Annotated[Model, "features"]
+Dtype = Annotated[Any, "dtype"]
+
+
 class Metric(NamedTuple):
-    """How well outputs meet targets.
+    """A measure of how well outputs match targets.
 
     Attributes:
-      name: such as "accuracy".
+      name: name of the metric, such as "accuracy".
       score: `(outputs, targets) -> [n]`, the score of each example.
       higher_is_better: False for an error.
-      percent: whether scores are fractions in [0, 1], which reports show in percent.
+      percent: whether scores are fractions in [0, 1]; reports show these in percent.
 
     >>> Metric("accuracy", lambda outputs, targets: outputs == targets).higher_is_better
     True
@@ -97,16 +102,16 @@ class Metric(NamedTuple):
 
 
 class TaskType(NamedTuple):
-    """What a task is: how outputs are judged, and which targets count. `metajax.tasks` has the usual ones.
+    """The type of a task: how outputs are scored, and which targets count. `metajax.tasks` has the usual types.
 
     Attributes:
-      name: for messages; two task types of one name are the same kind of task.
-      loss: `(outputs, targets) -> [n]`, what training minimises.
-      metric: what evaluation reports.
-      counts: `(targets) -> [n]` bool, False for an example none of whose targets counts (padding tokens).
-      num_outputs: `(examples) -> int | None`, how many numbers a new head gives for an example of such a task, read
-        from shapes; None where the model itself decides (a vocabulary, the ends of a span).
-      heads: which heads of a pretrained model serve: "features", "tokens", "span", "score" (one number an example).
+      name: name in messages; two task types with the same name are the same kind of task.
+      loss: `(outputs, targets) -> [n]`, the loss that training minimises.
+      metric: the metric that evaluation reports.
+      counts: `(targets) -> [n]` bool, False for an example without a target that counts (padding tokens).
+      num_outputs: `(examples) -> int | None`, the number of outputs per example of a new head for this task, read
+        from shapes; None if the model decides (a vocabulary, the ends of a span).
+      heads: usable heads of a pretrained model: "features", "tokens", "span", "score" (one number per example).
       classes: whether targets are labels of the task's classes, integers in `[0, ways)`.
 
     >>> import metajax
@@ -123,11 +128,11 @@ class TaskType(NamedTuple):
     classes: bool = False
 
 
-OWN = "one's own"  # the name of a task type whose meaning a user's loss alone knows
+OWN = "one's own"  # the name of a task type that is defined only by a user's loss
 
 
 class InnerLosses(NamedTuple):
-    """The inner losses of a task, each taken before its update.
+    """The inner losses of a task, each computed before its update.
 
     Attributes:
       values: `[num_steps]`; 0 for a step that does not count.
@@ -142,26 +147,28 @@ class InnerLosses(NamedTuple):
 
 
 class InnerProblem(NamedTuple):
-    """What is optimised inside a task.
+    """The optimisation problem inside a task.
 
-    The last three fields are optional. Each function below gets the keywords of the fields that are set, and no others:
-    `context=` goes to `init`, `loss`, `carry` and `finalize`, `data=` to `loss`, `carry=` to `loss` and `finalize`.
+    The last three fields are optional. Each function below receives the keywords of the fields that are set:
+    `init`, `loss`, `carry` and `finalize` receive `context=`, `loss` receives `data=`, and `loss` and `finalize`
+    receive `carry=`.
 
     Attributes:
       init: `(meta_params, support, key) -> params`, the tree of fast weights.
       loss: `(params, meta_params, support, step, key) -> scalar`; with a carry `-> (scalar, carry)`. `key` is already
-        folded with the step. The inner gradient is that of the scalar with respect to `params`.
+        folded with the step. The inner gradient is the gradient of the scalar with respect to `params`.
       optimizer: `(meta_params) -> optax.GradientTransformation`; learned rates are read here.
-      num_steps: how many inner steps one `adapt` takes.
-      finalize: `(params, meta_params, support, key) -> adapted`; merges with what does not adapt.
-      stream: `(meta_params, support, key) -> data`, leaves `[num_steps, ...]`: data of its own for each step; what is
-        longer is cut. Where it returns `Examples`, with a mask `[num_steps]` or `[num_steps, n]`, padding is cleared,
-        and a step whose mask is all False changes nothing: not the parameters, the optimizer, the carry or the
+      num_steps: number of inner steps of one `adapt`.
+      finalize: `(params, meta_params, support, key) -> adapted`; merges the fast weights with the weights that do not
+        adapt.
+      stream: `(meta_params, support, key) -> data`, leaves `[num_steps, ...]`: separate data for each step; longer
+        leaves are cut. If it returns `Examples`, with a mask `[num_steps]` or `[num_steps, n]`, padding is cleared,
+        and a step whose mask is all False does not change the parameters, the optimizer state, the carry or the
         objective. Any other tree has no padding: every step counts.
-      context: `(meta_params, support, key) -> context`, any tree that is computed once a task and differentiated once,
-        such as outputs of the frozen prefix of a model.
-      carry: `(meta_params, support, key) -> carry`, the first carry: what goes from step to step beside parameters and
-        optimizer state (a key-value cache, running statistics). It is differentiated.
+      context: `(meta_params, support, key) -> context`, any tree that is computed once and differentiated once per
+        task, such as outputs of the frozen prefix of a model.
+      carry: `(meta_params, support, key) -> carry`, the initial carry: values that are passed from step to step in
+        addition to parameters and optimizer state (a key-value cache, running statistics). It is differentiated.
 
     >>> InnerProblem._fields
     ('init', 'loss', 'optimizer', 'num_steps', 'finalize', 'stream', 'context', 'carry')
@@ -178,17 +185,17 @@ class InnerProblem(NamedTuple):
 
 
 class Aux(NamedTuple):
-    """What describes an outer loss beside its value.
+    """Auxiliary outputs of an outer loss.
 
     Attributes:
-      outputs: the predictions for the query set, None where there are none; the metric of the task type is taken of
+      outputs: the predictions for the query set, None if there are none; the metric of the task type is computed from
         them.
-      metrics: further numbers by name, averaged over tasks; estimators add theirs (`inner_loss` `[num_steps]`).
+      metrics: further numbers by name, averaged over tasks; estimators add their own (`inner_loss` `[num_steps]`).
       state: values for meta-parameters that no gradient trains. They are averaged over the tasks that count, in their
         own precision; integers must be the same in all tasks and are copied exactly.
-      collected: values that are gathered over tasks instead, such as keys for a queue.
-      inner_losses: set by estimators where there is an inner loop.
-      episode: the episode that all this speaks of, where it is not the one that was given (persistent estimators).
+      collected: values that are gathered over tasks instead of averaged, such as keys for a queue.
+      inner_losses: set by estimators if there is an inner loop.
+      episode: the episode that these outputs describe, if it is not the given episode (persistent estimators).
 
     >>> Aux(outputs=1.0).state
     ()
@@ -203,7 +210,7 @@ class Aux(NamedTuple):
 
 
 class Collected(NamedTuple):
-    """What `Aux.collected` held, over all tasks of a meta step.
+    """The values of `Aux.collected` of all tasks of a meta step.
 
     Attributes:
       values: leaves `[num_tasks, ...]`, in the order of the tasks, over all devices.
@@ -229,12 +236,13 @@ class Learner(NamedTuple):
       predict: `(adapted, inputs, *, mask=None, key=None) -> outputs`.
       outer_loss: `(adapted, meta_params, query, *, key=None) -> (scalar, Aux)`; unless the objective is "query" it also
         gets `inner_losses=`, an `InnerLosses`.
-      problem: the inner problem, or None where adaptation takes one pass.
+      problem: the inner problem, or None if adaptation takes one pass.
       task: the task type, None for `metajax.tasks.classification`.
-      objective: what the outer loss is made of: "query", the query set after adaptation; "prequential", the inner
-        losses, each taken before its update; or "both". A task counts where its objective has a kept term.
+      objective: the terms of the outer loss: "query", the query set after adaptation; "prequential", the inner
+        losses, each computed before its update; or "both". A task counts if its objective has a kept term.
       update_state: `(meta_params, averaged, collected) -> meta_params`, writes meta-parameters that no gradient trains,
-        from the averages of `Aux.state` and a `Collected` of `Aux.collected`; None where there are none.
+        from the averages of `Aux.state` and a `Collected` of `Aux.collected`; None if there are none.
+      trainable: path regex of the meta-parameters that a gradient trains, None for all of them.
 
     >>> 'problem' in Learner._fields
     True
@@ -248,15 +256,16 @@ class Learner(NamedTuple):
     task: TaskType | None = None
     objective: Objective = "query"
     update_state: _protocols.UpdateState | None = None
+    trainable: str | None = None
 
 
 class Hypergrad(NamedTuple):
     """An estimator of the gradient of the outer loss with respect to the meta-parameters.
 
     Attributes:
-      init: `(learner, meta_params, episode, key, *, frozen=None) -> state` of one task, `()` where none is kept.
+      init: `(learner, meta_params, episode, key, *, frozen=None) -> state` of one task, `()` if it keeps none.
       value_and_grad: `(learner, meta_params, state, episode, *, key, frozen=None) -> ((loss, aux), grads,
-        state)`. Only `meta_params` is differentiated. Where `frozen` is given, the learner sees
+        state)`. Only `meta_params` is differentiated. If `frozen` is given, the learner receives
         `merge(meta_params, frozen)`: two trees of one structure, each with None where the other has a leaf.
 
     >>> Hypergrad._fields
@@ -268,15 +277,15 @@ class Hypergrad(NamedTuple):
 
 
 class MetaState(NamedTuple):
-    """Everything that meta-training carries from step to step; a pytree, and what a checkpoint holds.
+    """The state of meta-training, passed from step to step: a pytree, and the content of a checkpoint.
 
     Attributes:
-      params: meta-parameters: what is trained, and what changes without a gradient (running statistics, an average of
-        the network, a queue). None where a frozen base has a leaf.
-      opt_state: state of the outer optax transform, over the trainable meta-parameters only.
-      hypergrad_state: state of the estimator, leading task axis; `()` where it keeps none.
+      params: meta-parameters: trained values, and values that change without a gradient (running statistics, an
+        average of the network, a queue). None where a frozen base has a leaf.
+      opt_state: state of the outer optax transform, for the trainable meta-parameters only.
+      hypergrad_state: state of the estimator, leading task axis; `()` if it keeps none.
       step: int32 scalar, number of outer steps taken.
-      key: PRNG key from which every step and task derives its own.
+      key: PRNG key from which the keys of all steps and tasks are derived.
 
     >>> MetaState._fields
     ('params', 'opt_state', 'hypergrad_state', 'step', 'key')
@@ -290,13 +299,13 @@ class MetaState(NamedTuple):
 
 
 class PartialSums(NamedTuple):
-    """Weighted sums over tasks: all that has to be reduced over chunks and devices.
+    """Weighted sums over tasks: the values that are reduced over chunks and devices.
 
     Attributes:
-      weight: how many tasks count.
+      weight: number of tasks that count.
       grads: sum of their hypergradients.
-      metrics: sums of what describes them.
-      inner: sums of the inner losses by step, and how many tasks have a valid one.
+      metrics: sums of their metrics.
+      inner: sums of the inner losses of each step, and the number of tasks for which the step is valid.
       state: sums of the floating-point values of `Aux.state`.
 
     >>> PartialSums._fields
@@ -311,12 +320,12 @@ class PartialSums(NamedTuple):
 
 
 class PerTask(NamedTuple):
-    """What a meta step keeps of each task; leaves have a leading task axis.
+    """Values that a meta step keeps for each task; leaves have a leading task axis.
 
     Attributes:
-      hypergrad_state: of the estimator.
-      collected: of `Aux.collected`.
-      state: the values of `Aux.state` that are no floating-point numbers.
+      hypergrad_state: state of the estimator.
+      collected: values of `Aux.collected`.
+      state: the values of `Aux.state` that are not floating-point numbers.
       counts: whether the task counts.
 
     >>> PerTask._fields
@@ -330,20 +339,20 @@ class PerTask(NamedTuple):
 
 
 class OuterUpdate(NamedTuple):
-    """A compiled-friendly meta step, made by `metajax.outer_update`.
+    """A meta step that can be compiled, returned by `metajax.outer_update`.
 
     Attributes:
-      init: `(key, episode, params=None, *, frozen=None, num_tasks=1) -> MetaState`; one episode (no task axis) gives
+      init: `(key, episode, params=None, *, frozen=None, num_tasks=1) -> MetaState`; one episode (no task axis) provides
         the shapes.
       update: `(state, episodes, frozen=None) -> (state, metrics)`; every leaf of `episodes` has a leading task axis.
-        `frozen` is an argument that is never donated and never comes back.
+        `frozen` is an argument that is never donated and never returned.
       axis_name: the `pmap` or `shard_map` axis that `update` must run under, None for none.
-      partial_sums: `(state, episodes, frozen, axes) -> (sums, per_task)`, the first half of `update`: hypergradients
-        and metrics of these tasks, summed, and not yet over the `shard_map` axes along which the tasks are spread.
+      partial_sums: `(state, episodes, frozen, axes) -> (sums, per_task)`, the first half of `update`: sums of the
+        hypergradients and metrics of these tasks, not yet summed over the `shard_map` axes that split the tasks.
       apply_updates: `(state, sums, per_task, frozen) -> (state, metrics)`, the second half: the step of the optimizer.
-        The two are what `metajax.parallel.shard` needs; None where `update` is no longer made of them.
-      task: the task type of the learner, None where it is not known.
-      objective: of the learner; it says which part of an episode makes a task count.
+        `metajax.parallel.shard` needs both halves; they are None if `update` does not consist of them.
+      task: the task type of the learner, None if it is not known.
+      objective: objective of the learner; it determines which part of an episode makes a task count.
 
     >>> OuterUpdate._fields[-2:]
     ('task', 'objective')
@@ -358,5 +367,5 @@ class OuterUpdate(NamedTuple):
     objective: Objective = "query"
 
     def wrapped(self, init: _protocols.OuterInit, update: _protocols.Update) -> OuterUpdate:
-        """The same, with other functions; `update` is no longer made of the two halves."""
+        """Returns a copy with other functions; `update` then no longer consists of the two halves."""
         return self._replace(init=init, update=update, partial_sums=None, apply_updates=None)

@@ -1,4 +1,4 @@
-"""Keyword validators: a `ValueError` that names the argument, its value and what is accepted."""
+"""Validators of arguments: they raise a `ValueError` with the name, the value and the accepted values."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def one_of(name: str, value: Any, accepted: Sequence[Any]) -> Any:
 
 
 def learner(value: Any, parts: Sequence[str] = ("adapt", "predict", "outer_loss")) -> Any:
-    """Returns `value` if it is a learner whose parts are there.
+    """Returns `value` if it is a learner with all required parts.
 
     >>> import metajax
     >>> learner(metajax.learners.prototypical(metajax.models.mlp(4))).problem is None

@@ -1,37 +1,18 @@
 """Sources of episodes, and the pipeline that draws from them."""
 
-from metajax.data._arrays import arrays
-from metajax.data._cache import cache_folder
-from metajax.data._cycles import cycles
+from metajax.data._cache import cache_folder, cached
 from metajax.data._device_sampler import DeviceData, device_sampler
-from metajax.data._episodes import episode, episode_batch
-from metajax.data._glyphs import glyphs
-from metajax.data._image_folder import image_folder
+from metajax.data._episodes import check_source, check_type, episode, episode_batch
 from metajax.data._inspect import Description, describe, show
-from metajax.data._mixture import mixture
-from metajax.data._multiple_choice import multiple_choice
-from metajax.data._omniglot import omniglot
-from metajax.data._pipeline import EpisodeIterator, batches, episodes
+from metajax.data._pipeline import EpisodeIterator, batches, episodes, tensorflow
 from metajax.data._prefetch import prefetch_to_device
-from metajax.data._published import (
-    cifar_fs,
-    class_lists,
-    cub,
-    fc100,
-    meta_dataset,
-    mini_imagenet,
-    tiered_imagenet,
-)
-from metajax.data._questions import AnswerSource, question_answering
-from metajax.data._sampler_source import from_sampler
-from metajax.data._sinusoids import sinusoids
-from metajax.data._sources import ClassSource, Drawn, Source
-from metajax.data._spec import Bucket, EpisodeSpec, Imbalanced
-from metajax.data._text import text
-from metajax.data._tfds import tfds_source
-from metajax.data._transformed import transformed
+from metajax.data._source import ClassSource, Drawn, Source, cut_to, read, task_of
+from metajax.data._spec import Bucket, EpisodeSpec, Imbalanced, told
+from metajax.data._transformed import count_numbers, spread_numbers, transform_episode, transformed
 from metajax.data._transforms import (
     Transform,
+    Transforms,
+    as_transforms,
     colour_jitter,
     normalise,
     per_class,
@@ -43,6 +24,28 @@ from metajax.data._transforms import (
     resize,
 )
 from metajax.data.readers._squad import Question
+from metajax.data.sources import (
+    AnswerSource,
+    arrays,
+    cifar_fs,
+    class_lists,
+    cub,
+    cycles,
+    fc100,
+    from_sampler,
+    glyphs,
+    image_folder,
+    meta_dataset,
+    mini_imagenet,
+    mixture,
+    multiple_choice,
+    omniglot,
+    question_answering,
+    sinusoids,
+    text,
+    tfds_source,
+    tiered_imagenet,
+)
 
 __all__ = [
     "AnswerSource",
@@ -57,13 +60,20 @@ __all__ = [
     "Question",
     "Source",
     "Transform",
+    "Transforms",
     "arrays",
+    "as_transforms",
     "batches",
     "cache_folder",
+    "cached",
+    "check_source",
+    "check_type",
     "cifar_fs",
     "class_lists",
     "colour_jitter",
+    "count_numbers",
     "cub",
+    "cut_to",
     "cycles",
     "describe",
     "device_sampler",
@@ -88,11 +98,17 @@ __all__ = [
     "random_crop",
     "random_flip",
     "random_rotate90",
+    "read",
     "resize",
     "show",
     "sinusoids",
+    "spread_numbers",
+    "task_of",
+    "tensorflow",
     "text",
     "tfds_source",
     "tiered_imagenet",
+    "told",
+    "transform_episode",
     "transformed",
 ]

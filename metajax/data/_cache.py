@@ -1,4 +1,4 @@
-"""Decoded data sets, kept on disk between runs. Whatever goes wrong with the cache, the data is made anew."""
+"""Caches decoded data sets on disk between runs. If the cache fails in any way, the data is computed again."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ import numpy as np
 
 
 def cached(key: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Returns the arrays that are stored under `key`, or those that `make` returns, which are then stored.
+    """Returns the arrays stored under `key`; if there are none, calls `make` and stores its result.
 
-    The files are `.npz` without pickled objects, in the folder that the environment variable METAJAX_CACHE
-    names, or else in `~/.cache/metajax`. An empty METAJAX_CACHE turns the cache off. Files that cannot be
-    read are replaced, and a folder that cannot be written is left alone; neither is an error.
+    The files are `.npz` files without pickled objects, in the folder given by the environment variable
+    METAJAX_CACHE (by default `~/.cache/metajax`). An empty METAJAX_CACHE turns the cache off. Unreadable files
+    are replaced. If the folder is not writable, nothing is stored. Neither case raises an error.
 
     Args:
-      key: everything that the arrays depend on: a name, a version of the code that makes them, options, and
-        sizes and times of the files that they are read from.
-      make: gives the arrays; none of them may hold objects.
+      key: everything that the arrays depend on: a name, the version of the code that computes them, options,
+        and the sizes and times of the files they are read from.
+      make: computes the arrays; none of them may hold objects.
 
     >>> cached("doctest of cached, version 1", lambda: {"x": np.arange(3)})["x"].tolist()
     [0, 1, 2]
@@ -42,9 +42,10 @@ def cached(key: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.
 
 
 def cache_folder() -> pathlib.Path | None:
-    """Where data (and by the launchers, compiled programs) are kept: METAJAX_CACHE, or `~/.cache/metajax`.
+    """Returns the cache folder: METAJAX_CACHE, or `~/.cache/metajax` by default.
 
-    None where METAJAX_CACHE is empty, or where there is no home folder.
+    The folder holds data; the launchers also store compiled programs there. The result is None if METAJAX_CACHE
+    is empty, or if there is no home folder.
 
     >>> folder = cache_folder()
     >>> folder is None or isinstance(folder, pathlib.Path)
@@ -71,7 +72,7 @@ def _store(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
     try:
         with os.fdopen(descriptor, "wb") as file:
             np.savez(file, **dict[str, Any](arrays))
-        os.replace(name, path)  # readers see the whole file or none
+        os.replace(name, path)  # readers see the whole file or no file
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(name)

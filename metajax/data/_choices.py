@@ -1,7 +1,7 @@
 """Random choices as pure functions of random bits, the same in NumPy and in JAX.
 
-The pipeline on the host and the sampler on the device share one rule, and given the same 32-bit numbers they make
-the same choice. All functions take leading batch axes, and the library of their arguments is that of their result.
+The pipeline on the host and the sampler on the device use the same functions, so the same 32-bit numbers give the
+same choices. All functions accept leading batch axes and return arrays of the same library as their arguments.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import numpy as np
 
 Array = Any  # of NumPy or JAX
 _INVALID = 0xFFFFFFFF
-_UNROLLED = 32  # steps of a loop that JAX writes out
+_UNROLLED = 32  # most steps of a loop that is unrolled for JAX
 
 
 def below(bits: Array, count: Array) -> Array:
-    """Uniform integers in `[0, count)`: the high word of the product; no value is favoured by more than 2**-32.
+    """Returns uniform integers in `[0, count)`; no value is favoured by more than 2**-32.
+
+    The result is the high word of the product `bits * count`.
 
     Args:
       bits: uint32.
@@ -30,14 +32,14 @@ def below(bits: Array, count: Array) -> Array:
     xp = bits.__array_namespace__()
     if xp is np:
         return (bits * np.asarray(count, np.uint64) >> np.uint64(32)).astype(np.int64)
-    count = xp.asarray(count).astype(xp.uint32)  # without 64 bits: by halves
+    count = xp.asarray(count).astype(xp.uint32)  # multiplies 16-bit halves, without 64-bit integers
     low, high, few, many = bits & 0xFFFF, bits >> 16, count & 0xFFFF, count >> 16
     middle = high * few + (low * few >> 16)
     return (high * many + (middle >> 16) + ((low * many + (middle & 0xFFFF)) >> 16)).astype(xp.int32)
 
 
 def uniform(bits: Array) -> Array:
-    """Uniform float32 numbers in `[0, 1)`, multiples of 2**-24.
+    """Returns uniform float32 numbers in `[0, 1)`, multiples of 2**-24.
 
     >>> uniform(np.array([0, 2**31], np.uint32)).tolist()
     [0.0, 0.5]
@@ -47,13 +49,13 @@ def uniform(bits: Array) -> Array:
 
 
 def distinct(bits: Array, count: Array) -> Array:
-    """k different integers of `[0, count)` in random order, every sequence equally likely.
+    """Returns k different integers in `[0, count)` in random order; every sequence is equally likely.
 
-    The i-th is the r-th of those that are left, with r uniform; the time is that of k steps, whatever `count` is.
+    The i-th integer is the r-th of the remaining ones, with r uniform. This takes k steps for any `count`.
 
     Args:
       bits: uint32 `[..., k]`.
-      count: integers `[...]`; where it is below k, the first `count` are right and the rest means nothing.
+      count: integers `[...]`; if it is below k, only the first `count` results are valid.
 
     Returns:
       `[..., k]`.
@@ -70,7 +72,7 @@ def distinct(bits: Array, count: Array) -> Array:
     def step(index: Any, state: tuple[Array, Array]) -> tuple[Array, Array]:
         taken, chosen = state  # taken: in ascending order, then empty
         left = below(bits[..., index], xp.maximum(count - index, 1))
-        passed = xp.sum(taken - slots <= left[..., None], axis=-1, keepdims=True)  # those that come before it
+        passed = xp.sum(taken - slots <= left[..., None], axis=-1, keepdims=True)  # taken integers before it
         value = (left[..., None] + passed).astype(slots.dtype)
         moved = xp.concatenate([taken[..., :1], taken[..., :-1]], axis=-1)
         taken = xp.where(slots < passed, taken, xp.where(slots == passed, value, moved))
@@ -88,7 +90,7 @@ def _repeat(xp: Any, steps: int, step: Callable[[Any, Any], Any], state: Any) ->
 
 
 def shuffled(bits: Array, valid: Array) -> Array:
-    """Positions `0 .. m - 1` with the valid ones first, these in random order.
+    """Returns the positions `0 .. m - 1`, with the valid ones first and in random order.
 
     Args:
       bits: uint32 `[..., m]`.
@@ -102,7 +104,7 @@ def shuffled(bits: Array, valid: Array) -> Array:
 
 
 def order(keys: Array) -> Array:
-    """Stable argsort of uint32 keys `[..., m]` along the last axis.
+    """Returns the stable argsort of uint32 keys `[..., m]` along the last axis.
 
     >>> order(np.array([3, 1, 1], np.uint32)).tolist()
     [1, 2, 0]
@@ -116,7 +118,9 @@ def order(keys: Array) -> Array:
 
 
 def at(values: Array, index: Array) -> Array:
-    """`values[..., index]` along the last axis: `[..., m]` and `[..., k]`, or `[k]` for all, to `[..., k]`.
+    """Returns `values[..., index]` along the last axis.
+
+    Values `[..., m]` and indices `[..., k]`, or `[k]` for all of them, give `[..., k]`.
 
     >>> at(np.array([[5, 6], [7, 8]]), np.array([[1], [0]])).tolist()
     [[6], [7]]

@@ -1,4 +1,4 @@
-"""Episodes that are drawn on the device, inside a compiled program."""
+"""Draws episodes on the device, inside a compiled program."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import numpy as np
 
 from metajax.core._types import Episode, PyTree
 from metajax.data import _episodes
-from metajax.data._sources import Source
+from metajax.data._source import Source
 from metajax.data._spec import EpisodeSpec
 
 
 class DeviceData(NamedTuple):
-    """What a device sampler reads: an argument of the compiled program, never a constant in it.
+    """The data that a device sampler reads: an argument of the compiled program, never a constant in it.
 
     Attributes:
-      tables: of the sampling rule.
-      examples: leaves `[n, ...]`.
+      tables: the tables of the sampling rule.
+      examples: all examples, leaves `[n, ...]`.
 
     >>> DeviceData._fields
     ('tables', 'examples')
@@ -33,27 +33,27 @@ class DeviceData(NamedTuple):
 def device_sampler(
     source: Source, spec: EpisodeSpec, *, device: Any = None
 ) -> tuple[DeviceData, Callable[[DeviceData, jax.Array], Episode]]:
-    """Keeps a source in the memory of the accelerator and draws its episodes there.
+    """Stores a source in the memory of the accelerator and draws its episodes there.
 
-    The rule is that of the pipeline, by the same functions: given the same random bits both draw the same episode.
-    Episodes have the size `spec.capacity` (one static shape), and sequences their full length. With the meta step in
-    one scan, hundreds of steps run without the host: see `metajax.training.fit_on_device`.
+    The sampler uses the same functions as the pipeline, so the same random bits give the same episode. Episodes have
+    the size `spec.capacity` (one static shape), and sequences have their full length. If one scan contains the sampler
+    and the meta step, hundreds of steps run without the host; see `metajax.training.fit_on_device`.
 
     Args:
-      source: what to keep; all of it, decoded.
-      spec: the rule of sampling.
-      device: a device or sharding to put the data on; JAX's default device by default. A replicated sharding
-        serves a meta step over several devices.
+      source: the source; all its examples are decoded and stored.
+      spec: the sampling rule.
+      device: the device or sharding for the data; JAX's default device by default. Use a replicated sharding for a
+        meta step over several devices.
 
     Returns:
-      `(data, sample)`: `sample(data, key) -> Episode` is pure and draws one episode. Pass `data` as an argument: closed
-      over, it would become a constant of the program.
+      `(data, sample)`: `sample(data, key) -> Episode` is pure and draws one episode. Pass `data` as an argument; if
+      a function closes over it, it becomes a constant of the program.
 
     Raises:
       ValueError: the source is too small for `spec`, or cannot draw on a device.
 
     >>> import jax
-    >>> from metajax.data._glyphs import glyphs
+    >>> from metajax.data.sources._glyphs import glyphs
     >>> data, sample = device_sampler(glyphs("val"), EpisodeSpec(ways=5, shots=1, queries=3))
     >>> keys = jax.random.split(jax.random.key(0), 4)
     >>> jax.jit(jax.vmap(sample, in_axes=(None, 0)))(data, keys).query.inputs.shape
@@ -72,7 +72,7 @@ def device_sampler(
             if not spec.pads:
                 return values
             there = jnp.expand_dims(rows >= 0, tuple(range(rows.ndim, values.ndim)))
-            return jnp.where(there, values, jnp.zeros((), values.dtype))  # a plain 0 would make integers of a mask
+            return jnp.where(there, values, jnp.zeros((), values.dtype))  # a plain 0 would turn a mask into integers
 
         return jax.tree.map(read, examples)
 

@@ -1,4 +1,4 @@
-"""Episodes of a stream, one by one. Episode k depends on the source, the seed and k, and on nothing else."""
+"""Single episodes of a stream. Episode k depends only on the source, the spec, the seed and k."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import numpy as np
 
 from metajax.core import _validate
 from metajax.core._types import Episode, Examples, PyTree
-from metajax.data._sources import SPLITS, Drawn, Source, Take, cut_to, read
+from metajax.data._source import SPLITS, Drawn, Source, Take, cut_to, read
 from metajax.data._spec import EpisodeSpec
 
-EPISODES, BATCHES = 0, 1  # kinds of stream, which share no random numbers
+EPISODES, BATCHES = 0, 1  # kinds of stream; they share no random numbers
 
 
 def episode(source: Source, spec: EpisodeSpec, *, seed: int, index: int) -> Episode:
-    """Episode `index` of the stream `seed`, with NumPy leaves `[n, ...]`; needs no TensorFlow.
+    """Returns episode `index` of the stream `seed`, with NumPy leaves `[n, ...]`; does not need TensorFlow.
 
     Raises:
       ValueError: an argument is out of range, or the source is too small for `spec`.
 
-    >>> from metajax.data._sinusoids import sinusoids
+    >>> from metajax.data.sources._sinusoids import sinusoids
     >>> episode(sinusoids(), EpisodeSpec(1, 10, 5), seed=0, index=3).query.inputs.shape
     (5, 1)
     """
@@ -32,14 +32,14 @@ def episode(source: Source, spec: EpisodeSpec, *, seed: int, index: int) -> Epis
 
 
 def episode_batch(source: Source, spec: EpisodeSpec, *, seed: int, start: int, count: int) -> Episode:
-    """Episodes `start` to `start + count - 1` of the stream `seed`, stacked: NumPy leaves `[count, n, ...]`.
+    """Returns episodes `start` to `start + count - 1` of the stream `seed`, stacked: NumPy leaves `[count, n, ...]`.
 
-    Episodes of varying size come in the smallest of `spec.sizes` that holds them all. Needs no TensorFlow.
+    Episodes of varying size are padded to the smallest of `spec.sizes` that holds them all. TensorFlow is not needed.
 
     Raises:
-      ValueError: as `episode`.
+      ValueError: an argument is out of range, or the source is too small for `spec`.
 
-    >>> from metajax.data._sinusoids import sinusoids
+    >>> from metajax.data.sources._sinusoids import sinusoids
     >>> spec = EpisodeSpec(1, 10, 5)
     >>> several = episode_batch(sinusoids(), spec, seed=0, start=2, count=8)
     >>> bool((several.query.inputs[1] == episode(sinusoids(), spec, seed=0, index=3).query.inputs).all())
@@ -54,12 +54,12 @@ def episode_batch(source: Source, spec: EpisodeSpec, *, seed: int, start: int, c
 
 
 class Batch(NamedTuple):
-    """Drawn episodes of batches that share a static size each.
+    """Drawn episodes of batches; the episodes of each batch share a static size.
 
     Attributes:
-      drawn: of size `spec.capacity`.
+      drawn: the episodes, of size `spec.capacity`.
       size: `[..., 3]` ways, support and query slots of the batch.
-      length: `[...]`, the length of its sequences; 0 where examples have no length.
+      length: `[...]`, the length of the batch's sequences; 0 if examples have no length.
     """
 
     drawn: Drawn
@@ -71,7 +71,7 @@ def draw_batches(
     source: Source, spec: EpisodeSpec, numbers: Numbers, start: int, *, batch: int, batches: int,
     tables: PyTree = None,
 ) -> Batch:  # fmt: skip
-    """Draws the episodes from `start` on, as NumPy arrays `[batches, batch, ...]`, and the size of each batch."""
+    """Draws the episodes from `start` on, as NumPy arrays `[batches, batch, ...]`, and finds each batch's size."""
     tables = source.tables(spec) if tables is None else tables
     drawn = source.draw(spec, tables, numbers(range(start, start + batches * batch), source.bits(spec)))
     length = np.zeros(batches, int)
@@ -83,7 +83,7 @@ def draw_batches(
 
 
 def _sizes(spec: EpisodeSpec, episodes: Episode) -> np.ndarray:
-    """`[batches, 3]`: the size that holds each batch."""
+    """Returns `[batches, 3]`: the smallest size that holds each batch."""
     if len(spec.sizes) == 1:
         return np.tile(spec.sizes[0], (len(episodes.support.mask), 1))
     support, query = (part.mask.sum(axis=-1).max(axis=-1) for part in episodes)
@@ -93,7 +93,7 @@ def _sizes(spec: EpisodeSpec, episodes: Episode) -> np.ndarray:
 
 
 def cut(batch: Batch) -> Drawn:
-    """Cuts padding off down to the size of the batch `[batch, ...]`: examples are in front of it."""
+    """Cuts off padding down to the size of the batch `[batch, ...]`; padding comes after the examples."""
     ways, support, query = batch.size[0], batch.size[1], batch.size[2]
 
     def shorten(part: Examples, slots: Any) -> Examples:
@@ -106,7 +106,7 @@ def cut(batch: Batch) -> Drawn:
 
 
 def taker(source: Source, length: Any) -> Take:
-    """Reads rows into NumPy arrays, with sequences cut to `length`."""
+    """Returns a function that reads rows into NumPy arrays, with sequences cut to `length`."""
 
     def take(examples: PyTree, rows: np.ndarray) -> PyTree:
         return jax.tree.map(lambda leaf: read(cut_to(source, leaf, leaf, length), rows), examples)
@@ -115,9 +115,9 @@ def taker(source: Source, length: Any) -> Take:
 
 
 def check_source(source: Source, spec: EpisodeSpec) -> None:
-    """Raises a ValueError where `source` cannot give episodes of `spec`.
+    """Raises a ValueError if `source` cannot provide episodes of `spec`.
 
-    >>> from metajax.data._sinusoids import sinusoids
+    >>> from metajax.data.sources._sinusoids import sinusoids
     >>> check_source(sinusoids(), EpisodeSpec(ways=1))
     """
     check_type(source)
@@ -126,7 +126,12 @@ def check_source(source: Source, spec: EpisodeSpec) -> None:
 
 
 def check_type(source: Any) -> None:
-    """Raises a ValueError where `source` is none."""
+    """Raises a ValueError if `source` is not a data source.
+
+    >>> check_type(3)
+    Traceback (most recent call last):
+    ValueError: source must be a data source (see metajax.data.Source), got 3
+    """
     if not all(hasattr(source, name) for name in ("name", "split", "examples", "check", "draw", "finish")):
         raise ValueError(f"source must be a data source (see metajax.data.Source), got {source!r}")
     _validate.one_of("source.split", source.split, SPLITS)
@@ -135,8 +140,8 @@ def check_type(source: Any) -> None:
 class Numbers:
     """Random numbers of one stream: `(indices, count) -> uint32 [len(indices), count]`.
 
-    Counter-based, keyed by the seed and the index, so that none costs more than another. One generator a thread is set
-    to each index in turn (0.8 us, where a new one takes 11 us).
+    The generator is counter-based and keyed by the seed and the index, so all indices cost the same. Each thread has
+    one generator and sets it to each index in turn (0.8 us; a new generator takes 11 us).
     """
 
     def __init__(self, source: Source, seed: int, kind: int) -> None:

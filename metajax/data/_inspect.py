@@ -1,4 +1,4 @@
-"""What a source holds and what an episode looks like."""
+"""Describes sources and draws episodes."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ import numpy as np
 from metajax.core import _validate
 from metajax.core._types import Episode, Examples, PyTree, TaskType
 from metajax.data._episodes import check_type
-from metajax.data._sources import Source
+from metajax.data._source import Source
 
-_MAX_ROWS, _MAX_COLUMNS = 20, 24  # classes and images of a class that are drawn
+_MAX_ROWS, _MAX_COLUMNS = 20, 24  # most classes, and images of a class, in a figure
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """A table of what a source holds; its text is the table.
+    """A summary of the contents of a source; it prints as a table.
 
     Attributes:
-      rows: of each source (a mixture has several), in order: `name`, `split`, `classes`, `examples`, `per_class` (the
-        smallest, the median and the largest class), `nodes` (name to number of classes), `inputs` and `targets` (dtype
-        and shape of one), `lengths` (shortest, median, longest), `length_buckets`, `truncated` (examples that were
-        cut), `weight` in a mixture, `bytes` decoded, `kept_bytes` in memory, `left_out` (classes that `at_least` left
-        out, and their examples). What a source does not have is None.
+      rows: one mapping per source (a mixture has several), in order: `name`, `split`, `classes`, `examples`,
+        `per_class` (the smallest, the median and the largest class), `nodes` (name to number of classes), `inputs` and
+        `targets` (dtype and shape of one), `lengths` (shortest, median, longest), `length_buckets`, `truncated`
+        (examples that were cut), `weight` in a mixture, `bytes` decoded, `kept_bytes` in memory, `left_out` (classes
+        that `at_least` left out, and their numbers of examples). A value that a source does not have is None.
 
     >>> Description(({"name": "toy", "classes": 2},))
     name      toy
@@ -44,18 +44,18 @@ class Description:
 
 
 def describe(source: Source) -> Description:
-    """Says what a source holds, without reading its examples.
+    """Describes the contents of a source, without reading its examples.
 
     Args:
-      source: any.
+      source: any data source.
 
     Returns:
-      A table; `print(describe(source))`.
+      A table; `print(describe(source))` prints it.
 
     Raises:
-      ValueError: it is no source.
+      ValueError: `source` is not a data source.
 
-    >>> from metajax.data._glyphs import glyphs
+    >>> from metajax.data.sources._glyphs import glyphs
     >>> print(describe(glyphs("val")))
     name      glyphs
     split     val
@@ -103,7 +103,7 @@ def _spread(counts: np.ndarray | None) -> tuple[int, int, int] | None:
 
 
 def _forms(tree: PyTree) -> str | None:
-    """`uint8 [28, 28, 1]`; of a dict, each leaf with its name."""
+    """Returns dtype and shape, such as `uint8 [28, 28, 1]`; for a dict, those of each leaf with its name."""
     told = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -140,7 +140,7 @@ def _range(sizes: tuple[int, int | None, int]) -> str:
 
 
 def size_text(count: float) -> str:
-    """Bytes for people.
+    """Formats a number of bytes.
 
     >>> size_text(512), size_text(64 * 2**20)
     ('512 B', '64.0 MiB')
@@ -152,20 +152,22 @@ def size_text(count: float) -> str:
 
 
 def show(episode: Episode, *, class_names: Any = None, task: TaskType | None = None) -> Any:
-    """Draws an episode: images in a row for each class, a regression task in one variable as points, and anything else
-    (tokens, features) as the matrix of its numbers, a row for each example. Padding is left out.
+    """Draws an episode as a figure.
+
+    Images are drawn in one row for each class, a regression task in one variable as points, and anything else (tokens,
+    features) as a matrix with one row for each example. Padding is left out.
 
     Args:
       episode: one task, without a task axis.
-      class_names: of its classes in order, instead of their numbers; an episode does not know what its classes are
-        called in its source.
-      task: the task type, such as `source.task`; None takes targets for labels of classes where there is a class mask.
+      class_names: names of the episode's classes in order, shown instead of their numbers. An episode does not contain
+        the names that its classes have in the source.
+      task: the task type, such as `source.task`; None treats targets as class labels if there is a class mask.
 
     Returns:
-      A `matplotlib.figure.Figure`; a notebook draws it, `show(episode).savefig("episode.png")` writes it.
+      A `matplotlib.figure.Figure`; a notebook displays it, `show(episode).savefig("episode.png")` saves it.
 
     Raises:
-      ValueError: it is no episode, or one with a task axis, or has another number of classes than names.
+      ValueError: `episode` is not an `Episode`, has a task axis, or has a different number of classes than names.
 
     >>> from metajax.data import EpisodeSpec, episode, glyphs
     >>> figure = show(episode(glyphs("val"), EpisodeSpec(5, 1, 3), seed=0, index=0))
@@ -203,7 +205,7 @@ def _figure(width: float, height: float) -> Any:
     from matplotlib.figure import Figure
 
     class Picture(Figure):
-        """A figure that a notebook draws without pyplot."""
+        """A figure that a notebook displays without pyplot."""
 
         def _repr_png_(self) -> bytes:
             file = io.BytesIO()
@@ -214,7 +216,7 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _images(parts: dict[str, Examples], class_names: Any) -> Any:
-    """A row for each class: its support images, a space, its query images."""
+    """Draws a row for each class: its support images, a space, its query images."""
     classes = np.unique(np.concatenate([part.targets for part in parts.values()]))[:_MAX_ROWS]
     widths = [
         min(_MAX_COLUMNS, max(int((part.targets == label).sum()) for label in classes)) for part in parts.values()
@@ -262,7 +264,7 @@ def _points(parts: dict[str, Examples]) -> Any:
 
 
 def _matrices(parts: dict[str, Examples], class_names: Any, classes: bool) -> Any:
-    """Support above query; each line is an example, those of one class beside each other."""
+    """Draws support above query; each row is an example, and examples of one class are next to each other."""
     figure = _figure(9, 5)
     for place, (name, part) in enumerate(parts.items()):
         axes = figure.add_subplot(2, 1, place + 1)

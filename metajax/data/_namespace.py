@@ -1,4 +1,4 @@
-"""One code for three array libraries: NumPy on the host, JAX on the device, TensorFlow in the graph of the pipeline."""
+"""Support for three array libraries: NumPy on the host, JAX on the device, TensorFlow in the pipeline's graph."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def namespace(array: Any) -> Any:
-    """The library of an array: `numpy`, `jax.numpy`, or TensorFlow's NumPy functions.
+    """Returns the library of an array: `numpy`, `jax.numpy`, or TensorFlow's NumPy functions.
 
     >>> namespace(np.zeros(2)).__name__
     'numpy'
@@ -23,7 +23,7 @@ def namespace(array: Any) -> Any:
 
 
 def on_host(array: Any) -> bool:
-    """Whether shapes may depend on values: everywhere but in JAX.
+    """Returns whether shapes may depend on values, which holds for every library except JAX.
 
     >>> on_host(np.zeros(2))
     True
@@ -32,7 +32,7 @@ def on_host(array: Any) -> bool:
 
 
 def over_leading(function: Callable[[Any, Any], Any], values: Any, numbers: Any) -> Any:
-    """`function(values [n, ...], numbers [n, k])` over all leading axes of `values` but its last three.
+    """Applies `function(values [n, ...], numbers [n, k])` over all axes of `values` except its last three.
 
     >>> over_leading(lambda images, numbers: images[:, :1], np.zeros([2, 5, 4, 4, 1]), np.zeros([2, 5, 3])).shape
     (2, 5, 1, 4, 1)
@@ -55,7 +55,7 @@ def over_leading(function: Callable[[Any, Any], Any], values: Any, numbers: Any)
 
 
 def keep_shape(function: Callable[[Any, Any], Any], values: Any, numbers: Any) -> Any:
-    """`function(values [n, ...], numbers [n, k])`, whose shape is known also where TensorFlow loses track of it.
+    """Applies `function(values [n, ...], numbers [n, k])` and restores the static shape if TensorFlow loses it.
 
     >>> keep_shape(lambda images, numbers: images[:, :1], np.zeros([5, 4, 4, 1]), np.zeros([5, 3])).shape
     (5, 1, 4, 1)

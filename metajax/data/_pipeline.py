@@ -1,4 +1,4 @@
-"""The tf.data pipeline that draws and reads episodes ahead of what consumes them."""
+"""The tf.data pipeline, which draws and reads episodes before they are needed."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ import numpy as np
 from metajax.core import _validate
 from metajax.core._types import Episode
 from metajax.data import _episodes
-from metajax.data._sources import Source, Take, cut_to, read
+from metajax.data._source import Source, Take, cut_to, read
 from metajax.data._spec import EpisodeSpec
 
-_PREFETCH = 4  # batches that wait, ready
-_BLOCK_BATCHES, _BLOCK_NUMBERS = 16, 2**20  # at most, drawn at once: Python's cost a call is paid once for all
-_COPIED = 2**30  # bytes of an array that the graph holds a copy of; a larger one is read where it is
+_PREFETCH = 4  # batches that are kept ready
+_BLOCK_BATCHES, _BLOCK_NUMBERS = 16, 2**20  # most drawn at once: one Python call serves them all
+_COPIED = 2**30  # bytes of the largest array that the graph copies; larger arrays are read in place
 _open: weakref.WeakSet[EpisodeIterator] = weakref.WeakSet()
 
 
 class EpisodeIterator(Iterator[Episode]):
     """An endless iterator over batches of episodes; leaves are NumPy arrays `[batch, n, ...]`.
 
-    Made by `episodes` and `batches`. Python draws the rows of many batches at once; the graph of tf.data reads the
-    examples, transforms them, and keeps a few batches ready, until `close` or until the iterator is deleted. What the
-    source raises is raised by `next`.
+    `episodes` and `batches` create it. Python draws the rows of many batches at once. The tf.data graph reads the
+    examples, transforms them, and keeps a few batches ready, until `close` is called or the iterator is deleted.
+    `next` raises the errors that the source raises.
 
     Attributes:
-      position: where the stream stands, counted over all processes: with `start=position` another stream, in any
-        number of processes, goes on with what comes next here. What was drawn ahead does not count.
+      position: the position in the stream, counted over all processes. Another stream with `start=position`, in any
+        number of processes, continues with the next batch of this one. Batches drawn ahead do not count.
       task: the task type of the source.
 
-    >>> from metajax.data._sinusoids import sinusoids
+    >>> from metajax.data.sources._sinusoids import sinusoids
     >>> stream = episodes(sinusoids(), EpisodeSpec(1, 10, 5), batch=4, seed=0, start=8)
     >>> _ = next(stream), next(stream)
     >>> stream.position
@@ -57,14 +57,14 @@ class EpisodeIterator(Iterator[Episode]):
             def call(*arguments: Any) -> Any:
                 try:
                     return function(*arguments)
-                except Exception as error:  # tf.data would turn it into a text
+                except Exception as error:  # tf.data would turn it into a string
                     errors.append(error)
                     raise
 
             return call
 
-        leaves, structure = jax.tree.flatten(draw(0))  # here, where an error stops the caller
-        sent = [place for place, leaf in enumerate(leaves) if leaf.size]  # unbatch crashes on an array without numbers
+        leaves, structure = jax.tree.flatten(draw(0))  # here, so that an error reaches the caller
+        sent = [place for place, leaf in enumerate(leaves) if leaf.size]  # unbatch crashes on an empty array
         given = [None if leaf.size else leaf[0] for leaf in leaves]
         taker = _graph_taker(tf, source, guarded)
         structures = []
@@ -97,7 +97,7 @@ class EpisodeIterator(Iterator[Episode]):
         _open.add(self)
 
     def close(self) -> None:
-        """Stops the drawing threads; no batch comes after it."""
+        """Stops the drawing threads; the iterator then gives no more batches."""
         self._batches = iter(())
 
     def __iter__(self) -> EpisodeIterator:
@@ -116,7 +116,7 @@ class EpisodeIterator(Iterator[Episode]):
 
 @atexit.register
 def _close_all() -> None:
-    # A thread that is drawing while the interpreter shuts down waits for ever for the interpreter's lock.
+    # A thread that draws while the interpreter shuts down waits forever for the interpreter's lock.
     for iterator in list(_open):
         iterator.close()
 
@@ -132,35 +132,36 @@ def episodes(
     process_count: int = 1,
     workers: int | None = None,
 ) -> EpisodeIterator:
-    """An endless stream of batches of episodes, made ahead by a tf.data pipeline.
+    """Returns an endless stream of batches of episodes, prepared ahead of time by a tf.data pipeline.
 
     Global batch g holds the episodes from `start + g * process_count * batch` on; process h yields its h-th
-    contiguous block. So the stream is the same whatever the number of processes, and a run goes on with
-    `start=stream.position`, in as many processes as there are then. The splits of one source give different streams
-    for one seed. Starting late costs nothing.
+    contiguous block. The stream is therefore the same for any number of processes, and a run can continue with
+    `start=stream.position` in a different number of processes. The splits of one source give different streams
+    for the same seed. A late start costs nothing.
 
-    Episodes of varying size come in one of `spec.sizes`, the smallest that holds all episodes of the global batch (and
-    sequences in one length), so that all processes see one shape.
+    Episodes of varying size are padded to the smallest of `spec.sizes` that holds all episodes of the global batch, and
+    sequences to one length, so that all processes see the same shape.
 
     Args:
-      source: where episodes are drawn from.
-      spec: their size.
-      batch: episodes in a batch of this process, the leading axis of every leaf.
-      seed: the stream, 0 or above.
-      start: how many episodes of the stream are left out, counted over all processes.
-      process_index: which process this is, from 0 (`jax.process_index()`).
-      process_count: how many there are (`jax.process_count()`).
-      workers: threads that read and transform. By default one where the examples are arrays, else one for each core.
+      source: the source of the episodes.
+      spec: the size of the episodes.
+      batch: number of episodes in a batch of this process, the leading axis of every leaf.
+      seed: the seed of the stream, 0 or above.
+      start: number of episodes to skip at the start of the stream, counted over all processes.
+      process_index: index of this process, from 0 (`jax.process_index()`).
+      process_count: number of processes (`jax.process_count()`).
+      workers: number of threads that read and transform examples. By default one if the examples are arrays, else one
+        for each core.
 
     Returns:
       An iterator of `Episode` with NumPy leaves `[batch, n, ...]`.
 
     Raises:
-      ValueError: an argument is out of range, or the source is too small for `spec`; at once, not at the
+      ValueError: an argument is out of range, or the source is too small for `spec`; raised at once, not at the
         first batch.
       ImportError: TensorFlow is not installed. `episode` and `episode_batch` do not need it.
 
-    >>> from metajax.data._sinusoids import sinusoids
+    >>> from metajax.data.sources._sinusoids import sinusoids
     >>> stream = episodes(sinusoids(), EpisodeSpec(1, 10, 5), batch=4, seed=0)
     >>> next(stream).support.inputs.shape, stream.position
     ((4, 10, 1), 4)
@@ -193,28 +194,28 @@ def batches(
     process_count: int = 1,
     workers: int | None = None,
 ) -> EpisodeIterator:
-    """An endless stream of labelled batches over all classes at once, for supervised pre-training.
+    """Returns an endless stream of labelled batches over all classes at once, for supervised pre-training.
 
-    A batch is an `Episode` with a task axis of 1, so that what trains on episodes trains on it: its query
+    A batch is an `Episode` with a task axis of 1, so code that trains on episodes can train on it. Its query
     holds `size` examples, drawn uniformly and independently from the whole source, with the global labels of
-    the source, `[1, size, ...]`; its support is empty, `[1, 0, ...]`; class_mask is `[1, num_classes]`, all
-    True. From a source without classes (regression), a batch holds one point of each of `size` tasks, and
+    the source, `[1, size, ...]`. Its support is empty, `[1, 0, ...]`. Its class_mask is `[1, num_classes]`, all
+    True. For a source without classes (regression), a batch holds one point of each of `size` tasks, and
     class_mask is None.
 
     Args:
-      source: where examples are drawn from.
-      size: examples in a batch of this process.
-      seed: the stream, 0 or above.
-      start: how many batches are left out, counted over all processes.
-      process_index: which process this is, from 0; process h takes the batches `start + g * process_count + h`.
-      process_count: how many there are.
+      source: the source of the examples.
+      size: number of examples in a batch of this process.
+      seed: the seed of the stream, 0 or above.
+      start: number of batches to skip at the start of the stream, counted over all processes.
+      process_index: index of this process, from 0; process h takes the batches `start + g * process_count + h`.
+      process_count: number of processes.
       workers: as for `episodes`.
 
     Raises:
       ValueError: an argument is out of range.
       ImportError: TensorFlow is not installed.
 
-    >>> from metajax.data._sources import ClassSource
+    >>> from metajax.data._source import ClassSource
     >>> source = ClassSource("toy", "train", np.arange(6.0)[:, None], np.array([0, 0, 0, 1, 1, 1]), ("a", "b"))
     >>> batch = next(batches(source, 8, seed=0))
     >>> batch.query.inputs.shape, batch.support.inputs.shape, batch.query.class_mask.shape
@@ -232,7 +233,7 @@ def batches(
     def draw(block: int) -> _episodes.Batch:
         places = [start + process_index + (block * several + line) * process_count for line in range(several)]
         own = numbers(places, bits * size).reshape(several * size, bits)
-        # each example is an episode of its own, with a query set of one
+        # each example is a separate episode with a query set of one
         drawn = source.draw(one, tables, own) if classes is None else labelled.draw_labelled(own)
         drawn = jax.tree.map(lambda leaf: leaf.reshape(several, size, *leaf.shape[1:]), drawn)
         return _episodes.Batch(
@@ -258,7 +259,7 @@ def _check_block(batch: int, start: int, process_index: int, process_count: int)
 
 
 def _block_size(numbers: int) -> int:
-    """How many batches are drawn at once, where one takes so many random numbers."""
+    """Returns how many batches are drawn at once if each takes this many random numbers."""
     return max(1, min(_BLOCK_BATCHES, _BLOCK_NUMBERS // max(numbers, 1)))
 
 
@@ -270,8 +271,8 @@ def _workers(source: Source, workers: int | None) -> int:
 
 
 def _graph_taker(tf: ModuleType, source: Source, guarded: Callable[..., Any]) -> Callable[[Any], Take]:
-    """Reads rows inside the graph: arrays by an operation, whatever else by a call into Python."""
-    copies = {  # with a row of zeros behind the others, for padding
+    """Returns a reader of rows inside the graph: arrays by an operation, other leaves by a call into Python."""
+    copies = {  # with a row of zeros after the others, for padding
         id(leaf): tf.concat([leaf, tf.zeros([1, *leaf.shape[1:]], leaf.dtype)], axis=0)
         for leaf in jax.tree.leaves(source.examples)
         if isinstance(leaf, np.ndarray) and leaf.nbytes <= _COPIED
@@ -292,8 +293,12 @@ def _graph_taker(tf: ModuleType, source: Source, guarded: Callable[..., Any]) ->
 
 
 def tensorflow() -> ModuleType:
-    """TensorFlow, kept off the accelerators, or an ImportError that says what needs it."""
-    for name, value in (("TF_CPP_MIN_LOG_LEVEL", "2"), ("TF_ENABLE_ONEDNN_OPTS", "0")):  # both talk when it starts
+    """Returns TensorFlow, kept off the accelerators, or raises an ImportError that says what needs it.
+
+    >>> tensorflow().__name__
+    'tensorflow'
+    """
+    for name, value in (("TF_CPP_MIN_LOG_LEVEL", "2"), ("TF_ENABLE_ONEDNN_OPTS", "0")):  # against messages at start-up
         os.environ.setdefault(name, value)
     try:
         import tensorflow as tf
@@ -302,7 +307,7 @@ def tensorflow() -> ModuleType:
             "episodes() and batches() need TensorFlow for their input pipeline: pip install tensorflow "
             "(or tensorflow-cpu). episode(), episode_batch() and device_sampler() work without it"
         ) from error
-    # Accelerators belong to JAX; but it is too late where the program has used TensorFlow's devices before.
+    # Accelerators belong to JAX; this fails if the program has already used TensorFlow's devices.
     with contextlib.suppress(RuntimeError):
         tf.config.set_visible_devices([], "GPU")
     return tf

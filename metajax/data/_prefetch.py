@@ -1,4 +1,4 @@
-"""Batches on their way to the device while the one before them is worked on."""
+"""Copies batches to the device while the device works on earlier ones."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from metajax.core import _validate
 
 
 class DeviceIterator(Iterator[Any]):
-    """The batches of a stream, on the device; made by `prefetch_to_device`.
+    """An iterator over the batches of a stream, on the device; created by `prefetch_to_device`.
 
     Attributes:
-      position: the position of the stream when it gave the batch that was handed out last; at first, where it stood
-        before. None for a stream that has none. What waits on the device does not count.
+      position: the position of the stream after the batch that was returned last; before the first batch, the initial
+        position of the stream. None if the stream has no position. Batches that wait on the device do not count.
 
     >>> DeviceIterator(iter([1.0]), 2, None).position is None
     True
@@ -28,7 +28,7 @@ class DeviceIterator(Iterator[Any]):
         self.position = getattr(stream, "position", None)
 
     def close(self) -> None:
-        """Closes the stream, where it can be closed; no batch comes after it."""
+        """Closes the stream if it can be closed; the iterator then gives no more batches."""
         self._waiting.clear()
         self._batches = iter(())
         if hasattr(self._stream, "close"):
@@ -41,7 +41,7 @@ class DeviceIterator(Iterator[Any]):
         while len(self._waiting) < self._size and not (self._waiting and self._waiting[-1][2]):
             try:
                 batch = next(self._batches)
-            except Exception as error:  # the end of the stream too: it comes after the batches that wait
+            except Exception as error:  # also the end of the stream, raised after the waiting batches
                 self._waiting.append((None, self.position, error))
             else:
                 placed = _put(batch, self._device)
@@ -60,27 +60,27 @@ def _put(batch: Any, device: Any) -> Any:
 
 
 def prefetch_to_device(stream: Iterable[Any], size: int = 2, device: Any = None) -> DeviceIterator:
-    """Moves the batches of a stream to the device ahead of what consumes them.
+    """Copies the batches of a stream to the device before they are needed.
 
-    The copy to the device runs while the device computes, so that a step never waits for its batch: with a `size` of 2
-    one batch is worked on and the next one is copied.
+    The copy to the device runs while the device computes, so that a step never waits for its batch. With a `size` of 2,
+    the device processes one batch while the next one is copied.
 
     Args:
       stream: an iterable of pytrees, such as `metajax.data.episodes`.
-      size: how many batches are fetched ahead, the one that is handed out next included.
+      size: number of batches that are fetched ahead, including the one that is returned next.
       device: a device or a sharding; JAX's default device by default. `metajax.parallel.task_sharding(mesh)` gives
-        each device its own tasks; over several processes, each gives the batches of its own devices.
+        each device its own tasks; with several processes, each provides the batches of its own devices.
 
     Returns:
-      An iterator of batches of `jax.Array`, in order. Its `position` is that of the stream, where the stream has one,
-      for what was handed out: a run goes on with `start=position`. Its `close` closes the stream. What the stream
-      raises is raised after the batches before it.
+      An iterator of batches of `jax.Array`, in order. Its `position` is the position of the stream after the last
+      returned batch, if the stream has one; a run continues with `start=position`. Its `close` closes the stream. An
+      error of the stream is raised after the batches that came before it.
 
     Raises:
-      ValueError: `size` is no positive integer.
+      ValueError: `size` is not a positive integer.
 
     >>> from metajax.data._pipeline import episodes
-    >>> from metajax.data._sinusoids import sinusoids
+    >>> from metajax.data.sources._sinusoids import sinusoids
     >>> from metajax.data._spec import EpisodeSpec
     >>> stream = prefetch_to_device(episodes(sinusoids(), EpisodeSpec(1, 10, 5), batch=4, seed=0))
     >>> next(stream).support.inputs.shape, stream.position

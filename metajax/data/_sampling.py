@@ -1,7 +1,7 @@
-"""The sampling rule of class-indexed sources: which rows make an episode, as a pure function of random bits.
+"""The sampling rule of class-indexed sources: chooses the rows of an episode, as a pure function of random bits.
 
-One rule for the pipeline (NumPy, with a leading axis of episodes) and for the device (JAX, one episode). What it
-reads of a source are small `Tables`; what must be known when it is traced are `Facts`.
+The pipeline (NumPy, with a leading axis of episodes) and the device (JAX, one episode) share this rule. It reads
+small `Tables` of a source; `Facts` hold what must be known at trace time.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ Array = Any  # of NumPy or JAX
 
 
 class Tables(NamedTuple):
-    """What the rule reads; leaves are integer arrays.
+    """The tables that the rule reads; leaves are integer arrays.
 
-    A pool is a set of classes that one episode may be drawn from: all of them, or those of one node.
+    A pool is a set of classes from which one episode may be drawn: all classes, or those of one node.
 
     Attributes:
-      pool_first: `[pools]`, where a pool starts in `pool_classes`.
-      pool_size: `[pools]`, its classes; its groups where classes have groups.
-      pool_classes: classes, pool after pool.
-      in_pool: `[pools, classes]` bool, or None where classes have no groups.
-      group_members: `[groups, largest]` classes, filled up with -1; or None.
+      pool_first: `[pools]`, the start of each pool in `pool_classes`.
+      pool_size: `[pools]`, the number of classes in each pool, or of groups if classes have groups.
+      pool_classes: the classes of all pools, pool after pool.
+      in_pool: `[pools, classes]` bool, or None if classes have no groups.
+      group_members: `[groups, largest]` classes, padded with -1; or None.
       rows: `[n]`, rows of the source, class after class.
-      first: `[classes]`, where a class starts in `rows`.
-      count: `[classes]`, how many rows it has.
+      first: `[classes]`, the start of each class in `rows`.
+      count: `[classes]`, the number of rows of each class.
       family: `[n]`, the family of each of `rows`; or None.
     """
 
@@ -46,14 +46,14 @@ class Tables(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What is static: numbers of classes, groups and families, the largest class, and the rule of nodes.
+    """Static facts: numbers of classes, groups and families, the largest class, and the rule for nodes.
 
     Attributes:
       classes: number of classes.
       groups: number of groups, 0 for none.
       families: number of families, 0 for none.
-      width: rows of the largest class.
-      whole: an episode takes all classes of its pool, up to the most ways.
+      width: number of rows of the largest class.
+      whole: whether an episode takes all classes of its pool, up to the maximum number of ways.
     """
 
     classes: int
@@ -64,7 +64,7 @@ class Facts(NamedTuple):
 
 
 def bits_needed(spec: EpisodeSpec, facts: Facts) -> dict[str, tuple[int, ...]]:
-    """The random numbers of one episode: what each is for, and its shape.
+    """Returns the purposes and shapes of the random numbers that one episode needs.
 
     >>> bits_needed(EpisodeSpec(5, 1, 15), Facts(classes=100, groups=0, families=0, width=20, whole=False))
     {'pool': (), 'classes': (5,), 'places': (5, 20)}
@@ -83,25 +83,25 @@ def bits_needed(spec: EpisodeSpec, facts: Facts) -> dict[str, tuple[int, ...]]:
 
 
 def _taken(spec: EpisodeSpec, facts: Facts) -> int:
-    """Most examples of one class in an episode."""
+    """Returns the maximum number of examples of one class in an episode."""
     return min(facts.width, spec.max_shots + spec.queries)
 
 
 def _sorts(spec: EpisodeSpec, facts: Facts) -> bool:
-    """Whether a class is put in random order as a whole; else the examples are drawn one after the other."""
+    """Returns whether whole classes are shuffled; otherwise examples are drawn one after the other."""
     return bool(facts.families) or facts.width <= 8 * _taken(spec, facts)
 
 
 def draw(spec: EpisodeSpec, facts: Facts, tables: Tables, bits: Array) -> Episode:
     """Draws episodes of rows: classes without replacement, then disjoint support and query examples of each.
 
-    Every set of examples of a class is equally likely (with families: the support comes from as few families as hold
-    it, and the query from others as far as they go).
+    Every set of examples of a class is equally likely. With families, the support takes examples from one family after
+    the other, and the query from other families as long as these have examples.
 
     Args:
       spec: the rule.
-      facts: of the source.
-      tables: of the source.
+      facts: the facts of the source.
+      tables: the tables of the source.
       bits: uint32 `[..., count]`, with the count of `bits_needed`.
 
     Returns:
@@ -124,7 +124,7 @@ def draw(spec: EpisodeSpec, facts: Facts, tables: Tables, bits: Array) -> Episod
 
 
 def split_bits(bits: Array, needed: dict[str, tuple[int, ...]]) -> dict[str, Array]:
-    """Gives each purpose its own numbers.
+    """Splits random bits by purpose.
 
     >>> split_bits(np.arange(6).reshape(2, 3), {"a": (), "b": (2,)})["b"].tolist()
     [[1, 2], [4, 5]]
@@ -138,7 +138,7 @@ def split_bits(bits: Array, needed: dict[str, tuple[int, ...]]) -> dict[str, Arr
 
 
 def _draw_classes(spec: EpisodeSpec, facts: Facts, tables: Tables, numbers: dict[str, Array]) -> tuple[Array, Array]:
-    """Classes `[..., max_ways]` and how many of them count: `[...]`, or a constant where it is fixed."""
+    """Returns classes `[..., max_ways]` and the number of valid ones: `[...]`, or a constant if it is fixed."""
     xp = numbers["classes"].__array_namespace__()
     pool = _choices.below(numbers["pool"], len(tables.pool_size))
     size = tables.pool_size[pool]
@@ -152,7 +152,7 @@ def _draw_classes(spec: EpisodeSpec, facts: Facts, tables: Tables, numbers: dict
     if tables.group_members is None:
         place = xp.minimum(_choices.distinct(numbers["classes"], size), (size - 1)[..., None])
         return tables.pool_classes[tables.pool_first[pool][..., None] + place], ways
-    # the class of a group is its first in a random order of all, and so are the groups
+    # all classes get a random order: a group is represented by its first class, and groups are ordered by these
     keys = xp.where(tables.in_pool[pool], numbers["classes"] >> 1, xp.uint32(0xFFFFFFFF))  # type: ignore[index]
     members = tables.group_members
     keys = xp.where(members >= 0, keys[..., members], xp.uint32(0xFFFFFFFF))
@@ -165,7 +165,7 @@ def _draw_classes(spec: EpisodeSpec, facts: Facts, tables: Tables, numbers: dict
 def _sizes(
     spec: EpisodeSpec, numbers: dict[str, Array], ways: Array, present: Array, counts: Array
 ) -> tuple[Array, Array]:
-    """Support and query examples of each class: `[..., max_ways]`, without batch axes where they are fixed."""
+    """Returns the numbers of support and query examples: `[..., max_ways]`, without batch axes if they are fixed."""
     xp = present.__array_namespace__()
     if isinstance(spec.shots, Imbalanced):
         rule = spec.shots
@@ -192,7 +192,7 @@ def _draw_places(
     spec: EpisodeSpec, facts: Facts, tables: Tables, numbers: dict[str, Array], classes: Array, counts: Array,
     shots: Array,
 ) -> Array:  # fmt: skip
-    """Which examples of each class: `[..., ways, taken]`, first those of the support set, then those of the query."""
+    """Draws the examples of each class: `[..., ways, taken]`, first those of the support set, then of the query."""
     xp = classes.__array_namespace__()
     if not _sorts(spec, facts):
         return _choices.distinct(numbers["places"], counts)
@@ -204,14 +204,14 @@ def _draw_places(
 
 
 def _by_family(tables: Tables, bits: Array, classes: Array, places: Array, valid: Array, shots: Array) -> Array:
-    """Reorders shuffled places: the support from whole families, then other families, then what is left."""
+    """Reorders shuffled places: the support, family after family, then other families, then what is left."""
     xp = classes.__array_namespace__()
     here = xp.minimum(tables.first[classes][..., None] + places, len(tables.rows) - 1)
     family = tables.family[here]  # type: ignore[index]
     valid = _choices.at(xp.broadcast_to(valid, places.shape), places)
     invalid = xp.uint32(0xFFFFFFFF)
     together = _choices.order(xp.where(valid, _choices.at(bits >> 1, family), invalid))  # family after family
-    rank = _choices.order(together.astype(xp.uint32))  # where each of `places` stands there
+    rank = _choices.order(together.astype(xp.uint32))  # the position of each of `places` in that order
     last = _choices.at(together, xp.broadcast_to(xp.maximum(shots - 1, 0)[..., None], (*places.shape[:-1], 1)))
     same = family == _choices.at(family, last)
     chosen = rank < shots[..., None]
@@ -222,7 +222,7 @@ def _by_family(tables: Tables, bits: Array, classes: Array, places: Array, valid
 def _lay_out(
     batch: tuple[int, ...], rows: Array, start: Array, sizes: Array, present: Array, slots: int, ways: int
 ) -> Examples:
-    """Examples `start .. start + sizes` of each class, class after class, then padding."""
+    """Lays out examples `start .. start + sizes` of each class, class after class, followed by padding."""
     xp = rows.__array_namespace__()
     ends = sizes.cumsum(axis=-1)
     slot = np.arange(slots)

@@ -1,4 +1,4 @@
-"""What an episode looks like: its rule of sampling, and the static shapes that hold it."""
+"""The specification of episodes: the sampling rule, and the static shapes that hold episodes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Range = int | tuple[int, int]
 
 
 class Bucket(NamedTuple):
-    """A static size of episodes; smaller ones are padded to it.
+    """A static size of episodes; smaller episodes are padded to it.
 
     Attributes:
       ways: length of the class mask.
@@ -34,21 +34,21 @@ class Bucket(NamedTuple):
 class Imbalanced:
     """Support sets of random size that follow the frequencies of classes: the rule of Meta-Dataset.
 
-    With n_c examples in class c of the episode and q queries a class, the size of the support set is
+    With n_c examples in class c of the episode and q queries per class, the size of the support set is
     `min(support, sum_c ceil(beta * min(per_class, n_c - q)))` with beta uniform in (0, 1]. Class c gets
-    `min(floor(p_c * (size - ways)) + 1, n_c - q)` of it, where p_c is proportional to `exp(a_c) * n_c` and a_c
-    uniform in `log_weights`.
+    `min(floor(p_c * (size - ways)) + 1, n_c - q)` of these examples, where p_c is proportional to
+    `exp(a_c) * n_c` and a_c is uniform in `log_weights`.
 
     Source: Triantafillou et al. 2020, "Meta-Dataset: a dataset of datasets for learning to learn from few
     examples", section 3.2 (arXiv:1903.03096).
 
     Attributes:
-      support: largest support set.
-      per_class: what a class counts at most towards its size.
+      support: size of the largest support set.
+      per_class: the most examples of a class that count towards the size of the support set.
       log_weights: bounds of a_c; equal bounds keep the frequencies of the source.
 
     Raises:
-      ValueError: a size is no positive integer, or the bounds are not finite and in order.
+      ValueError: a size is not a positive integer, or the bounds are not finite and in order.
 
     >>> EpisodeSpec(ways=(5, 50), shots=Imbalanced(), queries=10).largest
     Bucket(ways=50, support=500, query=500)
@@ -68,25 +68,25 @@ class Imbalanced:
 
 @dataclasses.dataclass(frozen=True)
 class EpisodeSpec:
-    """The rule by which episodes are sampled. Frozen and hashable.
+    """The rule for sampling episodes. Frozen and hashable.
 
-    Fixed sizes are N-way, K-shot, Q-query episodes. A pair `(low, high)` draws the number anew for each episode,
-    uniformly and with both ends; ways never exceed the classes that there are. `Imbalanced` shots draw a support
-    set after Meta-Dataset, and then `queries` is an upper bound too: the query set holds
+    Fixed sizes give N-way, K-shot, Q-query episodes. A pair `(low, high)` draws the number for each episode,
+    uniformly and with both ends included; ways never exceed the number of available classes. `Imbalanced` shots
+    draw a support set by the rule of Meta-Dataset. Then `queries` is an upper bound too: the query set holds
     `min(queries, half of the smallest class)` examples of each class.
 
-    Shapes are static all the same. An episode is padded to the smallest of `sizes` that holds it, with masks for
-    examples and classes; the episodes of a batch share one size, that of the largest of them. So a run compiles
-    once for each size and never again.
+    Shapes are always static. An episode is padded to the smallest of `sizes` that holds it, with masks for
+    examples and classes. The episodes of a batch share the size of the largest episode in it. A run therefore
+    compiles only once for each size.
 
     Attributes:
-      ways: classes in an episode. Regression sources take 1.
-      shots: support examples of a class.
-      queries: query examples of a class.
-      hierarchical: draw the classes from one node of the source's hierarchy (an alphabet, a domain, a subtree),
-        chosen uniformly among those with enough classes.
-      buckets: `(ways, support, query)` sizes; the largest must hold every episode. By default one size where sizes
-        are fixed, else three: all, half and a quarter of the rows that an episode can have.
+      ways: number of classes in an episode. Regression sources need 1.
+      shots: number of support examples of a class.
+      queries: number of query examples of a class.
+      hierarchical: whether to draw the classes from one node of the source's hierarchy (an alphabet, a domain, a
+        subtree), chosen uniformly among the nodes with enough classes.
+      buckets: `(ways, support, query)` sizes; the largest must hold every episode. By default there is one size if
+        sizes are fixed, else three: all, half and a quarter of the rows that an episode can have.
 
     Raises:
       ValueError: an attribute is out of range, or a bucket table cannot hold every episode.
@@ -130,17 +130,17 @@ class EpisodeSpec:
 
     @property
     def min_ways(self) -> int:
-        """Fewest classes of an episode."""
+        """Smallest number of classes in an episode."""
         return self.ways[0] if isinstance(self.ways, tuple) else self.ways
 
     @property
     def max_ways(self) -> int:
-        """Most classes of an episode: how many outputs a head needs."""
+        """Largest number of classes in an episode: the number of outputs that a head needs."""
         return self.ways[1] if isinstance(self.ways, tuple) else self.ways
 
     @property
     def max_shots(self) -> int:
-        """Most support examples of one class."""
+        """Largest number of support examples of one class."""
         if isinstance(self.shots, Imbalanced):
             return self.shots.support - self.min_ways + 1
         return self.shots[1] if isinstance(self.shots, tuple) else self.shots
@@ -152,14 +152,14 @@ class EpisodeSpec:
 
     @property
     def largest(self) -> Bucket:
-        """What the largest episode takes."""
+        """Size of the largest episode."""
         whole = isinstance(self.shots, Imbalanced)
         support = self.shots.support if whole else self.max_ways * self.max_shots  # type: ignore[union-attr]
         return Bucket(self.max_ways, support, self.max_ways * self.queries)
 
     @property
     def sizes(self) -> tuple[Bucket, ...]:
-        """The sizes that batches of episodes come in, smallest first."""
+        """Possible sizes of batches of episodes, smallest first."""
         if self.buckets:
             return tuple(sorted((Bucket(*bucket) for bucket in self.buckets), key=lambda size: size[1] + size[2]))
         ways, support, query = self.largest
@@ -173,11 +173,11 @@ class EpisodeSpec:
 
     @property
     def capacity(self) -> Bucket:
-        """What any of `sizes` takes: episodes are drawn into this many slots, and then cut."""
+        """Size that holds each of `sizes`: episodes are drawn into this many slots and then cut."""
         return Bucket(*map(max, *self.sizes, self.sizes[0]))
 
     def size_for(self, ways: int, support: int, query: int) -> Bucket:
-        """The smallest of `sizes` that holds an episode of this size.
+        """Returns the smallest of `sizes` that holds an episode of this size.
 
         >>> EpisodeSpec(ways=(2, 4), shots=2, queries=4).size_for(ways=2, support=4, query=8)
         Bucket(ways=4, support=4, query=8)
@@ -209,7 +209,7 @@ def _holds(size: tuple[int, ...], episode: tuple[int, ...]) -> bool:
 
 
 def told(value: Any) -> str:
-    """A size in words.
+    """Formats a size in words.
 
     >>> told((5, 10))
     '5 to 10'

@@ -11,16 +11,16 @@ import numpy as np
 from metajax.core._types import Episode, Examples, PyTree
 from metajax.data import _choices, _namespace
 from metajax.data._episodes import check_type
-from metajax.data._sources import Drawn, Source, Take
+from metajax.data._source import Drawn, Source, Take
 from metajax.data._spec import EpisodeSpec
 from metajax.data._transforms import Transform, Transforms, apply_all, as_transforms
 
-_LABELLED = EpisodeSpec(1, 1, 1)  # an example for pre-training: its own class and episode
+_LABELLED = EpisodeSpec(1, 1, 1)  # an example for pre-training is an episode of one class
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class _Transformed:
-    """Adds to what a source draws the random numbers of its transforms, `[..., slots, draws]` for support and query."""
+    """A source that also draws the random numbers of its transforms, `[..., slots, draws]` for support and query."""
 
     source: Any
     both: tuple[Transform, ...]
@@ -31,7 +31,7 @@ class _Transformed:
         return f"<transformed {self.source!r}>"
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name == "source":  # while it is unpickled or copied, there is no source yet
+        if name.startswith("_") or name == "source":  # there is no source yet while it is unpickled or copied
             raise AttributeError(name)
         return getattr(self.source, name)  # name, split, examples, check, tables, num_classes and so on
 
@@ -75,12 +75,19 @@ class _Transformed:
         return transform_episode((self.both, self.support, self.query), episode, numbers)
 
 
-# transforms of support and query, of the support set alone, of the query set alone
+# transforms of support and query, of the support set only, of the query set only
 Several = tuple[Sequence[Transform], Sequence[Transform], Sequence[Transform]]
 
 
 def transform_episode(several: Several, episode: Episode, numbers: tuple[Any, Any]) -> Episode:
-    """Transforms the inputs `[..., n, height, width, c]` by `numbers`, `[..., n, draws]` for support and query."""
+    """Transforms the inputs `[..., n, height, width, c]` by `numbers`, `[..., n, draws]` for support and query.
+
+    >>> import metajax
+    >>> images = metajax.Examples(np.ones([1, 8, 8, 1]), np.zeros(1, int), np.ones(1, bool))
+    >>> several = (metajax.data.resize(4),), (), ()
+    >>> transform_episode(several, Episode(images, images), (np.zeros([1, 0]), np.zeros([1, 0]))).support.inputs.shape
+    (1, 4, 4, 1)
+    """
     both, *alone = several
 
     def changed(part: Examples, own: Sequence[Transform], numbers: Any) -> Examples:
@@ -92,7 +99,12 @@ def transform_episode(several: Several, episode: Episode, numbers: tuple[Any, An
 
 
 def count_numbers(several: Several, ways: int, support: int, query: int) -> int:
-    """How many random numbers the transforms of an episode take."""
+    """Returns how many random numbers the transforms of an episode need.
+
+    >>> import metajax
+    >>> count_numbers(((metajax.data.random_flip(),), (), ()), ways=5, support=5, query=10)
+    15
+    """
     return sum(
         transform.draws * {"example": slots, "class": ways, "episode": 1}[transform.shared]
         for transforms, slots in zip(several, (support + query, support, query), strict=True)
@@ -101,13 +113,19 @@ def count_numbers(several: Several, ways: int, support: int, query: int) -> int:
 
 
 def spread_numbers(several: Several, numbers: Any, ways: int, classes: Sequence[Any]) -> tuple[Any, Any]:
-    """Deals random numbers `[..., count]` out to examples: `[..., slots, draws]` for support and query.
+    """Distributes random numbers `[..., count]` to examples: `[..., slots, draws]` for support and query.
 
     Args:
       several: the transforms.
-      numbers: as many as `count_numbers` says.
+      numbers: the random numbers; `count_numbers` returns their count.
       ways: the number of classes.
       classes: `[..., slots]` of support and of query, the class of each example.
+
+    >>> import metajax
+    >>> several = (metajax.data.random_flip(),), (), ()
+    >>> support, query = spread_numbers(several, np.zeros([3]), 1, [np.zeros(1, int), np.zeros(2, int)])
+    >>> support.shape, query.shape
+    ((1, 1), (2, 1))
     """
     xp = numbers.__array_namespace__()
     support, query = classes
@@ -129,23 +147,23 @@ def spread_numbers(several: Several, numbers: Any, ways: int, classes: Sequence[
 
 
 def transformed(source: Source, both: Transforms = (), *, support: Transforms = (), query: Transforms = ()) -> Source:
-    """The same source with its images transformed, in the pipeline's graph or on the device.
+    """Returns a source with its images transformed, in the pipeline's graph or on the device.
 
-    Transforms are applied in order, those of `both` first. The random numbers are part of what the seed and the number
-    of an episode decide. Test classes are augmented only where you say so.
+    Transforms are applied in order, those of `both` first. The seed and the number of an episode also determine the
+    random numbers of the transforms. Test classes are augmented only on request.
 
     Args:
-      source: of images `[height, width, c]`.
-      both: for support and query; what is shared by a class or an episode is shared by the two.
-      support: for the support set alone.
-      query: for the query set alone.
+      source: a source of images `[height, width, c]`.
+      both: transforms of support and query; numbers shared by a class or an episode are shared by the two sets.
+      support: transforms of the support set only.
+      query: transforms of the query set only.
 
     Raises:
-      ValueError: what is no transform; or (when used) images that a transform does not take.
+      ValueError: an argument is not a transform; or (when used) a transform does not accept the images.
 
     >>> from metajax.data import _transforms as t
     >>> from metajax.data._episodes import episode
-    >>> from metajax.data._glyphs import glyphs
+    >>> from metajax.data.sources._glyphs import glyphs
     >>> source = transformed(glyphs("val"), [t.resize(20), t.per_class(t.random_rotate90())], support=t.random_flip())
     >>> episode(source, EpisodeSpec(5, 1, 3), seed=0, index=0).query.inputs.shape
     (15, 20, 20, 1)

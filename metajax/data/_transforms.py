@@ -1,4 +1,4 @@
-"""Image operations: one function each for NumPy, for the graph of the pipeline, and for programs on the device."""
+"""Image operations; each works in NumPy, in the graph of the pipeline, and in programs on the device."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ _GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 class Transform(NamedTuple):
-    """A pure operation on images, random only by the numbers that it is given.
+    """A pure operation on images; its only randomness is the numbers passed to it.
 
     Attributes:
-      draws: how many uniform random numbers an image takes.
+      draws: number of uniform random numbers that an image needs.
       apply: `(images [n, height, width, c], numbers float32 [n, draws] in [0, 1)) -> images`.
-      shared: who shares the numbers: each "example" has its own, or all examples of a "class", or of an "episode".
+      shared: "example" if each example has its own numbers, "class" if all examples of a class share them, or
+        "episode" if all examples of an episode do.
 
     >>> flip = random_flip()
     >>> flip.apply(np.arange(3.0).reshape(1, 1, 3, 1), np.array([[0.3]])).ravel().tolist()
@@ -38,9 +39,10 @@ Transforms = Transform | Sequence[Transform]
 
 
 def per_class(transform: Transform) -> Transform:
-    """All examples of a class are changed in one way; support and query alike where it stands in `both`.
+    """Returns a transform that changes all examples of a class in the same way.
 
-    With `random_rotate90`, turned characters are further classes.
+    Support and query share the change if the transform is in `both`. With `random_rotate90`, rotated characters act
+    as additional classes.
 
     >>> per_class(random_rotate90()).shared
     'class'
@@ -49,7 +51,9 @@ def per_class(transform: Transform) -> Transform:
 
 
 def per_episode(transform: Transform) -> Transform:
-    """All examples of an episode are changed in one way; support and query alike where it stands in `both`.
+    """Returns a transform that changes all examples of an episode in the same way.
+
+    Support and query share the change if the transform is in `both`.
 
     >>> per_episode(colour_jitter(brightness=0.4)).shared
     'episode'
@@ -58,10 +62,13 @@ def per_episode(transform: Transform) -> Transform:
 
 
 def as_transforms(name: str, transforms: Any) -> tuple[Transform, ...]:
-    """One transform or a sequence of them as a tuple.
+    """Returns a transform or a sequence of transforms as a tuple.
 
     Raises:
-      ValueError: it is neither.
+      ValueError: `transforms` is neither.
+
+    >>> len(as_transforms("both", resize(8))), as_transforms("both", ())
+    (1, ())
     """
     several = (transforms,) if isinstance(transforms, Transform) else transforms
     if not isinstance(several, Sequence) or not all(isinstance(transform, Transform) for transform in several):
@@ -70,7 +77,7 @@ def as_transforms(name: str, transforms: Any) -> tuple[Transform, ...]:
 
 
 def apply_all(transforms: Sequence[Transform], images: Array, numbers: Array) -> Array:
-    """Applies transforms in turn; `numbers` `[n, draws of all]` holds theirs side by side.
+    """Applies transforms in order; `numbers` `[n, draws of all]` holds their numbers side by side.
 
     >>> apply_all([resize(2)], np.ones([1, 4, 4, 3], np.uint8), np.zeros([1, 0])).shape
     (1, 2, 2, 3)
@@ -90,7 +97,7 @@ def _cast(images: Array, dtype: Any) -> Array:
 
 
 def _like(values: Array, images: Array) -> Array:
-    """Floats as images of the type of `images`: bytes are rounded and clipped."""
+    """Converts floats to the dtype of `images`: rounds and clips them if `images` are bytes."""
     xp = namespace(values)
     if images.dtype != np.uint8:
         return values
@@ -102,10 +109,10 @@ def _column(numbers: Array, index: int) -> Array:
 
 
 def resize(size: int) -> Transform:
-    """Resizes to `size` x `size` by a triangle filter, antialiased where the image shrinks.
+    """Resizes to `size` x `size` with a triangle filter, antialiased if the image shrinks.
 
     Raises:
-      ValueError: `size` is no positive integer.
+      ValueError: `size` is not a positive integer.
 
     >>> resize(2).apply(np.full([1, 6, 4, 1], 7, np.uint8), np.zeros([1, 0])).ravel().tolist()
     [7, 7, 7, 7]
@@ -126,7 +133,7 @@ def resize(size: int) -> Transform:
 
 
 def _triangle(before: int, after: int) -> np.ndarray:
-    """`[after, before]` weights; pixels are areas, and their centres lie at halves."""
+    """Returns `[after, before]` weights; pixels are areas with centres at half-integers."""
     scale = before / after
     centres = (np.arange(after) + 0.5) * scale - 0.5
     weights = np.maximum(0, 1 - np.abs(np.arange(before) - centres[:, None]) / max(scale, 1))
@@ -136,7 +143,7 @@ def _triangle(before: int, after: int) -> np.ndarray:
 def normalise(mean: float | Sequence[float], std: float | Sequence[float]) -> Transform:
     """Subtracts the mean and divides by the standard deviation of each channel; the result is float32.
 
-    Bytes are scaled to [0, 1] first, so that both are in units of full intensity.
+    Bytes are scaled to [0, 1] first, so mean and standard deviation are in units of full intensity.
 
     Raises:
       ValueError: a number is not finite, or a standard deviation is not above 0.
@@ -161,7 +168,7 @@ def normalise(mean: float | Sequence[float], std: float | Sequence[float]) -> Tr
 
 
 def random_flip() -> Transform:
-    """Mirrors an image left to right, or not.
+    """Mirrors an image left to right with probability 1/2.
 
     >>> random_flip().apply(np.arange(2.0).reshape(1, 1, 2, 1), np.array([[0.7]])).ravel().tolist()
     [0.0, 1.0]
@@ -174,7 +181,7 @@ def random_flip() -> Transform:
 
 
 def random_rotate90() -> Transform:
-    """Turns a square image by 0, 90, 180 or 270 degrees; see `per_class`.
+    """Rotates a square image by 0, 90, 180 or 270 degrees; see `per_class`.
 
     Raises:
       ValueError: (when applied) the images are not square.
@@ -201,11 +208,11 @@ def random_crop(size: int | None = None, *, padding: int = 0) -> Transform:
     """Cuts a square out of an image at a random place.
 
     Args:
-      size: its side; None is that of the image.
-      padding: zeros that are put around the image first.
+      size: side of the square; None keeps the size of the image.
+      padding: number of zeros that are first added on each side of the image.
 
     Raises:
-      ValueError: a negative padding, a size below 1, or (when applied) one above the padded image.
+      ValueError: padding is negative, size is below 1, or (when applied) size exceeds the padded image.
 
     >>> random_crop(2).apply(np.arange(9.0).reshape(1, 3, 3, 1), np.array([[0.9, 0.1]]))[0, ..., 0].tolist()
     [[3.0, 4.0], [6.0, 7.0]]
@@ -237,15 +244,15 @@ def random_crop(size: int | None = None, *, padding: int = 0) -> Transform:
 def colour_jitter(*, brightness: float = 0.0, contrast: float = 0.0, saturation: float = 0.0) -> Transform:
     """Changes brightness, then contrast, then saturation by random factors, each uniform in `[1 - x, 1 + x]`.
 
-    Contrast is about the mean grey of the image. Bytes are rounded and clipped at the end.
+    Contrast is changed around the mean grey of the image. Bytes are rounded and clipped at the end.
 
     Args:
       brightness: largest change, in [0, 1].
       contrast: largest change, in [0, 1].
-      saturation: largest change, in [0, 1]; images must be RGB where it is above 0.
+      saturation: largest change, in [0, 1]; images must be RGB if it is above 0.
 
     Raises:
-      ValueError: a number outside [0, 1], or (when applied) a change of saturation of images that are not RGB.
+      ValueError: a number is outside [0, 1], or (when applied) saturation is above 0 and the images are not RGB.
 
     >>> jitter = colour_jitter(brightness=0.5)
     >>> jitter.apply(np.full([1, 1, 1, 3], 100, np.uint8), np.array([[0.0, 0.5, 0.5]])).ravel().tolist()
@@ -275,18 +282,18 @@ def colour_jitter(*, brightness: float = 0.0, contrast: float = 0.0, saturation:
 
 
 def random_affine(*, rotation: float = 0.0, scale: float = 0.0, shear: float = 0.0, shift: float = 0.0) -> Transform:
-    """Moves each image by its own random affine map, drawn uniformly within the bounds.
+    """Transforms each image by its own random affine map, drawn uniformly within the bounds.
 
-    Images are interpolated bilinearly; what comes from outside the image is 0.
+    Images are interpolated bilinearly; pixels from outside the image are 0.
 
     Args:
-      rotation: largest angle in degrees, either way.
-      scale: largest change of size in each direction, as a fraction: 0.1 draws a factor between 0.9 and 1.1.
+      rotation: largest angle in degrees, in either direction.
+      scale: largest change of size along each axis, as a fraction: 0.1 draws a factor between 0.9 and 1.1.
       shear: largest displacement of a row per row.
-      shift: largest displacement in each direction, as a fraction of the side.
+      shift: largest displacement along each axis, as a fraction of the side.
 
     Raises:
-      ValueError: a negative bound, or a scale of 1 and more.
+      ValueError: a bound is negative, or scale is 1 or more.
 
     >>> import jax
     >>> images = jax.numpy.zeros([2, 28, 28, 1], "uint8").at[:, 10:18, 10:18].set(255)
@@ -305,7 +312,7 @@ def random_affine(*, rotation: float = 0.0, scale: float = 0.0, shear: float = 0
         angle, sheared = math.radians(rotation) * draw[0], shear * draw[1]
         rows, columns = (1.0 / (1.0 + scale * draw[index]) for index in (2, 3))
         down, right = shift * height * draw[4], shift * width * draw[5]
-        # from a place in the result to the place in the image that it comes from: unshift, unrotate, unshear, unscale
+        # maps a place in the result to its source in the image: unshift, unrotate, unshear, unscale
         line = [np.arange(side, dtype=np.float32) - np.float32((side - 1) / 2) for side in (height, width)]
         y, x = np.meshgrid(*line, indexing="ij")
         y, x = y - down, x - right
@@ -319,10 +326,10 @@ def random_affine(*, rotation: float = 0.0, scale: float = 0.0, shear: float = 0
 
 
 def _bilinear(images: Array, y: Array, x: Array) -> Array:
-    """Values of `[n, h, w, c]` at fractional places `[n, h, w]`, 0 outside."""
+    """Returns the values of `[n, h, w, c]` at fractional places `[n, h, w]`, 0 outside."""
     xp = namespace(images)
     height, width, channels = images.shape[1:]
-    # a rim of zeros: a place outside is clipped onto it
+    # adds a rim of zeros: places outside are clipped to it
     flat = xp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="constant")
     flat = xp.reshape(flat, (-1, (height + 2) * (width + 2), channels))
     top, left = xp.floor(y), xp.floor(x)
@@ -341,7 +348,7 @@ def _bilinear(images: Array, y: Array, x: Array) -> Array:
 
 
 def _pick(flat: Array, place: Array) -> Array:
-    """Pixels `[n, k, c]` of flat images `[n, m, c]` at `place` `[n, k]`, all of them inside."""
+    """Returns pixels `[n, k, c]` of flat images `[n, m, c]` at `place` `[n, k]`; all places must be inside."""
     xp = namespace(flat)
     if xp.__name__.startswith("tensorflow"):
         import tensorflow as tf

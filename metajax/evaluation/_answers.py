@@ -1,4 +1,4 @@
-"""Exact match and F1 of answers, and the best span of logits."""
+"""Exact match and F1 scores of answers, and the best span for given logits."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from metajax.core import _validate
 
 _ASCII_PUNCTUATION = frozenset(string.punctuation)
 _ENGLISH = re.compile(r"\b(a|an|the)\b")
-_ARTICLES = {  # of MLQA, whose script takes the Arabic al- out wherever its letters stand
+_ARTICLES = {  # from MLQA, whose script removes the letters of the Arabic al- anywhere in a word
     "ar": re.compile("\u0627\u0644"),
     "de": re.compile(r"\b(ein|eine|einen|einem|eines|einer|der|die|das|den|dem|des)\b"),
     "en": _ENGLISH,
     "es": re.compile(r"\b(un|una|unos|unas|el|la|los|las)\b"),
     "hi": None,
-    "ru": None,  # no language of MLQA; it has no articles
+    "ru": None,  # not in MLQA; Russian has no articles
     "vi": re.compile(r"\b(của|là|cái|chiếc|những)\b"),
     "zh": None,
 }
 
 
 def answer_scores(prediction: str, answers: Sequence[str], *, language: str | None = None) -> tuple[float, float]:
-    """Exact match and F1 of a predicted answer, each the highest over the right answers.
+    """Computes exact match and F1 of a predicted answer, each as the maximum over the correct answers.
 
-    Without a language these are the metrics of SQuAD v1.1: texts are lower-cased, punctuation (of ASCII) and the
-    articles a, an, the are taken out, white space separates words; F1 is that of the two bags of words. XQuAD is
-    usually scored so in all languages. With a language they are those of MLQA: the articles of that language, all
-    punctuation of Unicode, and in Chinese ("zh") each character is a word.
+    Without a language these are the metrics of SQuAD v1.1: texts are converted to lower case, ASCII punctuation and the
+    articles a, an, the are removed, and white space separates words. F1 compares the two bags of words. XQuAD is
+    usually scored this way in all languages. With a language these are the metrics of MLQA, which remove the articles
+    of that language and all Unicode punctuation, and treat each Chinese character ("zh") as a word.
 
     Args:
       prediction: the predicted text.
-      answers: the right ones, at least one.
-      language: None, or one of MLQA's: "ar", "de", "en", "es", "hi", "vi", "zh"; and "ru", by the same rules.
+      answers: the correct answers, at least one.
+      language: None, a language of MLQA ("ar", "de", "en", "es", "hi", "vi", "zh"), or "ru", with the same rules.
 
     Returns:
       `(exact match, F1)`, each in [0, 1].
 
     Raises:
-      ValueError: no answers, or another language.
+      ValueError: there are no answers, or the language is not supported.
 
     Source: Rajpurkar et al. 2016, section 6.1 (arXiv:1606.05250); Lewis et al. 2020 (MLQA), arXiv:1910.07475.
 
@@ -89,19 +89,19 @@ def _unicode_punctuation() -> frozenset[str]:
 
 
 def best_span(logits: jax.Array, context: jax.Array, *, max_answer: int = 30) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The span with the largest sum of start and end logits, among those that an answer can be.
+    """Returns the span in the context with the largest sum of start and end logits.
 
     Args:
-      logits: `[..., length, 2]`, of each position to be the first and to be the last of the answer.
-      context: `[..., length]` bool, where an answer may stand: one run of True, or none.
-      max_answer: most tokens of an answer.
+      logits: `[..., length, 2]`, the start and end logits of each position.
+      context: `[..., length]` bool, the positions that an answer may contain: one contiguous run of True, or none.
+      max_answer: maximum number of tokens of an answer.
 
     Returns:
-      `(start, end, score)`, each `[...]`; both positions are of the span. Where the context is empty or a logit in it
-      is not finite, they are -1, and the score is -inf.
+      `(start, end, score)`, each `[...]`. Both positions are inclusive. If the context is empty or a logit in it is not
+      finite, the positions are -1 and the score is -inf.
 
     Raises:
-      ValueError: shapes that do not match, or `max_answer` is below 1.
+      ValueError: the shapes do not match, or `max_answer` is below 1.
 
     >>> logits = jnp.array([[0.0, 0.0], [1.0, 3.0], [2.0, 0.0], [0.0, 1.0]])
     >>> start, end, score = best_span(logits, jnp.array([False, True, True, True]))
@@ -114,7 +114,7 @@ def best_span(logits: jax.Array, context: jax.Array, *, max_answer: int = 30) ->
     lowest = jnp.asarray(-jnp.inf, logits.dtype)
     start, end = (jnp.where(context, logits[..., which], lowest) for which in (0, 1))
     leading = (1,) * (start.ndim - 1)
-    reach = min(max_answer, start.shape[-1])  # a window of the last positions up to each
+    reach = min(max_answer, start.shape[-1])  # length of the window of positions that ends at each position
     before = jax.lax.reduce_window(
         start, lowest, jax.lax.max, (*leading, reach), (*leading, 1), [(0, 0)] * len(leading) + [(reach - 1, 0)]
     )

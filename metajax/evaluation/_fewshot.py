@@ -1,4 +1,4 @@
-"""The few-shot protocol: fixed episodes, one learner, no ensembling, mean and 95 % interval."""
+"""Few-shot evaluation on fixed episodes: one learner, no ensembling, mean and 95 % interval."""
 
 from __future__ import annotations
 
@@ -13,39 +13,36 @@ import numpy as np
 from metajax import tasks
 from metajax.core import _keys, _losses, _tree, _validate
 from metajax.core._types import Episode, Examples, Learner, Params, TaskType
-from metajax.data import AnswerSource
-from metajax.data._episodes import check_source, episode_batch
-from metajax.data._sources import Source
-from metajax.data._spec import EpisodeSpec, told
+from metajax.data import AnswerSource, EpisodeSpec, Source, check_source, episode_batch, told
 from metajax.evaluation import _metrics
 from metajax.evaluation._judges import ByLoss, ByMetric, Judge, adapt_and_predict
 from metajax.evaluation._spans import answers
-from metajax.tasks._lookup import require_same
-from metajax.training._outer import choose_task_batching
+from metajax.tasks import require_same
+from metajax.training import choose_task_batching
 
 
 class Evaluation(NamedTuple):
-    """What `evaluate` found; its `str` is a table whose last line is `summary()`.
+    """The result of `evaluate`. Its `str` is a table whose last line is `summary()`.
 
     Attributes:
       metric: name of the metric, such as "accuracy".
       mean: mean over episodes.
       ci95: half width of the 95 % interval, `1.96 s / sqrt(n)` with the sample standard deviation s.
       values: `[episodes]`, the score of each episode.
-      episodes: how many.
-      seed: of the list of episodes.
-      normalisation: the policy as the caller named it, or None.
-      transductive: whether a prediction was seen to depend on the other query examples. Measured, not declared;
-        None where the first episode gave outputs that are not finite, or where nothing is predicted.
+      episodes: number of episodes.
+      seed: seed of the list of episodes.
+      normalisation: name of the normalisation policy as given by the caller, or None.
+      transductive: whether predictions depend on the other query examples. This is measured, not declared. None if the
+        outputs of the first episode are not finite or if nothing is predicted.
       spec: the size of the episodes.
       source: name and split of the source.
-      shuffled: whether the support labels were shuffled, which is a control.
+      shuffled: whether the support labels were shuffled, as a control.
       task: the task type.
       percent: whether scores are fractions, which are shown in percent.
-      scores: `[episodes]` by name, all that was found after adaptation, that of the metric among them.
-      before: the same before adaptation, or None where that was not asked for or there is no inner loop.
-      nonfinite: how many predictions, of all episodes, were not finite.
-      rows: more lines of the table.
+      scores: `[episodes]` by name, all scores after adaptation, including that of the metric.
+      before: the same before adaptation, or None if not requested or if there is no inner loop.
+      nonfinite: number of predictions that are not finite, over all episodes.
+      rows: additional rows of the table.
 
     >>> import numpy as np
     >>> spec = EpisodeSpec(5, 1, 15)
@@ -78,13 +75,13 @@ class Evaluation(NamedTuple):
 
     @property
     def gain(self) -> tuple[float, float] | None:
-        """What adaptation adds to the metric, mean and half width of the 95 % interval over the same episodes."""
+        """The gain in the metric by adaptation: mean and half width of the 95 % interval over the same episodes."""
         if self.before is None:
             return None
         return _metrics.mean_and_interval(self.values - self.before[self.metric])
 
     def summary(self) -> str:
-        """One line: `accuracy 98.71 +- 0.22 % (600 episodes)`, or `mse 0.1234 +- 0.0123 (600 episodes)`."""
+        """Returns a line such as `accuracy 98.71 +- 0.22 % (600 episodes)` or `mse 0.1234 +- 0.0123 (600 episodes)`."""
         return f"{self.metric.replace('_', ' ')} {self._told(self.mean, self.ci95)} ({self.episodes} episodes)"
 
     def _told(self, mean: float, ci95: float, sign: str = "") -> str:
@@ -123,7 +120,7 @@ class Outputs(NamedTuple):
     """Outputs of one query set.
 
     Attributes:
-      before: outputs without adaptation, or None where the learner has no inner loop.
+      before: outputs without adaptation, or None if the learner has no inner loop.
       after: outputs of the adapted learner.
 
     >>> Outputs._fields
@@ -153,46 +150,47 @@ def evaluate(
 ) -> Evaluation:
     """Evaluates meta-parameters on a fixed list of episodes.
 
-    Episode k of the list depends on the split of the source, `seed` and k alone. Splits have streams of their own,
-    so the episodes of a test split are none of training's, whatever the seeds are; only an evaluation on the
-    training split needs a seed that training did not take.
+    Episode k of the list depends only on the split of the source, `seed` and k. Each split has its own random stream,
+    so the episodes of a test split never coincide with those of training, for any seeds. Only an evaluation on the
+    training split needs a seed that training did not use.
 
-    Compiled once for a learner, a size of episodes, `num_steps` and `batch`, whatever the parameters: call it as
-    often as you like. Tasks of a batch run side by side or one after the other, as
-    `metajax.training.choose_task_batching` says; both give the same result up to rounding.
+    The computation is compiled once for each learner, size of episodes, `num_steps` and `batch`, so repeated calls with
+    other parameters do not compile again. The tasks of a batch run under vmap or one after the other, as chosen by
+    `metajax.training.choose_task_batching`. Both give the same result up to rounding.
 
-    Whether predictions are transductive is measured on the first episode: the query set is predicted as it is and
-    with the second half replaced; if predictions of the first half move, they depend on the other query examples.
+    Whether predictions are transductive is measured on the first episode: the query set is predicted unchanged and
+    with its second half replaced. If predictions of the first half change, they depend on the other query examples.
 
     Args:
-      learner: what adapts.
-      params: its meta-parameters; `metajax.core.merge(state.params, frozen)` where a frozen base stands beside them.
-      source: where episodes are drawn from.
-      spec: size of the episodes. Fewer ways than the model has outputs are fine: the others are masked.
-      episodes: how many, at least 2.
-      seed: which list of episodes, 0 or above.
-      num_steps: inner steps, where the learner takes a number; None is the learner's own.
-      batch: episodes in one compiled call.
-      normalisation: the policy of the model, stated beside the result.
-      shuffle_support: whether the labels of each support set are shuffled among its examples, episode k by `seed` and k
-        alone. Accuracy then stands at chance, unless predictions come from elsewhere than the support set.
-      before: whether to score the learner before adaptation too (without inner steps); None as the judge does.
-      judge: how episodes are judged. None takes the metric of the task type, in which an output that is not finite is
-        wrong; `answers()` for a source of `metajax.data.question_answering`; and the objective itself, where that is
-        made of inner losses alone.
-      key: PRNG key for learners that draw (episode k folds in k); None is deterministic.
-      progress: called after each batch with the number of episodes that are done.
+      learner: the learner.
+      params: its meta-parameters; `metajax.core.merge(state.params, frozen)` if there is a frozen base.
+      source: the source of the episodes.
+      spec: size of the episodes. It may have fewer ways than the model has outputs; the other outputs are masked.
+      episodes: number of episodes, at least 2.
+      seed: selects the list of episodes; 0 or above.
+      num_steps: number of inner steps, for learners that take one. None uses the default of the learner.
+      batch: episodes per compiled call.
+      normalisation: name of the normalisation policy of the model, reported with the result.
+      shuffle_support: whether to shuffle the labels of each support set among its examples, for episode k by `seed` and
+        k only. Accuracy is then at chance, unless predictions use other information than the support set.
+      before: whether to also score the learner before adaptation (without inner steps). None uses the default of the
+        judge.
+      judge: scores the episodes. None uses the metric of the task type, for which outputs that are not finite are
+        wrong; `answers()` for a source of `metajax.data.question_answering`; and the objective itself if it consists
+        of inner losses only.
+      key: PRNG key for learners that use randomness (episode k folds in k). None is deterministic.
+      progress: called after each batch with the number of completed episodes.
 
     Returns:
       An `Evaluation`.
 
     Raises:
-      ValueError: an argument is out of range, the source is too small for `spec` or of another task type than the
-        learner, labels are shuffled that are none, or (before anything is computed) the most ways of `spec` exceed the
-        outputs of the model; an episode's query set is all padding.
+      ValueError: an argument is out of range, the source is too small for `spec` or its task type differs from that of
+        the learner, labels are to be shuffled but targets are not labels, (before anything is computed) the most ways
+        of `spec` exceed the outputs of the model, or the query set of an episode is all padding.
 
     >>> import numpy as np, metajax
-    >>> from metajax.data._sources import ClassSource
+    >>> from metajax.data._source import ClassSource
     >>> inputs = np.array([[0.0, 1.0], [0.0, 2.0], [1.0, 0.0], [2.0, 0.0]])
     >>> source = ClassSource("toy", "test", inputs, np.array([0, 0, 1, 1]), ("up", "right"))
     >>> learner = metajax.learners.prototypical(metajax.Model(lambda key, x: (), lambda params, x: x))
@@ -226,7 +224,7 @@ def evaluate(
     if task.classes:
         for part in first:
             _losses.check_labels(part)
-    # Also the first trace: what does not fit raises here, before anything is computed.
+    # This is also the first trace: arguments that do not match raise here, before anything is computed.
     predicts = learner.objective != "prequential"
     transductive = is_transductive(learner, params, first, num_steps, key) if predicts else None
     together = side_by_side(first)
@@ -239,7 +237,7 @@ def evaluate(
 
     for start in range(0, episodes, batch):
         if start:
-            # The last chunk is drawn in full too, and its surplus left out: one shape, one compilation.
+            # The last chunk is also drawn in full and its surplus dropped, so that there is one shape to compile.
             chunk = draw(start)
         ready = judge.prepare(source, chunk, seed, start)
         for name, taken in steps.items():
@@ -248,7 +246,7 @@ def evaluate(
                 learner=learner, num_steps=taken, judge=judge, side_by_side=together,
             )  # fmt: skip
             pending.append((name, values, ready.notes))
-        while len(pending) > len(steps):  # one chunk is computed while the next is drawn, and no more wait
+        while len(pending) > len(steps):  # one chunk is computed while the next is drawn
             settle()
         if start and progress is not None:
             progress(start)
@@ -271,11 +269,11 @@ def evaluate(
 
 
 def default_judge(learner: Learner, source: Source) -> Judge:
-    """Returns how `evaluate` judges episodes of a source where it gets no judge.
+    """Returns the judge that `evaluate` uses by default.
 
     Args:
-      learner: what adapts.
-      source: where episodes are drawn from.
+      learner: the learner.
+      source: the source of the episodes.
 
     >>> import metajax
     >>> learner = metajax.learners.prototypical(metajax.models.conv4())
@@ -288,7 +286,7 @@ def default_judge(learner: Learner, source: Source) -> Judge:
 
 
 def _shuffled(episodes: Episode, seed: int, start: int) -> Episode:
-    """The episodes `start` and on, with the labels of each support set in another order among the kept examples."""
+    """Shuffles the labels of each support set among its kept examples. The first episode has the number `start`."""
     support = episodes.support
     order = np.tile(np.arange(support.mask.shape[1]), (len(support.mask), 1))
     for index, (line, mask) in enumerate(zip(order, support.mask, strict=True), start):
@@ -313,15 +311,15 @@ def predict(
     """Adapts to a support set and predicts, in one compiled call.
 
     Args:
-      learner: what adapts.
+      learner: the learner.
       params: its meta-parameters.
       support: labelled examples of one task.
       inputs: `[n, ...]`, the query inputs.
-      mask: `[n]` bool, False for padding; None keeps all.
-      num_steps: inner steps, where the learner takes a number; None is the learner's own.
-      batch: queries in one compiled call, behind one that adapts, so that memory does not grow with `n`; None takes
-        all at once, which transductive predictions need.
-      key: PRNG key; None is deterministic.
+      mask: `[n]` bool, False for padding. None keeps all.
+      num_steps: number of inner steps, for learners that take one. None uses the default of the learner.
+      batch: queries per compiled call, after one call that adapts, so that memory does not grow with `n`. None predicts
+        all at once, as transductive predictions require.
+      key: PRNG key. None is deterministic.
 
     Returns:
       The outputs `[n, ...]`.
@@ -344,7 +342,7 @@ def predict(
     outputs = []
     for start in range(0, count, batch):
         here = slice(start, min(start + batch, count))
-        missing = batch - (here.stop - start)  # the last part is as large, and compiles nothing
+        missing = batch - (here.stop - start)  # pads the last part to the same shape, to avoid a compilation
 
         def part(leaf: Any, here: slice = here, missing: int = missing) -> np.ndarray:
             return np.pad(np.asarray(leaf)[here], [(0, missing)] + [(0, 0)] * (leaf.ndim - 1))
@@ -362,10 +360,10 @@ def predict_query(
     num_steps: int | None = None,
     key: jax.Array | None = None,
 ) -> Outputs:
-    """Outputs of the query set of one episode before and after adaptation, as `report` draws them.
+    """Returns outputs for the query set of one episode before and after adaptation, for example for `report`.
 
     Raises:
-      ValueError: as `predict`.
+      ValueError: as for `predict`.
 
     >>> import jax, jax.numpy as jnp, optax, metajax
     >>> learner = metajax.learners.maml(metajax.models.mlp(outputs=2), inner=optax.sgd(0.1))
@@ -383,8 +381,8 @@ def predict_query(
     return Outputs(None if learner.problem is None else outputs(0), outputs(num_steps))
 
 
-# The learner is a static argument: its functions are the key under which a compiled call is found again, so that
-# the validations of one training run share one compilation. `params` is an argument, never a constant.
+# The learner is a static argument: compiled calls are cached by its functions, so the validations of a training run
+# share one compilation. `params` is an argument and never a constant.
 @functools.partial(jax.jit, static_argnames=("learner", "num_steps"))
 def _predict(
     params: Params, support: Examples, inputs: Any, mask: Any, key: Any, *, learner: Learner, num_steps: int | None
@@ -407,7 +405,7 @@ def _values(
     params: Params, support: Examples, query: Any, key: Any, start: Any, *,
     learner: Learner, num_steps: int | None, judge: Judge, side_by_side: bool,
 ) -> Any:  # fmt: skip
-    """What a judge keeps of the episodes `start` and on. What is adapted stays inside the loop over tasks."""
+    """Returns the values that a judge keeps of each episode. Adapted parameters stay inside the loop over tasks."""
     run = judge.run(learner, num_steps)
 
     def one(task: tuple[jax.Array, Examples, Any]) -> Any:
@@ -424,16 +422,19 @@ def side_by_side(episode: Episode) -> bool:
 
 
 def is_transductive(learner: Learner, params: Params, episode: Episode, num_steps: int | None, key: Any) -> bool | None:
-    """Whether predictions of the first half of the query set move when the second half is replaced."""
+    """Returns whether replacing the second half of a query set changes predictions of the first half.
+
+    Returns None if a prediction is not finite.
+    """
     support, query = episode
     inputs, mask = query.inputs, np.asarray(query.mask)
-    if np.sum(mask) < 2:  # nobody beside it: a support example joins
+    if np.sum(mask) < 2:  # there is no other query example: add a support example
         inputs = jax.tree.map(lambda leaf, other: np.concatenate([leaf, other[:1]]), inputs, support.inputs)
         mask = np.append(mask, True)
     rows = np.flatnonzero(mask)
     kept, replaced = rows[: len(rows) // 2], rows[len(rows) // 2 :]
     source = np.arange(len(mask))
-    source[replaced] = rows[0]  # copies of one example: other statistics, and still an input like any other
+    source[replaced] = rows[0]  # copies of one example are valid inputs with other statistics
     moved = jax.tree.map(lambda leaf: np.asarray(leaf)[source], inputs)
 
     as_is, other = (
@@ -444,6 +445,6 @@ def is_transductive(learner: Learner, params: Params, episode: Episode, num_step
     as_is, other = as_is[kept].astype(np.float64), other[kept].astype(np.float64)
     if not (np.isfinite(as_is).all() and np.isfinite(other).all()):
         return None
-    present = np.abs(as_is[as_is > absent / 2])  # the logit of an absent class is no scale
+    present = np.abs(as_is[as_is > absent / 2])  # without the logits of absent classes
     scale = float(np.max(present)) if present.size else 1.0
     return bool(np.max(np.abs(as_is - other)) > np.sqrt(epsilon) * scale)

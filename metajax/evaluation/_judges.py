@@ -1,6 +1,6 @@
-"""How episodes are judged: what of a query set is predicted, what is kept of the outputs, and the scores.
+"""Judges, which define what is predicted for a query set, what is kept of the outputs, and the scores.
 
-`evaluate` runs any of them; which one it takes by default is said by the task type.
+`evaluate` runs any judge. Its default judge depends on the task type.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from metajax.core._types import Episode, Examples, Learner, Metric, Params, Task
 
 
 class Prepared(NamedTuple):
-    """A batch of episodes as a judge wants them.
+    """A batch of episodes in the form that a judge requires.
 
     Attributes:
-      support: leaves `[batch, ...]`.
-      query: what is predicted, and whatever the judge reads on the device, leaves `[batch, ...]`.
-      notes: what the judge reads on the host.
+      support: the support sets, leaves `[batch, ...]`.
+      query: the inputs to predict and everything else that the judge reads on the device, leaves `[batch, ...]`.
+      notes: everything that the judge reads on the host.
     """
 
     support: Examples
@@ -33,11 +33,11 @@ class Prepared(NamedTuple):
 
 
 class Judge(Protocol):
-    """How episodes are judged. Equal judges share a compiled program.
+    """Scores the predictions of episodes. Equal judges share a compiled program.
 
     Attributes:
-      metric: the score that counts.
-      before: whether the score before adaptation is found too, where nobody says.
+      metric: the metric that `evaluate` reports.
+      before: whether `evaluate` also computes the scores before adaptation by default.
     """
 
     @property
@@ -47,28 +47,28 @@ class Judge(Protocol):
     def before(self) -> bool: ...
 
     def check(self, source: Any) -> None:
-        """Raises a ValueError where the judge cannot judge episodes of a source."""
+        """Raises a ValueError if the judge cannot score episodes of a source."""
         ...
 
     def prepare(self, source: Any, chunk: Episode, seed: int, start: int) -> Prepared:
-        """A batch of episodes, the first of which has the number `start`, on the host."""
+        """Prepares a batch of episodes on the host. The first episode has the number `start`."""
         ...
 
     def run(self, learner: Learner, num_steps: int | None) -> Callable[[Params, Examples, Any, Any], Any]:
-        """`(params, support, query, key) -> values` of one task, compiled and run side by side with others."""
+        """Returns `(params, support, query, key) -> values` for one task, which is compiled and may be vmapped."""
         ...
 
     def score(self, source: Any, values: Any, notes: Any) -> dict[str, np.ndarray]:
-        """Scores `[batch]` by name, from values with a leading axis `[batch]`; that of the metric is among them."""
+        """Returns scores `[batch]` by name, including that of `metric`, from values with a leading axis `[batch]`."""
         ...
 
     def rows(self, source: Any) -> dict[str, str]:
-        """What the table of an evaluation says besides."""
+        """Returns additional rows for the table of an evaluation."""
         ...
 
 
 def adapt_and_predict(learner: Learner, num_steps: int | None) -> Callable[..., Any]:
-    """`(params, support, inputs, mask, key) -> outputs` of one task."""
+    """Returns a function `(params, support, inputs, mask, key) -> outputs` for one task."""
 
     def outputs(params: Params, support: Examples, inputs: Any, mask: Any, key: Any) -> Any:
         keys = _keys.of_task(key)
@@ -80,7 +80,7 @@ def adapt_and_predict(learner: Learner, num_steps: int | None) -> Callable[..., 
 
 @dataclasses.dataclass(frozen=True)
 class ByMetric:
-    """The metric of a task type, averaged over the kept query examples; beside it, how many outputs are not finite."""
+    """Scores the metric of a task type, averaged over kept query examples, and counts outputs that are not finite."""
 
     task: TaskType
     before: bool = False
@@ -123,7 +123,7 @@ class ByMetric:
 
 @dataclasses.dataclass(frozen=True)
 class ByLoss:
-    """The outer objective itself: for objectives of inner losses, where nothing of the query set is predicted."""
+    """Scores the outer objective itself, for objectives of inner losses that do not predict the query set."""
 
     before: bool = False
 
@@ -151,7 +151,7 @@ class ByLoss:
 
 
 def _finite(outputs: Any) -> jax.Array:
-    """`[n]` bool: examples whose outputs hold no NaN and no infinity but -inf in the company of finite numbers."""
+    """Returns `[n]` bool: examples whose outputs have no NaN and no infinity, except -inf next to finite numbers."""
 
     def of_leaf(leaf: jax.Array) -> jax.Array:
         rows = leaf if leaf.ndim > 1 else leaf[:, None]

@@ -1,4 +1,4 @@
-"""The mean and interval over episodes, and what else is computed on the host."""
+"""Means and intervals over episodes, and other statistics that are computed on the host."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import numpy as np
 
 
 def mean_and_interval(values: Any) -> tuple[float, float]:
-    """Mean of per-episode values, and the half width of its 95 % interval, `1.96 s / sqrt(n)`.
+    """Returns the mean of per-episode values and the half width of its 95 % interval, `1.96 s / sqrt(n)`.
 
-    s is the sample standard deviation (divisor n - 1). A value that is not finite makes both not finite.
+    s is the sample standard deviation (divisor n - 1). If a value is not finite, neither result is finite.
 
     Args:
       values: `[n]` numbers, at least two.
 
     Raises:
-      ValueError: fewer than two values, or more than one axis.
+      ValueError: there are fewer than two values, or more than one axis.
 
     >>> mean, ci95 = mean_and_interval([0.0, 1.0])
     >>> mean, round(ci95, 4)
@@ -31,20 +31,20 @@ def mean_and_interval(values: Any) -> tuple[float, float]:
 
 
 def auroc(scores: Any, positive: Any) -> float:
-    """Area under the ROC curve: how often a positive example scores above a negative one, where a tie counts half.
+    """Computes the area under the ROC curve: how often a positive example scores above a negative one; ties count half.
 
     Args:
-      scores: `[n]` numbers; infinite ones are fine, and one that is NaN makes the result NaN.
-      positive: `[n]` bool, with at least one of each kind.
+      scores: `[n]` numbers. Infinite scores are allowed. If a score is NaN, the result is NaN.
+      positive: `[n]` bool, with at least one True and one False.
 
     Returns:
-      A number in [0, 1]: 1 where every positive example scores highest, 0.5 where scores tell nothing.
+      A number in [0, 1]: 1 if all positive examples score above all negative ones, 0.5 if scores are uninformative.
 
     Raises:
       ValueError: the shapes differ, `positive` is not of type bool, or all examples are of one kind.
 
-    Source: Hanley and McNeil 1982, The Meaning and Use of the Area under a ROC Curve; it is the Mann-Whitney U
-      statistic over the number of pairs.
+    Source: Hanley and McNeil 1982, The Meaning and Use of the Area under a ROC Curve. The area is the Mann-Whitney U
+      statistic divided by the number of pairs.
 
     >>> auroc([0.9, 0.4, 0.4, 0.1], np.array([True, True, False, False]))
     0.875
@@ -61,13 +61,13 @@ def auroc(scores: Any, positive: Any) -> float:
     if np.isnan(scores).any():
         return float("nan")
     _, place, count = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(count) - (count - 1) / 2)[place]  # of tied scores, the mean of their ranks
+    ranks = (np.cumsum(count) - (count - 1) / 2)[place]  # tied scores get the mean of their ranks
     pairs = found * (len(positive) - found)
     return float((ranks[positive].sum() - found * (found + 1) / 2) / pairs)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities `[n, ways]` of logits, in their precision; NaN in a row whose logits are not finite.
+    """Returns the probabilities `[n, ways]` of logits, in the same precision, with NaN in rows that are not finite.
 
     >>> softmax(np.array([[0.0, 0.0], [np.inf, 0.0]])).tolist()
     [[0.5, 0.5], [nan, nan]]

@@ -1,4 +1,4 @@
-"""Telling queries of a task's classes from inputs of no class, on fixed episodes."""
+"""Detection of inputs that belong to no class of a task, on fixed episodes."""
 
 from __future__ import annotations
 
@@ -12,34 +12,33 @@ import numpy as np
 
 from metajax.core import _validate
 from metajax.core._types import Episode, Examples, Learner, Metric, Params
-from metajax.data._sources import ClassSource, cut_to, read
+from metajax.data import ClassSource, cut_to, read
 from metajax.evaluation import _metrics
 from metajax.evaluation._judges import Judge, Prepared, adapt_and_predict
-from metajax.tasks import classification
-from metajax.tasks._lookup import require_same
+from metajax.tasks import classification, require_same
 
 Score = Literal["probability", "logit"]
-_STREAM = 1  # of random numbers; shuffled support labels have another
+_STREAM = 1  # separates these random numbers from those of shuffled support labels
 
 
 def out_of_scope(outside: ClassSource, *, score: Score = "probability") -> Judge:
-    """Judges how well an adapted learner tells queries of its classes from inputs of none of them.
+    """Scores how well an adapted learner separates queries of its classes from inputs that belong to no class.
 
-    Beside the query set of each episode stand as many inputs from outside of all classes, drawn without replacement by
-    the seed and the number of the episode, and predicted in the same call. The score of an episode is the area under
-    the ROC curve; it is NaN where an output is NaN.
+    For each episode, the judge draws as many inputs outside all classes as there are queries. They are drawn without
+    replacement, from the seed and the number of the episode, and predicted in the same call as the query set. The score
+    of an episode is the area under the ROC curve. It is NaN if an output is NaN.
 
     Args:
-      outside: inputs of no class; its labels do not matter.
-      score: what is high for queries of the classes: the largest "probability" (Hendrycks and Gimpel 2017), or the
-        largest "logit" (Hendrycks et al. 2022), which is the nearest prototype of a prototypical network and stays low
-        where all of them are far.
+      outside: inputs of no class. Its labels are ignored.
+      score: the confidence that separates the two: the largest "probability" (Hendrycks and Gimpel 2017) or the largest
+        "logit" (Hendrycks et al. 2022). In a prototypical network, the largest logit is that of the nearest prototype,
+        and it is low if all prototypes are far.
 
     Returns:
-      What `evaluate` takes as `judge`; its score is `out_of_scope_auroc`.
+      A judge for `evaluate`. Its score is `out_of_scope_auroc`.
 
     Raises:
-      ValueError: an argument of another kind; or (when used) a source without classes.
+      ValueError: an argument is invalid; or (when used) the source has no classes.
 
     Source: Hendrycks and Gimpel 2017, arXiv:1610.02136; Hendrycks et al. 2022, arXiv:1911.11132; the protocol with
       texts of no intent is that of Larson et al. 2019, arXiv:1909.02027.
@@ -61,7 +60,7 @@ def out_of_scope(outside: ClassSource, *, score: Score = "probability") -> Judge
 @dataclasses.dataclass(frozen=True)
 class _OutOfScope:
     confidence: Score
-    outside: ClassSource = dataclasses.field(compare=False)  # whatever it is, the program is the same
+    outside: ClassSource = dataclasses.field(compare=False)  # does not change the compiled program
     before: bool = False
 
     @property
@@ -79,7 +78,7 @@ class _OutOfScope:
         outputs = adapt_and_predict(learner, num_steps)
 
         def confidences(params: Params, support: Examples, query: Any, key: Any) -> jax.Array:
-            """`[n + m]`: the largest logit, or log-odds, of each query, then of each input from outside."""
+            """Returns `[n + m]`: the largest logit, or log-odds, of each query and then of each outside input."""
             inputs, mask, beyond = query
             joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), inputs, beyond)
             size = jax.tree.leaves(beyond)[0].shape[0]
@@ -101,7 +100,7 @@ class _OutOfScope:
 
 
 def _beside(chunk: Episode, outside: ClassSource, seed: int, start: int) -> tuple[Episode, Any]:
-    """Inputs from outside `[batch, m, ...]`, and the episodes with sequences padded to the same length."""
+    """Returns the episodes, with sequences padded to a common length, and the outside inputs `[batch, m, ...]`."""
     count, slots = chunk.query.mask.shape
     size = min(slots, len(outside.labels))
     rows = np.stack([
@@ -134,6 +133,6 @@ def _beside(chunk: Episode, outside: ClassSource, seed: int, start: int) -> tupl
 
 
 def _log_odds(logits: jax.Array) -> jax.Array:
-    """Log-odds of the largest probability: of the same order, and apart where probabilities have been rounded to 1."""
+    """Returns the log-odds of the largest probability, with the same order but distinct if probabilities round to 1."""
     largest = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=bool)
     return jnp.max(logits, axis=-1) - jax.nn.logsumexp(jnp.where(largest, -jnp.inf, logits), axis=-1)

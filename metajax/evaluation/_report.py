@@ -1,4 +1,4 @@
-"""One picture of a run: the learning curve, and one episode with its predictions."""
+"""An image of a run: the learning curve, and one episode with its predictions."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, FAINT, RIGHT, WRONG, LINE, OTHER = "#22303c", "#8a97a3", "#2a9d6f", "#d1495b", "#2b6cb0", "#e08e2b"
-_MAX_ROWS, _MAX_SHOTS, _MAX_QUERIES = 20, 5, 15  # of the episode that is drawn
-_STEP, _SPACE, _LABEL = 1.12, 0.35, 0.75  # from image to image, between groups, for a class number: in images
-_JUDGED = r"val.*(accuracy|f1)"  # scores of validations, fractions
+_MAX_ROWS, _MAX_SHOTS, _MAX_QUERIES = 20, 5, 15  # limits of the drawn episode
+_STEP, _SPACE, _LABEL = 1.12, 0.35, 0.75  # image pitch, gap between groups, width of a class number; in image widths
+_JUDGED = r"val.*(accuracy|f1)"  # validation scores that are fractions
 _RULES: dict[Any, Any] = {
     "font.size": 9, "text.color": INK, "axes.edgecolor": FAINT, "axes.labelcolor": INK, "axes.titlecolor": INK,
     "xtick.color": FAINT, "ytick.color": FAINT, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
@@ -44,22 +44,22 @@ def report(
 ) -> None:
     """Draws the learning curve of a run and one episode with its predictions, as a PNG file.
 
-    Images are drawn with the border and mark of a right or a wrong prediction, a regression task in one variable
-    as its curve before and after adaptation, and any other task as its confusion matrix or as predicted against
-    true values. The file appears in one piece or not at all.
+    Images are drawn with a border that marks right and wrong predictions. A regression task in one variable is drawn as
+    its curve before and after adaptation, and any other task as a confusion matrix or as predicted against true values.
+    The file is written atomically.
 
     Args:
-      path: the file to write; its folder must exist.
+      path: the file to write. Its folder must exist.
       history: lines of `metrics.jsonl`, each with `step`, `seconds` and some of `loss`, `accuracy`, and (in lines
-        of validations) names that start with `val`. May be empty.
-      evaluation: stated above the picture; None states nothing.
+        of validations) names that start with `val`. It may be empty.
+      evaluation: shown above the plots, or None.
       episode: one task, without a task axis.
-      outputs: of its query set: `Outputs`, or only those after adaptation.
-      title: stands above the picture.
-      task: the task type; None is that of the evaluation, or classification without one.
+      outputs: outputs for its query set: `Outputs`, or only the outputs after adaptation.
+      title: title of the image.
+      task: the task type. None uses that of the evaluation, or classification without an evaluation.
 
     Raises:
-      ValueError: outputs and query targets disagree in their number.
+      ValueError: the numbers of outputs and query targets differ.
 
     >>> import tempfile, pathlib, numpy as np, metajax
     >>> x = np.linspace(-3, 3, 20)[:, None]
@@ -97,7 +97,7 @@ def _write(path: pathlib.Path, canvas: Any) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             canvas.print_png(file)
-        os.chmod(name, 0o644)  # mkstemp lets nobody else read
+        os.chmod(name, 0o644)  # mkstemp creates files that only the owner can read
         os.replace(name, path)
     except BaseException:
         pathlib.Path(name).unlink(missing_ok=True)
@@ -108,7 +108,7 @@ def _subtitle(evaluation: Evaluation) -> str:
     kind = {True: "transductive", False: "inductive", None: "not measured"}[evaluation.transductive]
     policy = evaluation.normalisation or "not stated"
     found = evaluation.summary().replace("+-", "±").replace(" (", "  (")
-    source = pathlib.PurePath(evaluation.source).name  # of a folder of images, not the whole path
+    source = pathlib.PurePath(evaluation.source).name  # for a folder of images, the name without the path
     return f"{source}  ·  {found}  ·  {kind}, normalisation: {policy}"
 
 
@@ -116,7 +116,7 @@ def _subtitle(evaluation: Evaluation) -> str:
 
 
 def _series(history: Sequence[Mapping[str, Any]], pattern: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of the first name that matches; empty where none does."""
+    """Returns the steps and values of the first name that matches, or empty arrays."""
     names = [name for line in history for name in line if re.fullmatch(pattern, name)]
     if not names:
         return np.zeros(0), np.zeros(0)
@@ -163,7 +163,7 @@ def _curve(
         marker = "o" if len(steps) < 60 else ""
         axes.plot(steps, values, color=colour, linewidth=1.6, marker=marker, markersize=3, label=label, zorder=3)
         return
-    # the noise of single batches, faint, and a running mean over a fortieth of the run
+    # faint values of single batches, and a running mean over a fortieth of the run
     axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.3)
     width = max(len(steps) // 40, 1)
     known = np.isfinite(values)
@@ -173,13 +173,13 @@ def _curve(
 
 
 def _minutes(axes: Axes, history: Sequence[Mapping[str, Any]]) -> None:
-    """A second scale below: minutes of training."""
+    """Adds a second axis below, in minutes of training."""
     steps, seconds = _series(history, "seconds")
     if len(steps) < 2 or not seconds[-1] > seconds[0] or not steps[-1] > steps[0]:
         return
     steps, first = np.unique(steps, return_index=True)
-    minutes = np.maximum.accumulate(seconds[first]) / 60 + 1e-9 * np.arange(len(steps))  # strictly rising
-    # beyond the ends, the mean speed goes on, so that both directions stay defined on the whole axis
+    minutes = np.maximum.accumulate(seconds[first]) / 60 + 1e-9 * np.arange(len(steps))  # strictly increasing
+    # extrapolate with the mean speed, so that both directions are defined on the whole axis
     speed = (minutes[-1] - minutes[0]) / (steps[-1] - steps[0])
     reach = steps[-1] - steps[0]
     steps = np.concatenate([[steps[0] - reach], steps, [steps[-1] + reach]])
@@ -214,7 +214,7 @@ def _draw_labels(axes: Axes, episode: Episode, outputs: Outputs) -> None:
 
 
 def _draw_ends(axes: Axes, episode: Episode, outputs: Outputs) -> None:
-    """The ends of spans `[n, length, 2]`."""
+    """Draws the predicted ends of spans, from logits `[n, length, 2]`."""
     axes.set_position((0.45, 0.20, 0.52, 0.585))
     _draw_scatter(axes, episode, Outputs(*(None if logits is None else logits.argmax(axis=1) for logits in outputs)))
     axes.set_xlabel("first and last token of the true answer")
@@ -290,7 +290,7 @@ def _draw_confusion(axes: Axes, episode: Episode, logits: np.ndarray) -> None:
 
 
 def _predicted(logits: np.ndarray) -> np.ndarray:
-    """The class of the largest logit, -1 where the logits are not usable."""
+    """Returns the class of the largest logit, or -1 if the logits are not usable."""
     logits = np.asarray(logits, np.float32)
     return np.where(np.isfinite(logits.max(axis=-1)), logits.argmax(axis=-1), -1)
 
@@ -336,7 +336,7 @@ def _draw_images(axes: Axes, episode: Episode, logits: np.ndarray) -> None:
 
 
 class _Plan(NamedTuple):
-    """Where images go: classes in blocks of `rows`, a class on `lines` lines of `support` and `query` images."""
+    """The layout of images: blocks of `rows` classes, each class on `lines` lines of `support` and `query` images."""
 
     inches: float  # side of an image
     rows: int
@@ -347,7 +347,7 @@ class _Plan(NamedTuple):
 
 
 def _plan_images(classes: int, shots: int, queries: int, width: float, height: float) -> _Plan:
-    """The arrangement that draws the images largest on `width` x `height` inches."""
+    """Returns the layout with the largest images on `width` x `height` inches."""
     plans = []
     for blocks in range(1, 5):
         for lines in range(1, 5):
@@ -366,7 +366,7 @@ def _frame(axes: Axes, image: Any, left: float, top: float, dark: bool, colour: 
 
 
 def _by_class(examples: Any) -> dict[int, list[int]]:
-    """Class -> rows of its kept examples."""
+    """Returns the rows of the kept examples of each class."""
     rows: dict[int, list[int]] = {}
     for row, (target, kept) in enumerate(zip(np.asarray(examples.targets), np.asarray(examples.mask), strict=True)):
         if kept and target >= 0:
@@ -375,7 +375,7 @@ def _by_class(examples: Any) -> dict[int, list[int]]:
 
 
 def _dark(episode: Episode) -> bool:
-    """Whether images are light ink on black, as characters are stored: they print better the other way round."""
+    """Returns whether images are light on black, as characters are stored. `_show` inverts them for print."""
     images = np.asarray(episode.support.inputs, np.float32)
     return images.shape[-1] == 1 and bool(np.median(images) < 0.25 * max(images.max(initial=0), 1e-6))
 
@@ -383,7 +383,7 @@ def _dark(episode: Episode) -> bool:
 def _show(axes: Axes, image: Any, left: float, top: float, dark: bool) -> None:
     eight_bit = np.asarray(image).dtype == np.uint8
     pixels: np.ndarray = np.asarray(image, float) / (255 if eight_bit else 1)
-    if pixels.min() < 0 or pixels.max() > 1:  # normalised in some way
+    if pixels.min() < 0 or pixels.max() > 1:  # normalised images
         pixels = (pixels - pixels.min()) / max(float(np.ptp(pixels)), 1e-6)
     pixels = np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
     axes.imshow(

@@ -11,33 +11,32 @@ import numpy as np
 
 from metajax.core import _validate
 from metajax.core._types import Episode, Examples, Learner, Metric, Params
-from metajax.data._questions import AnswerSource
-from metajax.data._sources import cut_to, read
+from metajax.data import AnswerSource, cut_to, read
 from metajax.evaluation import _answers
 from metajax.evaluation._judges import Judge, Prepared, adapt_and_predict
 
 _RULES = ("squad", "mlqa")
-_NO_SPAN = (-1, -1, -np.inf)  # start, end and score of a window that is none
+_NO_SPAN = (-1, -1, -np.inf)  # start, end and score of a missing window
 
 
 def answers(*, max_answer: int = 30, rules: str = "squad") -> Judge:
-    """Judges extractive question answering by the texts of answers: exact match and F1.
+    """Scores extractive question answering by exact match and F1 of the answer texts.
 
-    A query question is answered from all windows of its context, and nothing of its answer is seen: the best span of
-    the window that scores highest counts. The score of an episode is the mean over its query questions. Where nobody
-    says, the scores before adaptation are found too.
+    Each query question is answered from all windows of its context, without knowledge of its answer: the prediction is
+    the best span over all windows. The score of an episode is the mean over its query questions. By default, the
+    scores before adaptation are computed too.
 
     Args:
-      max_answer: most tokens of an answer.
-      rules: "squad": SQuAD v1.1's in all languages; "mlqa": each language's own (see `answer_scores`).
+      max_answer: maximum number of tokens of an answer.
+      rules: "squad" uses the rules of SQuAD v1.1 in all languages, "mlqa" the rules of each language (see
+        `answer_scores`).
 
     Returns:
-      What `evaluate` takes as `judge`; the scores are `f1`, which counts, and `exact_match`. It takes sources of
-      `metajax.data.question_answering`, and outputs `[n, length, 2]`, of each token to be the first and the last of the
-      answer.
+      A judge for `evaluate`. Its scores are `f1`, the reported metric, and `exact_match`. It requires a source of
+      `metajax.data.question_answering` and outputs `[n, length, 2]`, the start and end logits of each token.
 
     Raises:
-      ValueError: an argument is out of range; or (when used) another source, or a language that has no rules.
+      ValueError: an argument is out of range; or (when used) another source, or a language without rules.
 
     >>> import jax.numpy as jnp, metajax, optax
     >>> question = metajax.data.Question("q1", "en", "Moon", "Who ?", "Ada saw it", ("Ada",), 0, "question 'q1'")
@@ -73,10 +72,10 @@ class _Answers:
         _validate.instance("source", source, AnswerSource)
         if self.rules == "mlqa":
             for language in sorted({question.language for question in source.questions}):
-                _answers.answer_scores("", [""], language=language)  # refuses what has no rules
+                _answers.answer_scores("", [""], language=language)  # raises for a language without rules
 
     def prepare(self, source: AnswerSource, chunk: Episode, seed: int, start: int) -> Prepared:
-        """All windows of the query's questions."""
+        """Collects all windows of the query questions."""
         ids, kept = chunk.query.inputs["id"], np.asarray(chunk.query.mask)
         rows = np.where(kept[..., None], source.windows(ids), -1)
         packed, places = _packed(rows.reshape(len(rows), -1))
@@ -86,7 +85,7 @@ class _Answers:
         outputs = adapt_and_predict(learner, num_steps)
 
         def best_spans(params: Params, support: Examples, query: Any, key: Any) -> Any:
-            """Start, end and score of the best span of each window, `[windows]`."""
+            """Returns start, end and score of the best span of each window, `[windows]`."""
             inputs, mask = query
             logits = outputs(params, support, inputs, mask, key)
             return _answers.best_span(logits, inputs["context"] & mask[:, None], max_answer=self.max_answer)
@@ -108,9 +107,9 @@ class _Answers:
 
 
 def _packed(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of windows `[batch, n]` without most of the -1, and the places `[batch, m]` that they were in.
+    """Removes most of the -1 from rows of windows `[batch, n]`. Returns the rows and their old places `[batch, m]`.
 
-    Most questions have one window, and few have many. m is a multiple of 8, so that few shapes arise.
+    Most questions have one window and few have many. m is a multiple of 8 (at most n), to limit the number of shapes.
     """
     real = rows >= 0
     width = min(rows.shape[1], 8 * -(-int(real.sum(axis=1).max()) // 8))
@@ -119,14 +118,14 @@ def _packed(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _unpacked(found: np.ndarray, places: np.ndarray, rows: np.ndarray, nothing: float) -> np.ndarray:
-    """What was found of packed windows, in the shape of `rows`; `nothing` where there is none."""
+    """Returns the values of packed windows in the shape of `rows`, with `nothing` for missing windows."""
     whole = np.full([len(rows), rows[0].size], nothing, found.dtype)
     np.put_along_axis(whole, places, found, axis=1)
     return whole.reshape(rows.shape)
 
 
 def _inputs(source: AnswerSource, rows: np.ndarray) -> Any:
-    """The inputs of windows, cut to the length that holds the longest."""
+    """Returns the inputs of windows, cut to the smallest length bucket that holds the longest window."""
     length = 0
     if source.length_buckets:
         longest = int(read(source.lengths, rows[rows >= 0]).max())
@@ -137,7 +136,7 @@ def _inputs(source: AnswerSource, rows: np.ndarray) -> Any:
 def _scores(
     source: AnswerSource, rows: np.ndarray, kept: np.ndarray, spans: list[np.ndarray], rules: str
 ) -> np.ndarray:
-    """`[batch, 2]`: exact match and F1 of each episode, from spans of windows `[batch, questions, windows]`."""
+    """Returns exact match and F1 of each episode, `[batch, 2]`, from spans `[batch, questions, windows]`."""
     start, end, score = spans
     values = np.zeros([*kept.shape, 2])
     best = np.argmax(score, axis=-1)

@@ -1,4 +1,4 @@
-"""Estimators of the hypergradient, one family a file, behind one interface (`metajax.Hypergrad`)."""
+"""Estimators of the hypergradient with one interface (`metajax.Hypergrad`), one family per file."""
 
 from metajax.hypergrad._compare import Comparison, Plan, compare, plan
 from metajax.hypergrad._displacement import displacement

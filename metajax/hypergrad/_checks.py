@@ -1,4 +1,4 @@
-"""What exact estimators refuse before they start: update rules that they cannot differentiate."""
+"""Checks of exact estimators: they reject update rules that they cannot differentiate."""
 
 from __future__ import annotations
 
@@ -15,35 +15,36 @@ from metajax.core._types import Episode, Examples, Hypergrad, InnerProblem, Lear
 
 
 class _Outcome(NamedTuple):
-    """What one update makes of an inner gradient, in NumPy arrays."""
+    """Result of one update by an inner gradient, as NumPy arrays."""
 
     params: Any
-    integers: Any  # of the optimizer state
-    slopes: Any  # of the new parameters along a direction, with respect to the gradient and to the parameters
+    integers: Any  # integers in the optimizer state
+    slopes: Any  # derivatives of the new parameters along a direction, with respect to the gradient and the parameters
 
 
-# by the function that makes a rule: the shapes of parameters under which the rule was let through
+# for each function that makes a rule: the parameter shapes for which the rule was accepted
 _passed: weakref.WeakKeyDictionary[Callable[..., Any], set[Any]] = weakref.WeakKeyDictionary()
 
 
 def check_rule(problem: InnerProblem | None, meta_params: Params, support: Examples) -> None:
-    """Refuses an inner problem whose update rule an exact estimator cannot differentiate.
+    """Raises a ValueError if an exact estimator cannot differentiate the update rule of an inner problem.
 
-    One update is differentiated at an ordinary inner gradient, at one with a zero in every parameter (dead inputs)
-    and at zero. Of the arguments only shapes count, so that they may be traced: parameters are stood in for by 0.5,
-    their sides cut to 2 and, of those of one rank, the first and the last for all, as far as the rule lets them. A
-    rule that was let through is not tried again.
+    The check differentiates one update at three inner gradients: an ordinary one, one with a zero in every parameter
+    (dead inputs) and zero. It uses only the shapes of its arguments, so that these may be traced. Probe parameters
+    have the value 0.5 and sides of at most 2, and only the first and the last parameter of each rank and dtype are
+    probed. If the rule does not pass with these probes, all parameters are probed, and, if it does not run with these,
+    their full shapes. A rule that was accepted is not checked again.
 
     Args:
-      problem: the inner problem. None is let through, and so is a rule that fails on the stand-ins or has no finite
-        derivative there even at an ordinary gradient: they say nothing of it.
+      problem: the inner problem. Accepts None, rules that fail on the probes, and rules whose derivative at the probes
+        is not finite even at an ordinary gradient, because the probes then give no information.
       meta_params: all meta-parameters, trained or not.
       support: the support set of a task.
 
     Raises:
       ValueError: the problem has no inner step; the derivative of the rule is not finite at a zero (`optax.adam`
-        without `eps_root`); it is zero everywhere though the update depends on the gradient (`optax.lion`); or the
-        rule keeps integers that depend on the gradient.
+        without `eps_root`); the derivative is zero everywhere although the update depends on the gradient
+        (`optax.lion`); or the rule keeps integers that depend on the gradient.
 
     >>> import jax.numpy as jnp, optax, metajax
     >>> model = metajax.Model(lambda key, x: jnp.zeros([3, 2]), lambda w, x: x @ w)
@@ -65,7 +66,7 @@ def check_rule(problem: InnerProblem | None, meta_params: Params, support: Examp
     for tried, side in ((_first_and_last(params), 2), (params, 2), (params, None)):
         try:
             fault = _fault(*_outcomes(problem, tried, meta_params, side))
-        except Exception:  # they do not fit, or the rule needs what is not known here: the inner loop will say so
+        except Exception:  # the probes do not fit, or the rule needs unknown values: the inner loop will raise then
             continue
         if fault is None or tried is params:
             break
@@ -81,7 +82,7 @@ def _first_params(problem: InnerProblem, meta_params: Params, support: Examples)
 
 
 def checking(estimator: Hypergrad) -> Hypergrad:
-    """An exact estimator that refuses an update rule that it cannot differentiate, before all else."""
+    """Wraps an exact estimator: it first raises a ValueError if it cannot differentiate the update rule."""
 
     def value_and_grad(
         learner: Learner, meta_params: Params, state: Any, episode: Episode, *, key: Any = None, frozen: Params = None
@@ -93,7 +94,7 @@ def checking(estimator: Hypergrad) -> Hypergrad:
 
 
 def _fault(ordinary: _Outcome, dead: _Outcome, zero: _Outcome) -> str | None:
-    """What is wrong with a rule, None if nothing is."""
+    """Returns an error message for a rule, None if the rule is accepted."""
     if not _all(np.isfinite, (ordinary.params, ordinary.slopes)):
         return None
     for outcome, where, how in (
@@ -129,7 +130,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def _first_and_last(tree: Any) -> Any:
-    """The first and the last leaf of each rank and dtype; None, which is no leaf, for the others."""
+    """Keeps the first and the last leaf of each rank and dtype; replaces the others by None, which is not a leaf."""
     leaves, structure = jax.tree.flatten(tree)
     kinds = [(leaf.ndim, leaf.dtype) for leaf in leaves]
     last = {kind: index for index, kind in enumerate(kinds)}
@@ -138,12 +139,12 @@ def _first_and_last(tree: Any) -> Any:
 
 
 def _outcomes(problem: InnerProblem, params: Any, meta_params: Any, side: int | None) -> list[_Outcome]:
-    """One update at an ordinary gradient, at one with a zero in every parameter, and at zero."""
+    """Computes one update at an ordinary gradient, at one with a zero in every parameter, and at zero."""
     rng = np.random.default_rng(0)
 
     def stand_in(leaf: Any) -> np.ndarray:
         shape = leaf.shape if side is None else [min(size, side) for size in leaf.shape]
-        # a half may be a rate, a decay or a weight
+        # 0.5 is a valid rate, decay or weight
         return np.full(shape, 0.5 if jnp.issubdtype(leaf.dtype, jnp.inexact) else 0, leaf.dtype)
 
     def draw(tree: Any) -> Any:
@@ -168,8 +169,8 @@ def _outcomes(problem: InnerProblem, params: Any, meta_params: Any, side: int | 
         leaf[(0,) * leaf.ndim] = 0
     for leaf in jax.tree.leaves(zero):
         leaf[...] = 0
-    with jax.ensure_compile_time_eval(), jax.debug_nans(False):  # numbers, even where the caller is traced
-        # the numbers are few: what takes time is compiling
+    with jax.ensure_compile_time_eval(), jax.debug_nans(False):  # concrete numbers, even if the caller is traced
+        # the arrays are small, so compilation takes most of the time
         run = jax.jit(differentiate, compiler_options={"xla_backend_optimization_level": 0})
         return [jax.tree.map(np.asarray, run(grads, direction)) for grads in (ordinary, dead, zero)]
 

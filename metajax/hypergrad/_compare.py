@@ -1,4 +1,4 @@
-"""Which estimator to take: bias, memory and time of each on a learner of one's own."""
+"""Comparison of estimators on a given learner: bias, memory and time of each."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ _OTHERS: dict[str, Callable[[int], Hypergrad]] = {
 
 
 class Row(NamedTuple):
-    """What is known of one estimator.
+    """Measurements of one estimator.
 
     Attributes:
-      name: the call that makes it.
-      cosine: of the angle between its hypergradient and the exact one; NaN where one of them is zero.
-      error: norm of their difference over the norm of the exact one.
-      temporary_bytes: of the compiled program, as the compiler counts them.
+      name: the call that creates the estimator.
+      cosine: cosine of the angle between its hypergradient and the exact one; NaN if one of them is zero.
+      error: norm of their difference divided by the norm of the exact one.
+      temporary_bytes: temporary memory of the compiled program, as reported by the compiler.
       flops: floating-point operations of the program, matrix products and convolutions counted in full.
       seconds: median of the timed calls.
-      refused: why the learner does not take it, else None, and then the numbers are NaN.
+      refused: the reason why the estimator does not accept the learner (the numbers are then NaN), else None.
 
     >>> Row("first_order", 0.9, 0.4, 1000, 2e6, 0.01).refused is None
     True
@@ -65,7 +65,7 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """The rows of `compare`; its text is the table.
+    """The rows of `compare`; `str` returns the table.
 
     >>> print(Comparison((Row("unrolled", 1.0, 0.0, 2e6, 3e9, 0.5), Row("displacement", refused="no inner problem"))))
     estimator     cosine  rel. error  temporary MB     GFLOP   seconds
@@ -101,25 +101,25 @@ def compare(
     seed: int = 0,
     repeats: int = 3,
 ) -> Comparison:
-    """Runs each estimator on the same episodes: how far it is from the exact one, and what it costs.
+    """Runs each estimator on the same episodes and measures its error and its cost.
 
-    The hypergradient is the mean over the tasks, which are vmapped. The exact one is that of `mixed_mode`.
+    The hypergradient is the mean over the tasks, which are vmapped. `mixed_mode` computes the exact one.
 
     Args:
       learner: any learner.
       episodes: leaves with a leading task axis.
       params: meta-parameters; by default those of `learner.init`.
-      estimators: which, by name; by default all that keep no state and take no further choice: the exact ones,
-        truncation to the last step, and the approximations. Those that the learner does not take are told with the
-        reason.
-      seed: of `learner.init` and of the keys of the tasks.
-      repeats: timed calls, after one that is not.
+      estimators: estimators by name; by default all that keep no state and need no further arguments: the exact ones,
+        truncation to the last step, and the approximations. The table gives the reason for each estimator that does
+        not accept the learner.
+      seed: seed of `learner.init` and of the keys of the tasks.
+      repeats: number of timed calls, after one untimed call.
 
     Returns:
       The rows, in order; `print` shows the table.
 
     Raises:
-      ValueError: a part of another type.
+      ValueError: an argument has the wrong type.
 
     >>> import jax.numpy as jnp, optax, metajax
     >>> learner = metajax.learners.maml(metajax.models.mlp(outputs=2, hidden=()), optax.sgd(0.5), num_steps=3)
@@ -165,12 +165,12 @@ def compare(
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What `plan` chose.
+    """The choice of `plan`.
 
     Attributes:
-      name: the call that makes the estimator; None where no exact one fits.
-      estimator: it; None likewise.
-      memory_bytes: what there is.
+      name: the call that creates the estimator; None if no exact one fits.
+      estimator: the estimator; None if no exact one fits.
+      memory_bytes: the available memory.
       rows: `(name, bytes, FLOPs)` of each exact estimator, fewest FLOPs first.
 
     >>> print(Plan(None, None, 10.0, (("unrolled", 2e6, 3e9),)))
@@ -198,24 +198,24 @@ class Plan:
 def plan(
     learner: Learner, episode: Episode, memory_bytes: float, *, params: Params | None = None, seed: int = 0
 ) -> Plan:
-    """Picks the exact estimator that costs the fewest operations among those that fit into memory.
+    """Selects the exact estimator that costs the fewest operations among those that fit into memory.
 
-    Every exact estimator is compiled for one task, and not run: what is compared with `memory_bytes` are the bytes of
-    arguments, results and temporaries in the memory analysis of the compiler. A meta step that takes its tasks one
-    after the other takes the same, within 10 %, and the state of the outer optimizer.
+    Compiles every exact estimator for one task, without running it, and compares `memory_bytes` with the bytes of
+    arguments, results and temporaries in the memory analysis of the compiler. A meta step that runs its tasks one
+    after the other needs the same memory, within 10 %, plus the state of the outer optimizer.
 
     Args:
       learner: any learner.
       episode: one task, without a task axis; values do not matter.
-      memory_bytes: what the program may take.
+      memory_bytes: memory that the program may use.
       params: meta-parameters or their shapes; by default those of `learner.init`.
-      seed: of `learner.init`.
+      seed: seed of `learner.init`.
 
     Returns:
-      The choice and the table behind it; `print` shows both.
+      The choice and the table it is based on; `print` shows both.
 
     Raises:
-      ValueError: a part of another type, or `memory_bytes` is not positive.
+      ValueError: an argument has the wrong type, or `memory_bytes` is not positive.
 
     >>> import jax.numpy as jnp, optax, metajax
     >>> learner = metajax.learners.maml(metajax.models.mlp(outputs=2), optax.sgd(0.5), num_steps=3)
@@ -236,7 +236,7 @@ def plan(
         sizes: Any = jax.jit(function).lower(params, episode).compile().memory_analysis()
         whole = sizes.temp_size_in_bytes + sizes.argument_size_in_bytes + sizes.output_size_in_bytes
         found.append((_cost.flops(function, params, episode), name, float(whole), estimator))
-    found.sort(key=lambda entry: entry[0])  # stable: what comes first in the table of names wins a draw
+    found.sort(key=lambda entry: entry[0])  # stable: on a tie, the order of EXACT decides
     rows = tuple((name, size, flops) for flops, name, size, _ in found)
     for _, name, size, estimator in found:
         if size <= memory_bytes:

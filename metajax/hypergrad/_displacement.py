@@ -1,4 +1,4 @@
-"""Reptile: the way the fast weights went is the direction in which their start should go."""
+"""Reptile: the displacement of the fast weights is the update direction of their start."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from metajax.hypergrad._parts import inner_problem, query_only, stateless, with_
 def displacement() -> Hypergrad:
     """The displacement `params_0 - params_T`, pulled back through the start of the inner loop (Reptile).
 
-    With an outer `optax.sgd(rate)` this is the published rule `meta += rate * (params_T - params_0)`. Any inner
-    optimizer and number of steps will do. The query set is used for metrics only, so give the support set all
-    examples that the task may learn from.
+    With an outer `optax.sgd(rate)` this is the published rule `meta += rate * (params_T - params_0)`. It supports any
+    inner optimizer and any number of steps. The query set is used only for metrics, so put all examples that the task
+    may learn from into the support set.
 
     Raises (when called):
       ValueError: the learner has no inner problem, or an objective of inner losses.

@@ -1,4 +1,4 @@
-"""Evolution strategies: hypergradients from values of the outer loss alone."""
+"""Evolution strategies: hypergradients computed only from values of the outer loss."""
 
 from __future__ import annotations
 
@@ -17,31 +17,32 @@ from metajax.hypergrad._truncated import Carried, carry, carry_on, check_horizon
 
 
 def evolution(*, sigma: float, pairs: int, antithetic: bool = True, chunk: int | None = None) -> Hypergrad:
-    """Hypergradient by evolution strategies: nothing is differentiated but the inner loss (Metz et al. 2019).
+    """Hypergradient by evolution strategies: only the inner loss is differentiated (Metz et al. 2019).
 
-    The mean over `pairs` random directions `e` of `e (L(p + sigma e) - L(p - sigma e)) / (2 sigma)`, an unbiased
-    estimate of the gradient of the outer loss smoothed by a normal of deviation `sigma`. Any inner rule will do, and
-    any number of inner steps in the memory of one. Its variance grows with the number of trained scalars.
+    Computes the mean over `pairs` random directions `e` of `e (L(p + sigma e) - L(p - sigma e)) / (2 sigma)`, an
+    unbiased estimate of the gradient of the outer loss, smoothed by a normal distribution with standard deviation
+    `sigma`. Supports any inner rule, and any number of inner steps with the memory of one step. The variance grows with
+    the number of trained scalars.
 
-    Loss and `aux` are those of the meta-parameters as they are, for one more inner loop. All inner loops of a task
+    Loss and `aux` belong to the unperturbed meta-parameters, which takes one more inner loop. All inner loops of a task
     share their key, so that minibatches and dropout do not add to the differences.
 
     Args:
       sigma: standard deviation of the perturbations.
       pairs: number of directions.
-      antithetic: whether each direction is tried on both sides. Else the other side is the value at `p`: half the
-        inner loops, but even terms of the loss stay in each difference as noise.
-      chunk: how many directions are run together (vmapped); a divisor of `pairs`. None runs all.
+      antithetic: whether each direction is evaluated on both sides. Otherwise the other side is the value at `p`: this
+        takes half the inner loops, but even terms of the loss remain in each difference as noise.
+      chunk: number of directions that run together (vmapped); a divisor of `pairs`. None runs all together.
 
     Raises:
-      ValueError: an argument is not as above, or (when used) there is no key.
+      ValueError: an argument is invalid, or (when used) there is no key.
 
     | case | result |
     |---|---|
-    | zero inner steps | as any number |
+    | zero inner steps | as any other number |
     | NaN in one of the inner loops | the gradient is NaN; the loss only if it is NaN without perturbation |
     | a learner without an inner problem | its adaptation and outer loss are evaluated the same way |
-    | `key=None` | refused: directions that are the same in each outer step leave the others out |
+    | `key=None` | refused: directions that are the same in each outer step never cover the other directions |
     | `sigma` below the precision of a meta-parameter (1/256 of it in bfloat16) | rounded away: no slope |
 
     Sources: Metz et al. 2019, Understanding and Correcting Pathologies in the Training of Learned Optimizers,
@@ -84,7 +85,7 @@ def evolution(*, sigma: float, pairs: int, antithetic: bool = True, chunk: int |
 
 
 class Population(NamedTuple):
-    """What persistent evolution keeps of a task.
+    """State that persistent evolution keeps for a task.
 
     Attributes:
       carried: the unperturbed inner loop, and the episode.
@@ -100,35 +101,36 @@ class Population(NamedTuple):
 def persistent_evolution(
     *, sigma: float, pairs: int, steps: int, chunk: int | None = None, fresh_data: bool = False
 ) -> Hypergrad:
-    """Persistent evolution strategies: unbiased from segments of an inner loop (Vicol et al. 2021).
+    """Persistent evolution strategies: unbiased estimates from segments of an inner loop (Vicol et al. 2021).
 
-    Each outer step runs `steps` more inner steps of a population that keeps its inner states, under new perturbations,
-    and weighs the difference of a pair with the sum of all perturbations that the pair has seen. In expectation this
-    is the derivative of the (smoothed) outer loss after the segment, through all steps since the start, where
-    truncation sees those of the segment only. While the meta-parameters stand still, the `num_steps / steps` estimates
-    of an inner loop sum up to the hypergradient of the sum of its losses. The variance grows with their number.
+    Each outer step runs `steps` more inner steps of a population that keeps its inner states, with new perturbations,
+    and weights the difference of a pair by the sum of all perturbations that were applied to the pair. In expectation
+    this is the derivative of the (smoothed) outer loss after the segment, through all steps since the start;
+    truncation differentiates only the steps of the segment. While the meta-parameters do not change, the
+    `num_steps / steps` estimates of an inner loop sum to the hypergradient of the sum of its losses. The variance grows
+    with the number of estimates.
 
-    The unperturbed inner loop is carried too: loss and `aux` are its, after the segment, and
+    The unperturbed inner loop is carried too. It gives the loss and `aux` after the segment, and
     `aux.metrics["inner_loss"]` is `[steps]`. For the kept episode, streams and carries see `persistent_truncation`.
 
     Args:
       sigma: standard deviation of a perturbation.
       pairs: number of antithetic pairs.
-      steps: inner steps of each outer step; a divisor of the number of inner steps, after which a new inner loop
-        starts.
-      chunk: how many pairs are run together (vmapped); a divisor of `pairs`. None runs all.
-      fresh_data: whether each outer step brings new data of the same inner problem, so that no episode is kept.
+      steps: number of inner steps in each outer step; a divisor of the number of inner steps, after which a new inner
+        loop starts.
+      chunk: number of pairs that run together (vmapped); a divisor of `pairs`. None runs all together.
+      fresh_data: whether each outer step provides new data of the same inner problem, so that no episode is kept.
 
     Raises:
-      ValueError: an argument is not as above; or (when used) there is no key, the learner has no inner problem, or
+      ValueError: an argument is invalid; or (when used) there is no key, the learner has no inner problem, or
         `steps` does not divide `num_steps`.
 
     | case | result |
     |---|---|
     | zero inner steps | refused |
-    | NaN in one perturbed inner loop | the gradient is NaN until the inner loop starts anew |
+    | NaN in one perturbed inner loop | the gradient is NaN until a new inner loop starts |
     | a learner without an inner problem | refused |
-    | `key=None` | refused, as by `evolution` |
+    | `key=None` | refused, as in `evolution` |
 
     Source: Vicol, Metz and Sohl-Dickstein 2021, Unbiased Gradient Estimation in Unrolled Computation Graphs with
     Persistent Evolution Strategies, arXiv:2112.13835. Perturbations are drawn again from their key instead of kept.
@@ -210,7 +212,7 @@ def _sides(sigma: float) -> jax.Array:
 
 
 def _draw(key: jax.Array, like: Params) -> Params:
-    """Standard normal numbers in the shapes of a tree."""
+    """Draws standard normal numbers in the shapes of a tree."""
     leaves, treedef = jax.tree.flatten(like)
     keys = jax.random.split(key, len(leaves))
     draws = [
@@ -224,12 +226,12 @@ def _shift(params: Params, distance: Any, noise: Params) -> Params:
 
 
 def _times(noise: Params, slope: jax.Array) -> Params:
-    return jax.tree.map(lambda leaf: leaf * slope, noise)  # in the precision of the loss, where that is the higher one
+    return jax.tree.map(lambda leaf: leaf * slope, noise)  # in the precision of the loss, if that is higher
 
 
 def _mean_over_pairs(
     one: Callable[..., tuple[Params, Any]], arguments: Any, like: Params, pairs: int, chunk: int | None
 ) -> tuple[Params, Any]:
-    """The mean over pairs of what `one` gives first, and all of what it gives second."""
+    """Returns the mean over pairs of the first output of `one`, and its second outputs, stacked."""
     total, rest = _chunks.sum_in_chunks(one, arguments, chunk or pairs, _tree.varying_axes((like, arguments)))
     return jax.tree.map(lambda leaf, part: (part / pairs).astype(jnp.result_type(leaf)), like, total), rest

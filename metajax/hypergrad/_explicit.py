@@ -1,6 +1,6 @@
-"""Estimators that differentiate through the inner loop: exact in two forms, and first order.
+"""Estimators that differentiate through the inner loop: two exact ones, and first order.
 
-They differ in the loop that they run (`metajax.core._inner.Loop`). Where a learner has no inner problem, its
+They differ in the loop that they run (`metajax.core._inner.Loop`). If a learner has no inner problem, its
 adaptation is differentiated directly and all three agree.
 """
 
@@ -27,21 +27,21 @@ def unrolled(
 ) -> Hypergrad:
     """Exact hypergradient by reverse-mode differentiation through the inner loop (Finn et al. 2017).
 
-    Memory grows with the activations of every inner step. With `remat` the backward pass computes steps once more.
+    Memory grows with the activations of every inner step. With `remat` the backward pass recomputes the steps.
 
     Args:
       remat: False keeps everything; True keeps the fast weights and the optimizer state between steps; a policy of
-        `jax.checkpoint_policies` says what is kept besides within a step.
-      block: with `remat`, how many steps lie between kept states: the square root of their number keeps least, for
-        one more computation of each step. Blocks of a network are recomputed by the model itself.
-      step_weights: a weight for the outer loss after each inner step (Antoniou et al. 2019), instead of 1 for the last
-        one alone. Metrics describe the predictions after the last step.
-      unroll: how many inner steps are written out in the program, instead of a loop: the compiler sees across them, and
-        takes the longer for it.
+        `jax.checkpoint_policies` selects what is also kept within a step.
+      block: with `remat`, the number of steps between kept states. The square root of the number of inner steps needs
+        the least memory, at the cost of computing each step once more. Models recompute blocks of a network themselves.
+      step_weights: weights of the outer loss after each inner step (Antoniou et al. 2019). By default only the loss
+        after the last step counts, with weight 1. Metrics describe the predictions after the last step.
+      unroll: number of inner steps that are unrolled in the program: the compiler can optimise across them, but
+        compilation takes longer.
 
     Raises:
-      ValueError: an argument is not as above, or (when used) there are not as many weights as inner steps, there is no
-        inner step, or the inner update rule cannot be differentiated (`optax.adam` without `eps_root`: take
+      ValueError: an argument is invalid, or (when used) the number of weights is not the number of inner steps, there
+        is no inner step, or the inner update rule cannot be differentiated (`optax.adam` without `eps_root`: use
         `metajax.inner.adam`).
 
     Source: Finn, Abbeel and Levine 2017, Model-Agnostic Meta-Learning, arXiv:1703.03400.
@@ -65,27 +65,27 @@ def unrolled(
 def mixed_mode(*, every: int = EVERY, step_weights: Sequence[float] | None = None, unroll: int = 1) -> Hypergrad:
     """Exact hypergradient with forward-over-reverse products in the backward pass (Kemaev et al. 2025).
 
-    The backward pass of an inner step needs a Hessian-vector product and a mixed product. Here both come from
-    one Jacobian-vector product of the inner gradient, which keeps no second set of activations. Of each step its inner
-    gradient is kept; fast weights and optimizer state are replayed from the gradients, which takes no model.
+    The backward pass of an inner step needs a Hessian-vector product and a mixed product. This estimator computes both
+    with one Jacobian-vector product of the inner gradient, which keeps no second set of activations. It keeps the inner
+    gradient of each step and replays fast weights and optimizer state from the gradients, without running the model.
 
-    The support set is taken as data: no gradient flows to it. Everything else is differentiated: fast weights,
+    The support set counts as data: no gradient flows to it. Everything else is differentiated: fast weights,
     optimizer state, the carry and the context of the inner problem, a stream that depends on the meta-parameters, and
-    the inner losses, in an objective of them and in what an optimizer makes of their value.
+    the inner losses, both as terms of the objective and as inputs of an optimizer that reads the loss value.
 
     Args:
-      every: how many steps lie between kept states. A step so costs 1 + n/every copies of the fast weights, where n
-        counts the parameters and what the optimizer has like them (3 for Adam), and (every - 1)/2 more updates by the
-        optimizer alone. A carry is kept as seldom, and computed once more for the steps between, which takes one more
-        inner loss a step. With 1 nothing is replayed.
+      every: number of steps between kept states. Each step costs the memory of 1 + n/every copies of the fast weights,
+        where n counts the parameters and the optimizer states of the same size (3 for Adam), and (every - 1)/2 more
+        updates of the optimizer alone. A carry is kept at the same interval and recomputed for the steps between,
+        which takes one more inner loss per step. With 1 nothing is replayed.
       step_weights: as for `unrolled`.
-      unroll: likewise.
+      unroll: as for `unrolled`.
 
     Raises:
-      ValueError: as `unrolled`.
+      ValueError: as for `unrolled`.
 
-    Source: Kemaev et al. 2025, Scalable Meta-Learning via Mixed-Mode Differentiation, arXiv:2505.00793. There the
-    states are kept; their replay is ours.
+    Source: Kemaev et al. 2025, Scalable Meta-Learning via Mixed-Mode Differentiation, arXiv:2505.00793. The paper
+    keeps the states; the replay is an addition of metajax.
 
     >>> import metajax
     >>> metajax.hypergrad.mixed_mode().init(None, None, None, None)
@@ -99,15 +99,15 @@ def mixed_mode(*, every: int = EVERY, step_weights: Sequence[float] | None = Non
 def first_order(*, step_weights: Sequence[float] | None = None) -> Hypergrad:
     """First-order MAML: the inner gradient counts as a constant (Finn et al. 2017).
 
-    The gradient is exact at zero inner curvature. Learned inner rates still get their gradient, since only what the
-    update rule reads of the inner loss is stopped, not the rule; the carry is differentiated, and so are inner losses
-    that are terms of the objective.
+    The gradient is exact at zero inner curvature. Learned inner rates still receive a gradient, because the gradient
+    stops at the values that the update rule reads from the inner loss, not at the rule. The carry is differentiated,
+    and so are inner losses that are terms of the objective.
 
     Args:
       step_weights: as for `unrolled`.
 
     Raises:
-      ValueError: as `unrolled`.
+      ValueError: as for `unrolled`.
 
     Source: Finn, Abbeel and Levine 2017, arXiv:1703.03400, section 5.2.
 
@@ -118,7 +118,7 @@ def first_order(*, step_weights: Sequence[float] | None = None) -> Hypergrad:
     plain, scored = (explicit(_inner.scan_loop(stopped_gradient(recorded)), step_weights) for recorded in (False, True))
 
     def value_and_grad(learner: Learner, *arguments: Any, **keywords: Any) -> tuple[Any, Params, Any]:
-        # where no objective asks for the inner losses, their activations are not kept
+        # if the objective does not read the inner losses, their activations are not kept
         estimator = plain if learner.objective == "query" else scored
         return estimator.value_and_grad(learner, *arguments, **keywords)
 
@@ -126,7 +126,10 @@ def first_order(*, step_weights: Sequence[float] | None = None) -> Hypergrad:
 
 
 def stopped_gradient(recorded: bool) -> _inner.Gradient:
-    """The inner gradient, and the loss as the update rule reads it, as constants; the `recorded` loss is none."""
+    """Returns the inner gradient and the loss for the update rule as constants.
+
+    With `recorded`, the loss in the result of the step is differentiated.
+    """
 
     def gradient(loss: Callable[..., Any]) -> Callable[..., Any]:
         run = _inner.plain_gradient(loss)
@@ -141,7 +144,7 @@ def stopped_gradient(recorded: bool) -> _inner.Gradient:
 
 
 def explicit(loop: _inner.Loop, step_weights: Sequence[float] | None = None) -> Hypergrad:
-    """The estimator that differentiates the outer loss through a loop, as that loop lets itself be differentiated."""
+    """Returns the estimator that differentiates the outer loss through `loop`, which defines its own derivative."""
     weights = checked_weights(step_weights)
 
     def value_and_grad(
@@ -157,7 +160,7 @@ def explicit(loop: _inner.Loop, step_weights: Sequence[float] | None = None) -> 
 
 
 def checked_weights(step_weights: Sequence[float] | None) -> tuple[float, ...] | None:
-    """Returns the weights of the outer losses after each inner step, None for the last one alone."""
+    """Returns the weights of the outer losses after each inner step, None for only the last one."""
     if step_weights is None:
         return None
     weights = tuple(_validate.non_negative_float("a weight of step_weights", weight) for weight in step_weights)

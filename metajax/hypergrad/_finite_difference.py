@@ -1,7 +1,7 @@
-"""Estimators that take second-order products from a central difference of gradients: DARTS' and SAMA.
+"""Estimators that compute second-order products by a central difference of gradients: DARTS and SAMA.
 
-They need first-order gradients alone, and so serve networks whose operations have a backward pass that cannot be
-differentiated itself, such as many kernels.
+They need only first-order gradients, and so support networks whose operations have a backward pass that cannot be
+differentiated, such as many kernels.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from metajax.hypergrad._parts import inner_problem, no_carry, query_only, refuse
 
 
 def finite_difference(*, epsilon: float = 0.01) -> Hypergrad:
-    """The last inner step, its second-order products by one central difference (DARTS; Liu et al. 2019).
+    """Hypergradient with second-order products of the last inner step by a central difference (DARTS; Liu et al. 2019).
 
     Let `v` be the gradient of the outer loss, pulled back through the update rule of the last step to its inner
     gradient `g(params, meta_params)`. The products of `v` with the derivatives of `g` are the difference between the
     gradients of the inner loss at `params + r v` and `params - r v`, divided by `2 r`, where `r = epsilon / |v|` and
-    `params` are the fast weights before that step: for SGD, equations 7 and 8 of the paper. Two more gradients are all
-    it costs.
+    `params` are the fast weights before that step: for SGD, equations 7 and 8 of the paper. The cost is two more
+    gradients.
 
-    The steps before the last count as in `first_order()`: their gradients are constants, the fast weights pass the
-    gradient on to the start, and nothing of these steps is kept, except for what learned rates need. With one inner
+    The steps before the last are treated as in `first_order()`: their gradients are constants, the fast weights pass
+    the gradient on to the start, and nothing is kept from these steps except what learned rates need. With one inner
     step, as in the paper, the hypergradient is exact up to an error of order `epsilon**2` and rounding of order
-    (machine precision) / `epsilon`, through the start too, so that it serves plain MAML. Keep fast weights in float32
-    or better: in bfloat16 most of the displacement is lost to rounding.
+    (machine precision) / `epsilon`. This includes the gradient through the start, so that the estimator supports plain
+    MAML. Keep fast weights in float32 or higher precision: in bfloat16 rounding removes most of the displacement.
 
     Args:
-      epsilon: distance of the two points from the fast weights, in the Euclidean norm over all of them.
+      epsilon: distance of the two points from the fast weights, in the Euclidean norm over all fast weights.
 
     Returns:
       A `Hypergrad`. Without inner steps nothing is approximated. A learner without an inner problem is differentiated
-      directly and exactly. Where `v` is zero (no kept query example), so is what the inner gradient contributes. A NaN
-      inside the inner loop gives NaN.
+      directly and exactly. If `v` is zero (no kept query example), the contribution of the inner gradient is zero. A
+      NaN inside the inner loop gives NaN.
 
     Raises:
       ValueError: `epsilon` is not a finite number above 0, or (when used) the objective is one of inner losses.
@@ -73,7 +73,7 @@ def finite_difference(*, epsilon: float = 0.01) -> Hypergrad:
 
 
 def sama(*, alpha: float = 1.0) -> Hypergrad:
-    """SAMA: implicit differentiation with the identity for the inner Jacobian, aware of the rule (Choe et al. 2023).
+    """SAMA: implicit differentiation with an identity inner Jacobian, through the update rule (Choe et al. 2023).
 
     At the end of the inner loop the update `u(g(params, meta_params))` should vanish. The implicit function theorem
     with the identity in place of `du/dparams` leaves the direct gradient of the outer loss minus the product of
@@ -81,27 +81,28 @@ def sama(*, alpha: float = 1.0) -> Hypergrad:
     difference between the gradients with respect to the meta-parameters at `params + r v` and `params - r v`, divided
     by `2 r`, where `r = alpha / |v|` and `params` are the last fast weights.
 
-    `du/dg` is that of the last inner step. The paper writes it out for Adam, where it is diagonal; here `v` is the
-    vector-Jacobian product through the update, for any optax rule and with bias corrections and schedules. So it has
-    the scale of the inner rate, SGD's included, and where the rule depends on the meta-parameters (learned rates) its
-    own derivative in the last step is added.
+    `du/dg` is the derivative in the last inner step. The paper derives it for Adam, where it is diagonal; here `v` is
+    the vector-Jacobian product through the update, for any optax rule and with bias corrections and schedules. So `v`
+    has the scale of the inner rate, also for SGD. If the rule depends on the meta-parameters (learned rates), its
+    derivative in the last step is added.
 
-    As under `implicit()`, the start of the inner loop is forgotten, and a meta-parameter that only enters there gets
-    no gradient from it. Time and memory beyond the plain inner loop are those of two gradients.
+    As in `implicit()`, the hypergradient does not depend on the start of the inner loop: a meta-parameter that only
+    enters there receives no gradient from it. The cost beyond the plain inner loop is the time and memory of two
+    gradients.
 
     Args:
-      alpha: distance of the two points from the fast weights, in the Euclidean norm over all of them; 1 is the default
-        of the authors' code, for networks whose weights have a norm far above it.
+      alpha: distance of the two points from the fast weights, in the Euclidean norm over all fast weights; 1 is the
+        default of the authors' code, for networks whose weights have a much larger norm.
 
     Returns:
-      A `Hypergrad`. Where `v` is zero (no kept query example), so is what the inner loop contributes. A NaN inside the
-      inner loop gives NaN. That the inner loop converges is assumed and not checked. As for `finite_difference()`, keep
-      fast weights in float32 or better.
+      A `Hypergrad`. If `v` is zero (no kept query example), the contribution of the inner loop is zero. A NaN inside
+      the inner loop gives NaN. The inner loop is assumed to converge; this is not checked. As for
+      `finite_difference()`, keep fast weights in float32 or higher precision.
 
     Raises:
-      ValueError: `alpha` is not a finite number above 0, or (when called) the learner has no inner problem, a carry or
-        an objective of inner losses, takes no inner step, or has an inner loss that does not depend on the
-        meta-parameters, so that all would be zero.
+      ValueError: `alpha` is not a finite number above 0, or (when called) the learner has no inner problem, has a carry
+        or an objective of inner losses, takes no inner step, or has an inner loss that does not depend on the
+        meta-parameters, so that the result would be zero.
 
     Source: Choe et al. 2023, Making Scalable Meta Learning Practical, arXiv:2310.05674.
 
@@ -125,7 +126,7 @@ def sama(*, alpha: float = 1.0) -> Hypergrad:
         state, (losses, _) = _inner.scan_loop()(problem, start, fixed, before, num_steps - 1)
         (value, _), (grads, _) = _inner.plain_gradient(loss)(*_inner.loss_inputs(state, fixed, last))
         end = _inner.apply_gradient(problem, state, grads, value, (), fixed, last.valid)
-        # zero, but its derivative is that of the inner gradient at the end
+        # the value is zero, but its derivative is the derivative of the inner gradient at the end
         change = _change_of_gradient(loss, alpha)(
             *_inner.loss_inputs(state._replace(params=end.params), arguments, last)
         )
@@ -143,7 +144,7 @@ def sama(*, alpha: float = 1.0) -> Hypergrad:
 
 
 def _of_queries(name: str, estimator: Hypergrad) -> Hypergrad:
-    """The estimator, for objectives of the query set alone."""
+    """Restricts an estimator to objectives of the query set alone."""
 
     def value_and_grad(learner: Learner, *arguments: Any, **keywords: Any) -> tuple[Any, Params, Any]:
         query_only(name, learner)
@@ -153,7 +154,7 @@ def _of_queries(name: str, estimator: Hypergrad) -> Hypergrad:
 
 
 def _differenced_gradient(epsilon: float) -> _inner.Gradient:
-    """The inner gradient, with a central difference for its own derivative. A stream counts as data."""
+    """Returns the inner gradient; its derivative is a central difference. A stream counts as data."""
 
     def gradient(loss: Callable[..., Any]) -> Callable[..., Any]:
         def backward(inputs: Any, cotangents: Any) -> tuple[Any, ...]:
@@ -184,12 +185,15 @@ def _differenced_gradient(epsilon: float) -> _inner.Gradient:
 
 
 def _floats_of(tree: Any, cotangents: Any) -> Any:
-    """The cotangents of the leaves that can be differentiated, None for the others."""
+    """Returns the cotangents of the leaves that can be differentiated, None for the others."""
     return jax.tree.map(lambda leaf, cotangent: cotangent if _tree.is_float(leaf) else None, tree, cotangents)
 
 
 def _change_of_gradient(loss: Callable[..., Any], alpha: float) -> Callable[..., Params]:
-    """Zero for the inner gradient at given fast weights, whose derivative in all else is a difference."""
+    """Returns a function with value zero and the derivative of the inner gradient at constant fast weights.
+
+    The derivative with respect to meta-parameters and context is computed by a central difference.
+    """
 
     def backward(inputs: Any, of_slope: Params) -> tuple[Any, ...]:
         params, meta_params, context, *rest = inputs
@@ -212,7 +216,7 @@ def _change_of_gradient(loss: Callable[..., Any], alpha: float) -> Callable[...,
 
 
 def _central_difference(function: Callable[[Params], Any], point: Params, direction: Params, distance: float) -> Any:
-    """The derivative of a function at a point along a direction, from two points so far away."""
+    """Computes the derivative of a function at a point along a direction, from two points at the given distance."""
     size = optax.tree.norm(direction)
     scale = distance / jnp.where(size == 0, 1, size)
 

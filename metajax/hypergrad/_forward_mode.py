@@ -1,4 +1,4 @@
-"""Exact hypergradients for few meta-parameters: tangents that go along with the inner loop."""
+"""Exact hypergradients for few meta-parameters, by tangents through the inner loop."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ def forward_mode(
 ) -> Hypergrad:
     """Exact hypergradient by forward-mode differentiation, for few meta-parameters (Franceschi et al. 2017).
 
-    For rates, schedules and loss weights: with each trained scalar, a tangent of the fast weights and of the optimizer
-    state goes through the inner loop. Memory grows with the number of trained scalars, as does time, and not with that
-    of inner steps. `trainable` of `outer_update` leaves out what is not to be trained.
+    Use it for rates, schedules and loss weights. For each trained scalar, a tangent of the fast weights and of the
+    optimizer state is pushed through the inner loop. Memory and time grow with the number of trained scalars; memory
+    does not grow with the number of inner steps. Use `trainable` of `outer_update` to select the trained parameters.
 
     Args:
-      chunk: how many tangents go through the inner loop together, to bound memory; the loop then runs once for each
-        chunk and once more. None takes all together.
-      max_params: most trained scalars that are accepted.
+      chunk: number of tangents that are pushed through the inner loop together, to bound memory; the loop then runs
+        once for each chunk and once more. None pushes all together.
+      max_params: largest accepted number of trained scalars.
       step_weights: as for `unrolled`.
 
     Raises:
-      ValueError: an argument is not as above; or (when used) there are more trained scalars than `max_params`, or
-        not as many weights as inner steps; or a case below.
+      ValueError: an argument is invalid; or (when used) there are more trained scalars than `max_params`, or the number
+        of weights is not the number of inner steps; or a case below.
 
     | case | result |
     |---|---|
     | zero inner steps, or an update rule that cannot be differentiated (`optax.adam` without `eps_root`) | refused |
     | NaN in the inner loop | loss and gradient are NaN |
-    | a learner without an inner problem | its adaptation is differentiated, forwards too |
+    | a learner without an inner problem | its adaptation is differentiated, also in forward mode |
     | a function with a reverse-mode rule of its own (`jax.custom_vjp`) in a model or loss | JAX raises a TypeError |
 
     Source: Franceschi, Donini, Frasconi and Pontil 2017, Forward and Reverse Gradient-Based Hyperparameter

@@ -1,4 +1,4 @@
-"""The hypergradient of a converged inner loop, from the linear system that holds at its end."""
+"""Hypergradient of a converged inner loop, from the linear system at its solution."""
 
 from __future__ import annotations
 
@@ -37,46 +37,47 @@ def implicit(
 ) -> Hypergrad:
     """Implicit differentiation at the end of the inner loop (iMAML; Rajeswaran et al. 2019, Lorraine et al. 2020).
 
-    Where the inner gradient vanishes, the fast weights are a function of the meta-parameters whose derivative needs no
-    trajectory. With the Hessian `H` of the inner loss there, `(H + ridge I) v = d outer_loss / d params` is solved from
-    Hessian-vector products, and the hypergradient is what the outer loss takes from the meta-parameters directly, minus
-    the product of `v` with the mixed second derivative of the inner loss. Memory does not depend on the number of inner
-    steps. All products are those of the inner loss of the last step, with one draw of its key.
+    Where the inner gradient vanishes, the fast weights are a function of the meta-parameters, and the derivative of
+    this function does not depend on the trajectory. Let `H` be the Hessian of the inner loss at this point. The
+    estimator solves `(H + ridge I) v = d outer_loss / d params` with Hessian-vector products. The hypergradient is the
+    direct gradient of the outer loss with respect to the meta-parameters, minus the product of `v` with the mixed
+    second derivative of the inner loss. Memory does not depend on the number of inner steps. All products use the
+    inner loss of the last step, with one draw of its key.
 
-    The start, the rule and the length of the inner loop are forgotten: a meta-parameter that only enters there gets no
-    gradient. A proximal term in the inner loss makes its solution depend on the start of MAML; with `adapts=`, what
-    does not adapt enters the inner loss anyway.
+    The hypergradient does not depend on the start, the rule and the length of the inner loop: a meta-parameter that
+    only enters there receives no gradient. A proximal term in the inner loss makes its solution depend on the start of
+    MAML. With `adapts=`, the parameters that do not adapt enter the inner loss anyway.
 
     Args:
       solver: "cg" (conjugate gradients, for a positive definite Hessian), "neumann" (a series, whose first `steps`
-        terms are the gradient through so many more steps of gradient descent at `rate`) or "gmres" (for an indefinite
-        Hessian too, at `steps` more copies of the fast weights).
-      steps: Hessian-vector products at most.
-      tol: relative residual at which "cg" and "neumann" stop; "gmres" takes all its steps.
+        terms are the gradient through `steps` more steps of gradient descent at `rate`) or "gmres" (also for an
+        indefinite Hessian, at the memory of `steps` more copies of the fast weights).
+      steps: maximum number of Hessian-vector products.
+      tol: relative residual at which "cg" and "neumann" stop; "gmres" always takes all steps.
       ridge: added to the diagonal of the Hessian.
-      rate: of "neumann", below 2 over the largest eigenvalue, or the series diverges.
-      max_residual: where the relative residual is above it, the gradient is NaN, so that a training loop stops or
-        `optax.apply_if_finite` skips the step; None accepts any.
+      rate: step size of "neumann", below 2 divided by the largest eigenvalue, or the series diverges.
+      max_residual: if the relative residual is larger, the gradient is NaN, so that a training loop stops or
+        `optax.apply_if_finite` skips the step; None accepts any residual.
 
     Returns:
-      A `Hypergrad`. Its `aux.metrics` also have two scalars: `solver_residual`, the norm of what is left of the system
-      relative to that of its right-hand side, and `inner_grad_norm`, the norm of the inner gradient at the end. The
-      system is solved in float32 at least.
+      A `Hypergrad`. Its `aux.metrics` have two more scalars: `solver_residual`, the norm of the residual of the system
+      divided by the norm of its right-hand side, and `inner_grad_norm`, the norm of the inner gradient at the end. The
+      system is solved in float32 or higher precision.
 
     Raises:
-      ValueError: an argument is not as above, or (when used) as the table says.
+      ValueError: an argument is invalid, or (when used) a case of the table is refused.
 
     | case | result |
     |---|---|
-    | the inner loop has not converged | biased, and `inner_grad_norm` says how far it is |
-    | the solver has not converged | `solver_residual` says so, see `max_residual` |
-    | the Hessian is not positive definite | "cg" ends at the first direction that shows it, with the solution so far |
+    | the inner loop has not converged | biased; `inner_grad_norm` measures the distance from convergence |
+    | the solver has not converged | `solver_residual` shows it, see `max_residual` |
+    | the Hessian is not positive definite | "cg" stops at the first direction that shows it and returns its solution |
     | zero inner steps | the same formula at the start |
     | no kept support example | finite |
     | no kept query example | zero, with residual zero |
     | NaN inside the inner loop | loss, gradient and residual are NaN |
     | a learner without an inner problem | refused |
-    | an inner loss that does not depend on what is trained | refused: it would be zero, silently |
+    | an inner loss that does not depend on the trained parameters | refused: the gradient would silently be zero |
     | a stream | the inner loss is that of the last step's data |
     | a carry, or an objective of inner losses | refused |
 
@@ -146,7 +147,7 @@ def implicit(
             return jax.grad(inner_loss, argnums=argnum)(params, shared)
 
         def along(function: Product, vector: Params) -> Params:
-            """The derivative of a function of the fast weights along a vector, both at the precision of the system."""
+            """Computes the derivative of a function of the fast weights along a vector, cast to their precision."""
             vector = jax.tree.map(lambda part, leaf: part.astype(leaf.dtype), vector, result.params)
             return jax.jvp(function, (result.params,), (vector,))[1]
 
@@ -174,7 +175,7 @@ def implicit(
 
 
 class _Progress(NamedTuple):
-    """What a solver carries; `going` is False where no further step can be taken."""
+    """State of a solver; `going` is False if no further step can be taken."""
 
     step: jax.Array
     solution: Params
@@ -184,16 +185,16 @@ class _Progress(NamedTuple):
 
 
 def _rounding(value: jax.Array) -> float:
-    """Relative size below which a value is rounding."""
+    """Returns the relative size below which a value is rounding error."""
     return 10 * float(jnp.finfo(value.dtype).eps)
 
 
 def _iterate(improve: Callable[[_Progress], _Progress], target: Params, steps: int, tol: float) -> Params:
-    """Improves on zero until the relative residual is at most `tol`."""
+    """Iterates from zero until the relative residual is at most `tol`, for at most `steps` steps."""
     limit = tol * optax.tree.norm(target)
 
     def unsolved(now: _Progress) -> jax.Array:
-        # not (<=): a NaN is no solution, and must reach the result
+        # ~(<=) instead of (>): the loop must continue on NaN, so that the NaN reaches the result
         return (now.step < steps) & now.going & ~(optax.tree.norm(now.residual) <= limit)
 
     zeros = jax.tree.map(jnp.zeros_like, target)
@@ -202,12 +203,12 @@ def _iterate(improve: Callable[[_Progress], _Progress], target: Params, steps: i
 
 
 def _conjugate_gradients(product: Product, target: Params, steps: int, tol: float) -> Params:
-    """Hestenes and Stiefel's method, ended at a direction without positive curvature as in truncated Newton methods."""
+    """Hestenes and Stiefel's method; stops at a direction without positive curvature, like truncated Newton methods."""
 
     def improve(now: _Progress) -> _Progress:
         image = product(now.direction)
         squared, curvature = optax.tree.vdot(now.residual, now.residual), optax.tree.vdot(now.direction, image)
-        # relative to both: the sign of a curvature below rounding says nothing
+        # relative to both norms, because the sign of a curvature below rounding error has no meaning
         going = ~(curvature <= _rounding(curvature) * optax.tree.norm(now.direction) * optax.tree.norm(image))
         length = jnp.where(going, squared / curvature, 0)
         residual = optax.tree.add_scale(now.residual, -length, image)
@@ -230,9 +231,9 @@ def _neumann(product: Product, target: Params, steps: int, tol: float, rate: Any
 
 
 def _gmres(product: Product, target: Params, steps: int) -> Params:
-    """Saad and Schultz's method: the smallest residual in the Krylov space of so many products.
+    """Saad and Schultz's method: finds the smallest residual in the Krylov space of `steps` products.
 
-    Our own, since `jax.scipy.sparse.linalg.gmres` gives NaN for a singular matrix and does not run under `shard_map`.
+    Used because `jax.scipy.sparse.linalg.gmres` returns NaN for a singular matrix and does not run under `shard_map`.
     """
     size, highest = optax.tree.norm(target), jax.lax.Precision.HIGHEST
 
@@ -250,11 +251,11 @@ def _gmres(product: Product, target: Params, steps: int) -> Params:
         basis, table = carry
         image = product(jax.tree.map(lambda rows: rows[index], basis))
         before, column = optax.tree.norm(image), jnp.zeros_like(table[:, 0])
-        for _ in range(2):  # once loses orthogonality to rounding
+        for _ in range(2):  # a single pass loses orthogonality to rounding
             weights = overlaps(basis, image)
             image, column = optax.tree.sub(image, combine(weights, basis)), column + weights
         length = optax.tree.norm(image)
-        # what rounding left over is no direction: the space is exhausted
+        # a vector of rounding errors is not a direction: the space is exhausted
         length = jnp.where(length <= _rounding(length) * before, 0, length)
         basis = jax.tree.map(lambda rows, leaf: rows.at[index + 1].set(leaf), basis, unit(image, length))
         return basis, table.at[:, index].set(column.at[index + 1].set(length))

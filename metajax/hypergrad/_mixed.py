@@ -16,14 +16,14 @@ EVERY = 8  # steps between kept states
 
 
 class _Shared(NamedTuple):
-    """What every step depends on, and an estimator differentiates: its float leaves, or their cotangents."""
+    """Differentiated inputs that all steps share: their float leaves, or the cotangents of these."""
 
     meta_params: Any
     context: Any
 
 
 class _Residuals(NamedTuple):
-    """What the backward pass needs. `context` and `data` hold the leaves that are differentiated alone."""
+    """Residuals of the backward pass. `context` and `data` hold only the leaves that are differentiated."""
 
     start: InnerState
     arguments: Arguments
@@ -36,21 +36,21 @@ class _Residuals(NamedTuple):
 
 
 class _Cotangents(NamedTuple):
-    """What goes back from step to step."""
+    """Cotangents that the backward pass carries from step to step."""
 
-    state: Any  # of fast weights and optimizer state
+    state: Any  # cotangents of fast weights and optimizer state
     carry: Any
     shared: _Shared
     data: Any  # leaves [num_steps, ...]
 
 
 def mixed_loop(every: int = EVERY, unroll: int = 1) -> _inner.Loop:
-    """An inner loop with its own backward pass.
+    """Returns an inner loop with a custom backward pass.
 
-    The forward pass keeps the inner gradient of each step, and the carry of every so many steps. The backward pass goes
-    through the steps in reverse, and replays fast weights and optimizer state from the kept gradients, which takes no
-    model; carries are computed again, which takes one inner loss a step. All products of a step come from one
-    Jacobian-vector product of the pullback of its inner loss.
+    The forward pass keeps the inner gradient of each step, and the carry at intervals of at most `every` steps. The
+    backward pass runs through the steps in reverse and replays fast weights and optimizer state from the kept
+    gradients, without running the model. It recomputes carries, which takes one inner loss per step. All products of a
+    step come from one Jacobian-vector product of the pullback of its inner loss.
     """
 
     def loop(
@@ -59,7 +59,7 @@ def mixed_loop(every: int = EVERY, unroll: int = 1) -> _inner.Loop:
     ) -> tuple[InnerState, tuple[jax.Array, Any]]:  # fmt: skip
         if num_steps == 0:
             return _inner.scan_loop()(problem, start, arguments, steps, 0, visit)
-        segments = -(-num_steps // every)  # of equal length, but for the last one
+        segments = -(-num_steps // every)  # of equal length, except the last one
         size = -(-num_steps // segments)
         run = jax.custom_vjp(
             lambda start, arguments, steps: _forward(
@@ -92,7 +92,7 @@ def _forward(
     problem: InnerProblem, start: InnerState, arguments: Arguments, steps: Steps, num_steps: int,
     visit: _inner.Visit | None, size: int, unroll: int,
 ) -> tuple[Any, tuple[jax.Array, Any, Any]]:  # fmt: skip
-    """The loop, and what is kept of it: losses and inner gradients of all steps, the carry of each `size`th."""
+    """Runs the loop; keeps the losses and inner gradients of all steps, and the carry of every `size`th step."""
     gradient = _inner.plain_gradient(_inner.step_loss(problem))
 
     def step(carried: tuple[InnerState, Any], inputs: tuple[jax.Array, Steps]) -> tuple[Any, Any]:
@@ -117,7 +117,7 @@ def _backward(
     problem: InnerProblem, kept: _Residuals, cotangents: Any, num_steps: int, visit: _inner.Visit | None, size: int,
     unroll: int,
 ) -> tuple[Any, Any, Any]:  # fmt: skip
-    """Cotangents of start, arguments and steps."""
+    """Computes the cotangents of start, arguments and steps."""
     start, arguments, steps, values, grads, carries, context, data = kept
     loss, segments = _inner.step_loss(problem), -(-num_steps // size)
     bare = start._replace(carry=())
@@ -129,13 +129,13 @@ def _backward(
         return _inner.apply_gradient(problem, state, grads, value, (), here, at(steps.valid, index))
 
     def replay(state: InnerState, first: Any, count: Any) -> InnerState:
-        """The state so many steps on, its carry apart."""
+        """Returns the state, without its carry, after `count` more steps."""
         return jax.lax.fori_loop(
             0, count, lambda j, now: apply(now, at(grads, first + j), values[first + j], arguments, first + j), state
         )
 
     def replay_carries(state: InnerState, carry: Any, first: Any, count: Any) -> Any:
-        """The carries of a segment, leaves `[size, ...]`."""
+        """Recomputes the carries of a segment, leaves `[size, ...]`."""
 
         def step(j: Any, carried: Any) -> Any:
             state, carry, seen = carried
@@ -147,7 +147,7 @@ def _backward(
         return jax.lax.fori_loop(0, count, step, (state, carry, seen))[2]
 
     def step_back(now: InnerState, carry: Any, index: Any, later: _Cotangents) -> _Cotangents:
-        """Cotangents before a step from those after it."""
+        """Computes the cotangents before a step from those after it."""
         inputs = at(steps, index)
         floats, rest = _tree.split_floats(now)
         carry_floats, carry_rest = _tree.split_floats(carry)
@@ -170,7 +170,7 @@ def _backward(
             return _tree.split_floats(after)[0], seen
 
         shared, moving = _Shared(arguments.meta_params, context), at(data, index)
-        next_floats, next_rest = carry_floats, carry_rest  # where no visit looks at them
+        next_floats, next_rest = carry_floats, carry_rest  # not read if there is no visit
         if visit is not None and jax.tree.leaves(carry):
             after = loss(*_inner.loss_inputs(now._replace(carry=carry), arguments, inputs))[1]
             next_floats, next_rest = _tree.split_floats(after)
@@ -181,8 +181,8 @@ def _backward(
         def pulled(params: Any, of_loss: Any, of_carry: Any) -> Any:
             return jax.vjp(lossy, params, carry_floats, shared, moving)[1]((of_loss, of_carry))
 
-        # its derivative along the cotangents: the second derivatives of the loss that the inner gradient asks for, and
-        # the first ones that loss and carry ask for
+        # the derivative of `pulled` along the cotangents: second derivatives of the loss for the inner gradient, and
+        # first derivatives for loss and carry
         _, (of_params, of_carry, more, of_data) = jax.jvp(
             pulled,
             (floats.params, jnp.ones_like(value), jax.tree.map(jnp.zeros_like, carry_floats)),
@@ -196,7 +196,7 @@ def _backward(
         )
 
     def back_through(begin: Any, count: Any, later: _Cotangents, carry_at: Any, unroll: int | None) -> _Cotangents:
-        """Cotangents before `count` steps from those after them."""
+        """Computes the cotangents before `count` steps from those after them."""
 
         def back(j: Any, later: _Cotangents) -> _Cotangents:
             index = begin + count - 1 - j
@@ -211,7 +211,7 @@ def _backward(
         whole = num_steps % size == 0
         count = size if whole else jnp.minimum(size, num_steps - begin)
         seen = replay_carries(bare if segments == 1 else at(starts, number), at(carries, number), begin, count)
-        # with another number of steps in the last segment the length is known at run time alone
+        # if the last segment has a different number of steps, the length is only known at run time
         return back_through(begin, count, later, lambda index: at(seen, index - begin), unroll if whole else None), None
 
     of_end, (of_values, of_visits) = jax.tree.map(
@@ -233,7 +233,7 @@ def _backward(
             return replay(state, number * size, jnp.minimum(size, num_steps - number * size)), state
 
         _, starts = jax.lax.scan(ahead, bare, jnp.arange(segments))
-    if size == 1 or not jax.tree.leaves(carries):  # no carry to compute again: one loop over all steps
+    if size == 1 or not jax.tree.leaves(carries):  # no carry to recompute: one loop over all steps
         later = back_through(0, num_steps, later, lambda index: at(carries, index // size), unroll)
     elif segments == 1:
         later, _ = segment_back(later, 0)
@@ -244,5 +244,5 @@ def _backward(
 
 
 def _instantiated(cotangent: Any) -> Any:
-    """Zeros for a cotangent that is known to be zero."""
+    """Replaces a cotangent that is known to be zero by an array of zeros."""
     return jnp.zeros(cotangent.shape, cotangent.dtype) if isinstance(cotangent, SymbolicZero) else cotangent

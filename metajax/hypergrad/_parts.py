@@ -1,4 +1,4 @@
-"""What estimators of different families share."""
+"""Functions that estimators of different families share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from metajax.core._types import Aux, Episode, Examples, Hypergrad, InnerProblem,
 
 
 def stateless(value_and_grad: Callable[..., tuple[Any, Params, Any]]) -> Hypergrad:
-    """An estimator that keeps nothing from one outer step to the next."""
+    """Returns an estimator that keeps no state between outer steps."""
 
     def init(learner: Learner, meta_params: Params, episode: Episode, key: Any, *, frozen: Params = None) -> tuple[()]:
         del learner, meta_params, episode, key, frozen
@@ -24,20 +24,20 @@ def stateless(value_and_grad: Callable[..., tuple[Any, Params, Any]]) -> Hypergr
 
 
 def inner_problem(name: str, learner: Learner) -> InnerProblem:
-    """The inner problem of a learner that must have one."""
+    """Returns the inner problem of a learner; raises a ValueError if it has none."""
     if learner.problem is None:
         raise ValueError(f"hypergrad: {name} needs a learner with an inner problem, got problem=None")
     return learner.problem
 
 
 def with_inner_loss(aux: Aux, **more: jax.Array) -> Aux:
-    """What describes the outer loss, with the inner losses of a loop and what else an estimator measures as metrics."""
+    """Adds the inner losses of a loop, and further measurements of an estimator, to the metrics of an `Aux`."""
     losses = {} if aux.inner_losses is None else {"inner_loss": aux.inner_losses.values}
     return aux._replace(metrics={**aux.metrics, **losses, **more})
 
 
 def query_only(name: str, learner: Learner) -> None:
-    """Refuses an objective that an estimator cannot differentiate: one of inner losses."""
+    """Raises a ValueError for an objective of inner losses, which the estimator cannot differentiate."""
     if learner.objective != "query":
         raise ValueError(
             f"hypergrad: {name} needs an objective of the query set, got {learner.objective!r}, whose inner losses it "
@@ -46,7 +46,7 @@ def query_only(name: str, learner: Learner) -> None:
 
 
 def no_carry(name: str, problem: InnerProblem) -> None:
-    """Refuses an inner problem that has no fixed point, since each step changes a carry."""
+    """Raises a ValueError for an inner problem with a carry: it has no fixed point, because each step changes it."""
     if problem.carry is not None:
         raise ValueError(f"hypergrad: {name} needs an inner problem without a carry, which has no solution to stand at")
 
@@ -54,7 +54,7 @@ def no_carry(name: str, problem: InnerProblem) -> None:
 def context_and_pullback(
     problem: InnerProblem, meta_params: Params, frozen: Params, support: Examples, keys: AdaptationKeys
 ) -> tuple[Any, Callable[[Any], Params]]:
-    """The context of a task, and what takes its cotangent to the meta-parameters."""
+    """Returns the context of a task, and the pullback from its cotangent to the meta-parameters."""
     context, pull_back = jax.vjp(
         lambda meta_params: _inner.context_of(problem, _tree.fill(meta_params, frozen), support, keys), meta_params
     )
@@ -62,9 +62,9 @@ def context_and_pullback(
 
 
 def watch() -> tuple[Callable[[Any], Any], list[bool]]:
-    """An identity, and a list that gets an entry where it is differentiated and its argument is not constant.
+    """Returns an identity function and a list; differentiating the identity at a non-constant argument adds an entry.
 
-    What is constant is known while tracing: a derivative that is zero by construction has no tangent at all.
+    Constants are known while tracing: a derivative that is zero by construction has no tangent.
     """
     reached: list[bool] = []
 
@@ -83,7 +83,7 @@ def watch() -> tuple[Callable[[Any], Any], list[bool]]:
 
 
 def refuse_zero(name: str, reached: list[bool]) -> None:
-    """Refuses a product that is zero by construction."""
+    """Raises a ValueError if a product is zero by construction."""
     if not reached:
         raise ValueError(
             f"hypergrad: {name} would be zero, because the inner loss does not depend on the meta-parameters that are "

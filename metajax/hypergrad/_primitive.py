@@ -1,4 +1,4 @@
-"""The one-task primitive that `outer_update` and other programs use."""
+"""The primitive for one task that `outer_update` and other programs use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from metajax.core._types import Aux, Episode, Hypergrad, Learner, Params
 
 
 def value_and_grad(learner: Learner, estimator: Hypergrad) -> Callable[..., tuple[Any, Params]]:
-    """Value and hypergradient of the outer loss of one task.
+    """Returns a function that computes the value and the hypergradient of the outer loss of one task.
 
     Args:
       learner: any learner.
@@ -20,12 +20,12 @@ def value_and_grad(learner: Learner, estimator: Hypergrad) -> Callable[..., tupl
 
     Returns:
       `(meta_params, episode, *, key=None, frozen=None) -> ((loss, aux), grads)`. `aux` is a `metajax.Aux`: `outputs`
-      are the predictions for the query set, and `metrics` hold, with an inner loop, `inner_loss` `[num_steps]`.
+      are the predictions for the query set, and, with an inner loop, `metrics` contain `inner_loss` `[num_steps]`.
 
     Raises:
-      ValueError: a part of another type, or a learner that lacks one; or (when called) an estimator that keeps a
-        state from one outer step to the next, such as `persistent_truncation`, whose `init` and `value_and_grad` take
-        and return it.
+      ValueError: an argument has the wrong type, or a part of the learner is missing; or (when called) the estimator
+        keeps a state between outer steps, such as `persistent_truncation`. Use `init` and `value_and_grad` of such an
+        estimator, which take and return the state.
 
     >>> import jax, jax.numpy as jnp, optax, metajax
     >>> model = metajax.Model(lambda key, x: jnp.zeros([3, 2]), lambda w, x: x @ w)

@@ -1,4 +1,4 @@
-"""Estimators that differentiate the last inner steps only: of a whole inner loop, or of one that outer steps share."""
+"""Estimators that differentiate only the last inner steps: of a whole inner loop, or of one that outer steps share."""
 
 from __future__ import annotations
 
@@ -29,33 +29,33 @@ def truncated(
 ) -> Hypergrad:
     """Hypergradient through the last `k` inner steps (Shaban et al. 2019).
 
-    These are differentiated exactly, as by `mixed_mode`: through the fast weights and through what their inner losses
-    and update rules read of the meta-parameters. The steps before them only run, so that memory does not grow with
-    their number. With `a` the contraction of an inner step, the bias falls as `a**k`.
+    These steps are differentiated exactly, as in `mixed_mode`: through the fast weights and through the meta-parameters
+    that their inner losses and update rules read. The steps before them are only run, so that memory does not grow with
+    their number. If an inner step is a contraction with factor `a`, the bias decreases as `a**k`.
 
-    Where the inner loop starts from the meta-parameters (MAML), the dependence on the start lies in the truncated
-    steps, and the paper's estimator is zero. `start` says what these steps count as.
+    If the inner loop starts from the meta-parameters (MAML), the dependence on the start lies in the truncated steps,
+    and the estimator of the paper is zero. `start` defines the derivative of the truncated steps.
 
     Args:
-      k: how many of the last steps. With `num_steps` or more nothing is truncated.
-      start: "identity": the truncated steps pass a change of the start on as it is, which is first-order MAML for
-        them and exact for the rest. "constant": they pass on nothing, as in the paper. Both are the same where the
-        start does not depend on the meta-parameters.
-      losses: what the inner losses of the truncated steps count as, where they are terms of the objective. "identity":
-        each is differentiated at fast weights that depend on the meta-parameters as `start` says, in them and in what
-        it reads of the meta-parameters, at one more inner loss a step and a copy of the state. "constant": they are
-        not differentiated.
+      k: number of last steps to differentiate. With `num_steps` or more nothing is truncated.
+      start: "identity": the truncated steps pass on a change of the start unchanged, which is first-order MAML for
+        them and exact for the rest. "constant": they pass on nothing, as in the paper. Both are the same if the start
+        does not depend on the meta-parameters.
+      losses: derivative of the inner losses of the truncated steps, if they are terms of the objective. "identity":
+        each loss is differentiated with respect to its fast weights, which depend on the meta-parameters as `start`
+        defines, and with respect to the meta-parameters that it reads. This takes one more inner loss and a copy of the
+        state per step. "constant": the losses are not differentiated.
       step_weights: as for `unrolled`; 0 for the steps that are truncated.
 
     Raises:
-      ValueError: an argument is not as above; or (when used) there are not as many weights as inner steps, the start is
-        "constant" and the hypergradient zero by construction, or a case below.
+      ValueError: an argument is invalid; or (when used) the number of weights is not the number of inner steps, the
+        start is "constant" and the hypergradient is zero by construction, or a case below.
 
     | case | result |
     |---|---|
     | zero inner steps, or an update rule that cannot be differentiated (`optax.adam` without `eps_root`) | refused |
     | the meta-parameters are only the start (MAML) | "constant" is refused |
-    | some are only the start (the head in ANIL) | "constant" gives these a zero gradient |
+    | some meta-parameters are only the start (the head in ANIL) | "constant" gives these a zero gradient |
     | NaN in an inner step, truncated or not | loss and gradient are NaN |
     | a learner without an inner problem | differentiated directly: exact |
 
@@ -77,7 +77,7 @@ def truncated(
     ) -> tuple[Any, Params, Any]:
         scored: Start = "constant" if learner.objective == "query" else losses
         if start == "constant" and learner.problem is not None and learner.problem.num_steps > k:
-            # mixed mode cannot be differentiated forwards; which of the exact loops runs makes no difference here
+            # mixed mode does not support forward-mode differentiation; here any exact loop gives the same answer
             plain = _last_steps(k, start, scored, _inner.scan_loop())
             _refuse_zero(
                 f"truncated({k})",
@@ -89,7 +89,7 @@ def truncated(
         estimator = explicit(_last_steps(k, start, scored, mixed_loop()), step_weights)
         return estimator.value_and_grad(learner, meta_params, state, episode, key=key, frozen=frozen)
 
-    checked = explicit(mixed_loop(), step_weights)  # refuses weights that are none
+    checked = explicit(mixed_loop(), step_weights)  # raises for invalid weights
     return checking(Hypergrad(checked.init, value_and_grad))
 
 
@@ -98,7 +98,7 @@ def _check_start(start: str, name: str = "start") -> None:
 
 
 def _last_steps(k: int, start: Start, losses: Start, last: _inner.Loop) -> _inner.Loop:
-    """A loop whose last `k` steps are run by `last`, and whose other steps are not differentiated."""
+    """Returns a loop that runs its last `k` steps with `last` and does not differentiate the other steps."""
 
     def loop(
         problem: InnerProblem, begin: InnerState, arguments: Arguments, steps: Steps, num_steps: int,
@@ -118,7 +118,7 @@ def _last_steps(k: int, start: Start, losses: Start, last: _inner.Loop) -> _inne
         else:
             loss, gradient = _inner.step_loss(problem), _inner.plain_gradient(_inner.step_loss(problem))
 
-            @jax.checkpoint  # of a step, its state is kept
+            @jax.checkpoint  # keeps only the state of each step
             def step(
                 state: InnerState, inputs: tuple[Steps, Steps], begin: InnerState, arguments: Arguments
             ) -> tuple[InnerState, jax.Array]:
@@ -143,12 +143,12 @@ def _last_steps(k: int, start: Start, losses: Start, last: _inner.Loop) -> _inne
 
 
 def _pass_on(start: Params, params: Params) -> Params:
-    """`params`, with the derivatives of `start`."""
+    """Returns the values of `params` with the derivatives of `start`."""
     return jax.tree.map(lambda now, first: now + (first - jax.lax.stop_gradient(first)), params, start)
 
 
 def _refuse_zero(name: str, function: Callable[[Params], jax.Array], meta_params: Params) -> None:
-    """Refuses a hypergradient that is zero by construction. Nothing is computed."""
+    """Raises a ValueError if a hypergradient is zero by construction. Only traces, without computing anything."""
     watched, reached = watch()
     jax.eval_shape(lambda point: jax.jvp(lambda point: watched(function(point)), (point,), (point,)), meta_params)
     if not reached:
@@ -159,12 +159,12 @@ def _refuse_zero(name: str, function: Callable[[Params], jax.Array], meta_params
 
 
 class Carried(NamedTuple):
-    """What a persistent estimator keeps of a task from one outer step to the next.
+    """State that a persistent estimator keeps for a task between outer steps.
 
     Attributes:
-      inner: where the inner loop stands.
-      episode: the episode that it runs on, `()` where each outer step brings its own.
-      key: key data of the inner loop, `()` without a key: its steps have the keys that they have in one loop.
+      inner: current state of the inner loop.
+      episode: the episode of the inner loop, `()` if each outer step provides its own.
+      key: key data of the inner loop, `()` without a key. The steps have the same keys as in a single loop.
       started: bool scalar, False before the first outer step.
     """
 
@@ -177,35 +177,37 @@ class Carried(NamedTuple):
 def persistent_truncation(
     k: int, *, start: Start = "identity", reset: bool = True, fresh_data: bool = False
 ) -> Hypergrad:
-    """Truncation with carried inner state: each outer step runs `k` more inner steps and differentiates these only.
+    """Truncation with carried inner state: each outer step runs and differentiates only `k` more inner steps.
 
-    Made for inner problems that last over many outer steps (hyper-parameters tuned while a model trains). The outer
-    loss is that after the `k` steps. Where an outer step starts an inner loop, the start is differentiated too.
+    Use it for inner problems that last over many outer steps (hyper-parameters that are tuned while a model trains).
+    The outer loss is the loss after the `k` steps. If an outer step starts an inner loop, the start is differentiated
+    too.
 
-    The state of a task is its inner state and its episode; `outer_update(...).init(..., num_tasks=...)` makes one for
-    each task of a batch. For few-shot learning this means that an episode stays at its place in the batch for
-    `num_steps / k` outer steps while those passed for this place are not looked at, and that its fast weights
-    started from older meta-parameters. `aux.episode` is the episode that loss and outputs speak of. Of a stream,
-    segment s reads the data of the steps `s k` to `(s + 1) k - 1`; the carry goes on from segment to segment, and the
-    objective sees the inner losses of the segment.
+    The state of a task consists of its inner state and its episode; `outer_update(...).init(..., num_tasks=...)`
+    creates one state for each task of a batch. In few-shot learning, an episode therefore stays at its index in the
+    batch for `num_steps / k` outer steps, new episodes at this index are ignored during that time, and its fast weights
+    started from older meta-parameters. `aux.episode` is the episode that loss and outputs belong to. Segment s reads
+    the data of the steps `s k` to `(s + 1) k - 1` from a stream. The carry is passed from segment to segment, and the
+    objective reads the inner losses of the segment.
 
     Args:
-      k: inner steps of each outer step.
-      start: what the steps before these count as, see `truncated`.
-      reset: whether a new inner loop starts, on a new episode, when `problem.num_steps` are done; else it lasts for
-        ever.
-      fresh_data: whether each outer step brings new data of the same inner problem (minibatches of one data set), so
+      k: number of inner steps in each outer step.
+      start: derivative of the steps before these, see `truncated`.
+      reset: whether a new inner loop starts, on a new episode, after `problem.num_steps` steps; otherwise the inner
+        loop never ends.
+      fresh_data: whether each outer step provides new data of the same inner problem (minibatches of one data set), so
         that no episode is kept; a stream then has the data of `k` steps.
 
     Raises:
-      ValueError: an argument is not as above; or (when used) the learner has no inner problem, `k` does not divide
-        `num_steps` with `reset`, the start is "constant" and the hypergradient zero by construction, or a case below.
+      ValueError: an argument is invalid; or (when used) the learner has no inner problem, `k` does not divide
+        `num_steps` with `reset`, the start is "constant" and the hypergradient is zero by construction, or a case
+        below.
 
     | case | result |
     |---|---|
     | zero inner steps, or an update rule that cannot be differentiated | refused |
-    | the meta-parameters are only the start (MAML) | "constant" is refused, unless each outer step starts anew |
-    | NaN in an inner step | loss and gradient are NaN until the inner loop starts anew |
+    | the meta-parameters are only the start (MAML) | "constant" is refused, unless each outer step starts a new loop |
+    | NaN in an inner step | loss and gradient are NaN until a new inner loop starts |
     | a learner without an inner problem | refused |
 
     `aux.metrics["inner_loss"]` is `[k]`.
@@ -257,7 +259,7 @@ def persistent_truncation(
 
 
 def check_horizon(argument: str, steps: int, problem: InnerProblem) -> None:
-    """An inner loop must end with a segment."""
+    """Raises a ValueError unless the inner loop consists of whole segments."""
     if problem.num_steps < 1 or problem.num_steps % steps:
         raise ValueError(f"{argument} must divide the number of inner steps {problem.num_steps}, got {steps}")
 
@@ -265,7 +267,7 @@ def check_horizon(argument: str, steps: int, problem: InnerProblem) -> None:
 def carry(
     name: str, learner: Learner, meta_params: Params, episode: Episode, key: Any, frozen: Params, *, fresh_data: bool
 ) -> Carried:
-    """The state before the first outer step, which gives the shapes."""
+    """Returns the state before the first outer step, which defines the shapes."""
     full, problem = _tree.fill(meta_params, frozen), inner_problem(name, learner)
     inner = _inner.inner_init(problem)(full, episode.support, key=_keys.of_task(key).adapt)
     return carry_on(inner, jax.tree.map(jnp.asarray, episode), key, fresh_data=fresh_data)._replace(
@@ -274,7 +276,7 @@ def carry(
 
 
 def carry_on(inner: InnerState, episode: Any, key: Any, *, fresh_data: bool) -> Carried:
-    """What is kept behind an outer step."""
+    """Returns the state that is kept after an outer step."""
     data = () if key is None else jax.random.key_data(key)
     return Carried(inner, () if fresh_data else episode, data, jnp.ones([], bool))
 
@@ -282,10 +284,10 @@ def carry_on(inner: InnerState, episode: Any, key: Any, *, fresh_data: bool) -> 
 def resume(
     name: str, problem: InnerProblem, state: Carried, episode: Episode, key: Any, *, reset: bool
 ) -> tuple[jax.Array, Episode, Any]:
-    """Whether a new inner loop starts, and the episode and the key of the next inner steps.
+    """Returns whether a new inner loop starts, and the episode and the key of the next inner steps.
 
     Raises:
-      ValueError: there is a key here and none in the state, or the other way around.
+      ValueError: there is a key but the state has none, or the other way around.
     """
     restart = ~state.started
     if reset:
@@ -315,7 +317,7 @@ def segment(
     fresh_data: bool,
     start: Start = "constant",
 ) -> tuple[jax.Array, tuple[Aux, InnerState]]:
-    """Some more inner steps and the outer loss after them: `(loss, (aux, where the inner loop stands))`."""
+    """Runs more inner steps and computes the outer loss after them: `(loss, (aux, state of the inner loop))`."""
     problem, full, keys = learner.problem, _tree.fill(meta_params, frozen), _keys.of_task(key)
     assert problem is not None
     adapt_keys, support = _keys.of_adaptation(keys.adapt), _inner.without_padding(episode.support)
@@ -327,7 +329,7 @@ def segment(
         inner = _inner.select(restart, fresh, inner)
     length = num_steps if fresh_data else problem.num_steps
     steps = _inner.steps_of(problem, full, support, adapt_keys, length)
-    if not fresh_data:  # those of the segment; an inner loop that never ends reads its stream again
+    if not fresh_data:  # the steps of the segment; an inner loop that never ends restarts its stream
         first = inner.step % length
         steps = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, num_steps), steps)
     arguments = Arguments(meta_params, frozen, support, adapt_keys.step, context)

@@ -1,7 +1,7 @@
 """Inner update rules whose gradients stay finite where an inner gradient is zero.
 
-A rule of optax may be used as it is wherever this package has none of its name: SGD with or without momentum, weight
-decay, schedules, clipping by value, Adagrad and RMSprop with `eps` in the root.
+Use the rules of optax directly if this package has no rule of that name: SGD with or without momentum, weight decay,
+schedules, clipping by value, Adagrad and RMSprop with `eps` in the root.
 """
 
 from metajax.inner._adaptive import adam, adamw, rmsprop

@@ -15,24 +15,24 @@ from metajax.inner._roots import safe_sqrt
 def adam(
     rate: Any, b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-8, *, nesterov: bool = False
 ) -> optax.GradientTransformation:
-    """Adam with finite second-order gradients: the steps of `optax.adam`, without its NaN.
+    """Adam with finite second-order gradients: the same steps as `optax.adam`, without its NaN.
 
-    Where the gradient of a parameter has been exactly zero, as for a dead input, the derivative of `optax.adam` is
-    infinity times zero. Its `eps_root` prevents that and changes the steps; this rule takes the same steps.
+    If the gradient of a parameter has been exactly zero, as for a dead input, the derivative of `optax.adam` is
+    infinity times zero. Its `eps_root` prevents this but changes the steps; this rule takes the same steps.
 
     The derivative at a zero gradient is the true one, `-rate / eps` in a first step. For a dead input it does not
-    matter: that gradient stays zero whatever the parameters are. Where the gradient is zero and does depend on them
-    (below a layer that starts at zero), the exact hypergradient is that large: take a larger `eps` there.
+    matter: its gradient is zero for all parameter values. If the gradient is zero but depends on the parameters
+    (below a layer that starts at zero), the exact hypergradient is that large: use a larger `eps` in this case.
 
     Args:
       rate: a number, a schedule, or a scalar array such as a meta-parameter.
-      b1: decay of the mean of gradients, in `[0, 1)`. It and the other numbers may be scalar arrays as well.
+      b1: decay of the mean of gradients, in `[0, 1)`. This and the following numbers may also be scalar arrays.
       b2: decay of the mean of squared gradients, in `[0, 1)`.
       eps: added to the root, above 0.
-      nesterov: NAdam, as `optax.nadam`.
+      nesterov: whether to use NAdam, as in `optax.nadam`.
 
     Raises:
-      ValueError: a number out of its range.
+      ValueError: a number is out of range.
 
     Source: Kingma and Ba 2015, arXiv:1412.6980; NAdam: Dozat 2016.
 
@@ -49,15 +49,16 @@ def adamw(
     rate: Any, b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-8, *, weight_decay: Any = 1e-4, mask: Any = None,
     nesterov: bool = False,
 ) -> optax.GradientTransformation:  # fmt: skip
-    """`adam` with decoupled weight decay: the steps of `optax.adamw`.
+    """`adam` with decoupled weight decay: the same steps as `optax.adamw`.
 
     Args:
-      rate: as for `adam`, and so are `b1`, `b2`, `eps` and `nesterov`.
+      rate: as for `adam`, like `b1`, `b2`, `eps` and `nesterov`.
       weight_decay: a step shrinks the parameters by `rate * weight_decay`; a number of at least 0, or a scalar array.
-      mask: a tree of bools or a function of the parameters that gives one: what decays. None: everything.
+      mask: a tree of bools, or a function of the parameters that returns one: True for the parameters that decay. None
+        decays all parameters.
 
     Raises:
-      ValueError: a number out of its range.
+      ValueError: a number is out of range.
 
     Source: Loshchilov and Hutter 2019, arXiv:1711.05101.
 
@@ -71,18 +72,18 @@ def adamw(
 
 
 def rmsprop(rate: Any, decay: Any = 0.9, eps: Any = 1e-8) -> optax.GradientTransformation:
-    """RMSprop with `eps` outside of the root, as in PyTorch: the steps of `optax.rmsprop(..., eps_in_sqrt=False)`.
+    """RMSprop with `eps` outside of the root, as in PyTorch: same steps as `optax.rmsprop(..., eps_in_sqrt=False)`.
 
-    With `eps` in the root, its default, `optax.rmsprop` is finite by itself. What `adam` says of zero gradients holds
-    here.
+    With `eps` in the root, the default of `optax.rmsprop`, the optax rule is already finite. The notes of `adam` on
+    zero gradients apply here too.
 
     Args:
       rate: as for `adam`.
-      decay: of the mean of squared gradients, in `[0, 1)`.
+      decay: decay of the mean of squared gradients, in `[0, 1)`.
       eps: added to the root, above 0.
 
     Raises:
-      ValueError: a number out of its range.
+      ValueError: a number is out of range.
 
     Source: Tieleman and Hinton 2012, Neural Networks for Machine Learning, lecture 6.5.
 
@@ -100,7 +101,7 @@ def rmsprop(rate: Any, decay: Any = 0.9, eps: Any = 1e-8) -> optax.GradientTrans
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
         square = optax.tree.update_moment_per_elem_norm(grads, state.nu, decay, 2)
-        # times a reciprocal, which optax rounds like that
+        # multiplies by a reciprocal, to round in the same way as optax
         updates = jax.tree.map(lambda g, v: 1 / (safe_sqrt(v) + eps) * g, grads, square)
         return updates, optax.ScaleByRmsState(square)
 
@@ -112,7 +113,7 @@ def _descend(rate: Any) -> optax.GradientTransformation:
 
 
 def _scale_by_adam(b1: Any, b2: Any, eps: Any, nesterov: bool) -> optax.GradientTransformation:
-    """`optax.scale_by_adam` with another root. The state is optax's: what looks for it there finds it."""
+    """`optax.scale_by_adam` with a safe root. Uses the state of optax, so that code that searches for it finds it."""
     _options.in_unit_interval("b1", b1)
     _options.in_unit_interval("b2", b2)
     _options.positive("eps", eps)

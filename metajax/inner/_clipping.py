@@ -1,4 +1,4 @@
-"""Clipping by a norm."""
+"""Clipping of gradients by their norm."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from metajax.inner._roots import safe_norm
 def clip_by_global_norm(max_norm: Any) -> optax.GradientTransformation:
     """`optax.clip_by_global_norm` with finite second-order gradients where the whole inner gradient is zero.
 
-    It is where all support examples are padding, or where a fit is perfect in the arithmetic used. `optax.clip` needs
-    no such care.
+    The inner gradient is zero if all support examples are padding, or if a fit is exact in floating-point arithmetic.
+    `optax.clip` does not have this problem.
 
     Args:
-      max_norm: Euclidean norm that the whole gradient is scaled down to if it has a larger one; a number above 0, or
-        a scalar array such as a meta-parameter.
+      max_norm: largest Euclidean norm of the whole gradient, which is scaled down to it if its norm is larger; a number
+        above 0, or a scalar array such as a meta-parameter.
 
     Raises:
       ValueError: `max_norm` is out of its range.
@@ -39,7 +39,7 @@ def clip_by_global_norm(max_norm: Any) -> optax.GradientTransformation:
         del params
         norm = safe_norm(grads)
         small = norm < max_norm
-        divisor = jnp.where(small, 1, norm)  # also the branch not taken is differentiated
+        divisor = jnp.where(small, 1, norm)  # the branch that is not selected is differentiated too
 
         def clip(leaf: jax.Array) -> jax.Array:
             return jnp.where(small, leaf, leaf / divisor.astype(leaf.dtype) * max_norm)

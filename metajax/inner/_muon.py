@@ -1,4 +1,4 @@
-"""Muon: momentum, orthogonalised."""
+"""Muon: orthogonalised momentum."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from metajax.inner import _options
 from metajax.inner._adaptive import adamw
 from metajax.inner._roots import safe_norm
 
-_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of Jordan's quintic iteration
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of Jordan's quintic iteration
 
 
 class _MuonState(NamedTuple):
@@ -30,23 +30,24 @@ def muon(
     weight_decay: Any = 0.0,
     adam_rate: Any = None,
 ) -> optax.GradientTransformation:
-    """Muon with finite second-order gradients: the steps of `optax.contrib.muon` with its defaults, without its NaN.
+    """Muon with finite second-order gradients: same steps as `optax.contrib.muon` with its defaults, without its NaN.
 
-    A matrix steps along its Nesterov momentum with all singular values brought near one; every other parameter takes
-    a step of `adam` with `nesterov=True`. `optax.contrib.muon` gives NaN where the gradient of a whole matrix has been
-    zero, and, without `adam_eps_root`, where a single number in that of another parameter has. The derivative at a
-    zero matrix is the true one, some hundred times `rate / eps`: what `adam` says of it holds here.
+    A matrix takes a step along its Nesterov momentum, with all singular values set to approximately one; all other
+    parameters take a step of `adam` with `nesterov=True`. `optax.contrib.muon` returns NaN if the gradient of a whole
+    matrix has been zero, and, without `adam_eps_root`, if a single number in the gradient of another parameter has been
+    zero. The derivative at a zero matrix is the true one, a few hundred times `rate / eps`: the notes of `adam` apply
+    here too.
 
     Args:
       rate: a number, a schedule, or a scalar array such as a meta-parameter.
-      beta: decay of the momentum, in `[0, 1)`; it may be a scalar array, as `eps` and `weight_decay`.
+      beta: decay of the momentum, in `[0, 1)`; may be a scalar array, like `eps` and `weight_decay`.
       eps: added to the norm by which a matrix is divided, and to the root in Adam; above 0.
-      steps: Newton-Schulz iterations, at least 1.
-      weight_decay: of matrices, at least 0: a step shrinks them by `rate * weight_decay`.
-      adam_rate: the rate of all other parameters; None takes `rate`.
+      steps: number of Newton-Schulz iterations, at least 1.
+      weight_decay: weight decay of matrices, at least 0: a step shrinks them by `rate * weight_decay`.
+      adam_rate: rate of all other parameters; None uses `rate`.
 
     Raises:
-      ValueError: a number out of its range.
+      ValueError: a number is out of range.
 
     Source: Jordan et al. 2024, Muon: An optimizer for hidden layers in neural networks.
 
@@ -87,7 +88,7 @@ def muon(
 
 
 def _orthogonalised(matrix: jax.Array, steps: int, eps: Any) -> jax.Array:
-    """A matrix with its singular values brought near one, times the root of outputs over inputs if above one."""
+    """Sets the singular values of a matrix to approximately one, times `sqrt(columns / rows)` if that is above one."""
     rows, columns = matrix.shape
     x = matrix.T if rows > columns else matrix
     x = x / (safe_norm(x) + eps)

@@ -1,4 +1,4 @@
-"""What the rules share: their arguments and the mean of gradients."""
+"""Functions that the rules share: checks of arguments and the mean of gradients."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _checked(name: str, value: Any, accepted: str, test: Callable[[float], bool]
 
 
 def corrected_mean(grads: Any, mean: Any, decay: Any, count: jax.Array, nesterov: bool) -> Any:
-    """The running mean of gradients without the bias of its start at zero, one step ahead for Nesterov's."""
+    """Returns the bias-corrected running mean of gradients, one step ahead with `nesterov`."""
     if not nesterov:
         return optax.tree.bias_correction(mean, decay, count)
     ahead = optax.tree.bias_correction(mean, decay, optax.safe_increment(count))

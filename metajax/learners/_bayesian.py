@@ -1,4 +1,4 @@
-"""Amortised Bayesian meta-learning: the meta-parameters are a prior, and an inner loop infers a task's posterior."""
+"""Amortised Bayesian meta-learning: the meta-parameters are a prior, and an inner loop infers the task posterior."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from metajax.core._types import Aux, Examples, InnerProblem, Learner, Loss, Mode
 from metajax.learners._forward import Adapted, forward, masked, support_stats
 
 Average = Literal["probabilities", "outputs"]
-_PRECISION_RATE = 0.01  # of the exponential hyper-prior of precisions, as in the paper
+_PRECISION_RATE = 0.01  # rate of the exponential hyper-prior on precisions, as in the paper
 
 
 def bayesian(
@@ -35,9 +35,10 @@ def bayesian(
 ) -> Learner:
     """Amortised Bayesian meta-learning (Ravi and Beatson 2019); over low-rank adapters, ABMLL (Zhang et al. 2025).
 
-    The meta-parameters `{"mean", "log_scale"}` are the prior `p` of what adapts, a Gaussian of independent weights:
-    `mean` holds the parameters of `model`, `log_scale` the logarithms of standard deviations, with None for what does
-    not adapt. The posterior `q` of a task is of the same form, starts at the prior, and takes inner steps on
+    The meta-parameters `{"mean", "log_scale"}` are the prior `p` over the adapted weights: a Gaussian with independent
+    weights. `mean` holds the parameters of `model`. `log_scale` holds the logarithms of the standard deviations, with
+    None for leaves that do not adapt. The posterior `q` of a task has the same form. It starts at the prior and takes
+    inner steps on
 
         E_q[mean loss of the support set] + beta * KL(q || p)
 
@@ -45,41 +46,41 @@ def bayesian(
 
         E_q[mean loss of the query set] + beta * KL(q || p) - gamma * log h(p)
 
-    with the hyper-prior `h` of the first paper: standard normal means, precisions from Gamma(1, 0.01). Expectations are
-    means over weights drawn by reparameterisation from the key. Without a key all is deterministic: the mean stands for
-    the draws, and the log-scales stay those of the prior.
+    where `h` is the hyper-prior of the first paper: standard normal means, and precisions from Gamma(1, 0.01).
+    Expectations are means over weights drawn from the key by reparameterisation. Without a key everything is
+    deterministic: the mean replaces the draws, and the log-scales stay at their prior values.
 
-    `beta` and `gamma` are what the second paper adds to balance fidelity to the prior against reconstruction: the
-    divergence sums over weights, many more than the examples of a mean loss. There the mean and the scale of the
-    *product* of an adapter are each low-rank themselves; here the *leaves* of the adapter are Gaussian, and the inner
-    loop is that of the first paper.
+    The second paper adds `beta` and `gamma` to balance the prior against reconstruction, because the divergence sums
+    over all weights while the loss is a mean over examples. In that paper the mean and the scale of the *product* of
+    an adapter are each low-rank; here the *leaves* of the adapter are Gaussian, and the inner loop is the one of the
+    first paper.
 
     Args:
       model: a network with one output for each class (or the regression targets); `adapters.lora(...)` for ABMLL.
-      inner: the inner update rule of means and log-scales, any optax transform. With SGD of rate r the steps of a mean
-        are stable only where `r * beta < 2 * scale**2`.
+      inner: the inner update rule for means and log-scales, any optax transform. With SGD at rate r, the steps of a
+        mean are stable only if `r * beta < 2 * scale**2`.
       num_steps: inner steps, at least 1. `adapt(..., num_steps=)` takes another number, 0 included.
-      adapts: path regex or predicate, among the parameters of `model`, of what adapts and has a scale; None is all. The
-        rest is shared by all tasks, and is trained as other meta-parameters are.
-      beta: weight of the divergence. 1 / n is the evidence lower bound for n support examples; 0 leaves out the prior.
+      adapts: path regex or predicate over the parameters of `model`; it picks the leaves that adapt and have a scale.
+        None picks all. All tasks share the other leaves, which are trained like other meta-parameters.
+      beta: weight of the divergence. 1 / n gives the evidence lower bound for n support examples; 0 drops the prior.
       gamma: weight of the hyper-prior.
       scale: standard deviation of each weight in the prior that `init` makes.
       samples: draws of the weights in each inner step and in the outer loss.
       predict_samples: draws of the weights in `predict`.
-      average: what `predict` averages over draws: "probabilities", returned as logarithms, or "outputs"; None takes
-        probabilities where the loss of the task type is the cross-entropy.
+      average: what `predict` averages over draws: "probabilities", returned as logarithms, or "outputs". None means
+        "probabilities" if the loss of the task type is the cross-entropy, otherwise "outputs".
       task: the task type, None for classification.
-      loss: `(outputs, targets) -> [n]`, a negative log-likelihood up to constants, instead of that of the task type;
-        see `metajax.tasks.resolve`.
+      loss: `(outputs, targets) -> [n]`, a negative log-likelihood up to constants, instead of the loss of the task
+        type; see `metajax.tasks.resolve`.
 
     Returns:
-      A `Learner`. The `params` of what `adapt` returns are the posterior, `{"mean", "log_scale"}` like the prior, and
-      `mean` has every parameter of `model`. Statistics of the support set are taken under the mean.
+      A `Learner`. The `params` of the result of `adapt` are the posterior, `{"mean", "log_scale"}` like the prior, and
+      its `mean` has every parameter of `model`. Support statistics are computed with the weights at their mean.
 
     Raises:
-      ValueError: a part of another type, `num_steps`, `samples` or `predict_samples` below 1, a negative `beta` or
-        `gamma`, a `scale` of 0 or below, an unknown `average`, or (at trace time) `adapts` picks nothing, or a task
-        has more classes than the model has outputs.
+      ValueError: an argument has the wrong type, `num_steps`, `samples` or `predict_samples` is below 1, `beta` or
+        `gamma` is negative, `scale` is 0 or below, `average` is unknown, or (at trace time) `adapts` picks nothing, or
+        a task has more classes than the model has outputs.
 
     Source: Ravi and Beatson 2019, Amortized Bayesian Meta-Learning, ICLR, openreview.net/forum?id=rkgpy3C5tX; Zhang,
     Snell and Griffiths 2025, arXiv:2508.14285.
@@ -116,7 +117,7 @@ def bayesian(
         return {"mean": adapting(meta_params["mean"]), "log_scale": meta_params["log_scale"]}
 
     def drawn_outputs(adapted: Adapted, inputs: Any, *, mask: Any, key: Any, count: int) -> Any:
-        """Outputs `[count, n, ...]` of drawn weights; without a key `[1, n, ...]`, those of the mean."""
+        """Returns outputs `[count, n, ...]` for drawn weights; without a key `[1, n, ...]`, for the mean weights."""
 
         def outputs(key: Any) -> Any:
             weights_key, model_key = _keys.split(key, 2)
@@ -159,7 +160,7 @@ def bayesian(
     def outer_loss(adapted: Adapted, meta_params: Params, query: Examples, *, key: Any = None) -> tuple[jax.Array, Aux]:
         outputs = drawn_outputs(adapted, query.inputs, mask=query.mask, key=key, count=samples)
         value, prior = expected_loss(outputs, query), prior_of(meta_params)
-        # a task without a query weighs nothing, its divergence included
+        # a task without query examples has weight 0, its divergence included
         weight = jnp.any(_losses.kept_examples(resolved, query)).astype(value.dtype)
         if beta:
             value += weight * beta * _divergence(prior_of(adapted.params), prior)
@@ -171,7 +172,7 @@ def bayesian(
 
 
 def _draw(gaussian: Params, key: Any) -> Params:
-    """Weights from a Gaussian; its mean without a key."""
+    """Draws weights from a Gaussian; returns its mean if there is no key."""
     mean = gaussian["mean"]
     if key is None:
         return mean
@@ -180,10 +181,10 @@ def _draw(gaussian: Params, key: Any) -> Params:
 
 
 def _divergence(q: Params, p: Params) -> jax.Array:
-    """KL(q || p) of two Gaussians of independent weights."""
+    """Computes KL(q || p) of two Gaussians with independent weights."""
 
     def of_leaf(q_mean: jax.Array, q_log: jax.Array, p_mean: jax.Array, p_log: jax.Array) -> jax.Array:
-        # expm1: near the prior the variances' part is a small difference of numbers close to 1
+        # expm1: near the prior, the variance term is a small difference of numbers close to 1
         wider = q_log - p_log
         moved = (q_mean - p_mean) * jnp.exp(-p_log)
         return jnp.sum(0.5 * jnp.expm1(2 * wider) - wider + 0.5 * jnp.square(moved))
@@ -192,20 +193,20 @@ def _divergence(q: Params, p: Params) -> jax.Array:
 
 
 def _hyper_prior(p: Params) -> jax.Array:
-    """The negative logarithm of the density of a prior, up to a constant: N(0, 1) means, Gamma(1, 0.01) precisions."""
+    """Computes the negative log density of a prior, up to a constant: N(0, 1) means, Gamma(1, 0.01) precisions."""
     means = 0.5 * optax.tree.norm(p["mean"], squared=True)
     return means + optax.tree.sum(jax.tree.map(lambda s: _PRECISION_RATE * jnp.sum(jnp.exp(-2 * s)), p["log_scale"]))
 
 
 def _average(average: Average, outputs: Any) -> Any:
-    """One output of `[count, n, ...]`: a single one as it is."""
+    """Averages outputs `[count, n, ...]` over the draws; a single draw is returned unchanged."""
 
     def of_leaf(leaf: jax.Array) -> jax.Array:
         if leaf.shape[0] == 1:
             return leaf[0]
         if average == "outputs":
             return jnp.mean(leaf, axis=0)
-        # logarithms all the way: the probability of an absent class is 0 in floating point, its logit finite
+        # stays in logarithms: the probability of an absent class is 0 in floating point, but its logit is finite
         return jax.nn.logsumexp(jax.nn.log_softmax(leaf), axis=0) - math.log(leaf.shape[0])
 
     return jax.tree.map(of_leaf, outputs)

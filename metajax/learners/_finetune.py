@@ -10,7 +10,7 @@ import optax
 
 from metajax import tasks
 from metajax.core import _inner, _losses, _validate
-from metajax.core._types import Examples, InnerProblem, Learner, Loss, Model, Params, TaskType
+from metajax.core._types import Examples, Features, InnerProblem, Learner, Loss, Model, Params, TaskType
 from metajax.learners._forward import Adapted, forward, masked, query_loss
 from metajax.learners._metric import class_means, cosine
 
@@ -37,7 +37,7 @@ def _apply_head(head: Head, params: dict[str, jax.Array], features: jax.Array) -
 
 
 def pretrain(
-    model: Model,
+    model: Features,
     num_classes: int | None = None,
     *,
     head: Head = "linear",
@@ -46,18 +46,19 @@ def pretrain(
 ) -> Learner:
     """Ordinary supervised training on all base classes with global labels, as a learner that does not adapt.
 
-    Feed it `metajax.data.batches(source, size, seed)`. Its meta-parameters are `{"backbone", "head"}`, which
-    `finetune` takes as they are.
+    Train it on `metajax.data.batches(source, size, seed)`. Its meta-parameters are `{"backbone", "head"}`; `finetune`
+    takes them unchanged.
 
     Args:
       model: a network from inputs to features `[n, d]`.
-      num_classes: base classes; None adds no head, and the outputs of `model` are the predictions (regression).
+      num_classes: number of base classes; None adds no head, and the outputs of `model` are the predictions
+        (regression).
       head: "linear" (Baseline) or "cosine" (Baseline++: weights and features normalised).
       task: the task type, None for classification.
-      loss: `(outputs, targets) -> [n]`, instead of that of the task type; see `metajax.tasks.resolve`.
+      loss: `(outputs, targets) -> [n]`, instead of the loss of the task type; see `metajax.tasks.resolve`.
 
     Raises:
-      ValueError: a part of another type, an unknown head, or `num_classes` below 1.
+      ValueError: an argument has the wrong type, the head is unknown, or `num_classes` is below 1.
 
     Source: Chen et al. 2019, A Closer Look at Few-shot Classification, arXiv:1904.04232.
 
@@ -94,7 +95,7 @@ def pretrain(
 
 
 def finetune(
-    model: Model,
+    model: Features,
     inner: optax.GradientTransformation,
     num_steps: int = 100,
     *,
@@ -108,17 +109,16 @@ def finetune(
       model: a network from inputs to features `[n, d]`.
       inner: the update rule of the head, any optax transform.
       num_steps: steps for each task, at least 1.
-      head: "linear", started at zero, or "cosine", started at the class means of the support set.
-      ways: number of classes where episodes carry no class mask.
+      head: "linear", which starts at zero, or "cosine", which starts at the class means of the support set.
+      ways: number of classes if episodes carry no class mask.
       loss: `(outputs, targets) -> [n]`, instead of the cross-entropy.
 
     Returns:
-      A `Learner` whose meta-parameters are `{"backbone"}`; those of `pretrain` fit, their head is not used. It has
-      no inner problem in the sense of the contract, since the backbone does not adapt: `hypergrad` estimators
-      differentiate the whole fit.
+      A `Learner` with the meta-parameters `{"backbone"}`. It also accepts those of `pretrain` and ignores their head.
+      Its `problem` is None, because the backbone does not adapt; `hypergrad` estimators differentiate the whole fit.
 
     Raises:
-      ValueError: a part of another type, an unknown head, or `num_steps` below 1.
+      ValueError: an argument has the wrong type, the head is unknown, or `num_steps` is below 1.
 
     Source: Chen et al. 2019, A Closer Look at Few-shot Classification, arXiv:1904.04232.
 
@@ -148,7 +148,7 @@ def finetune(
         logits = _apply_head(head, params, features.inputs)
         return _losses.mean_loss(task, masked(logits, features.class_mask), features)
 
-    # The inner problem of the head alone: its support set holds features, so the backbone runs once a task.
+    # The inner problem of the head alone. Its support set holds features, so the backbone runs once for each task.
     head_problem = InnerProblem(
         head_init, head_loss, lambda meta_params: inner, num_steps, lambda params, meta_params, features, key: params
     )

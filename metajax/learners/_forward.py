@@ -1,4 +1,4 @@
-"""Calling a model with what it needs, and masking what it says."""
+"""Calls a model with the arguments it needs, and masks its outputs."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ class Adapted(NamedTuple):
 
     Attributes:
       params: parameters of the model (the base is shared, not copied).
-      class_mask: `[ways]` bool or None, the classes that the task has.
+      class_mask: `[ways]` bool or None; the classes that the task has.
       stats: statistics of the support set, or None.
-      head: what the learner put on top of the model: prototypes, a task's linear head, or None.
+      head: what the learner adds on top of the model, such as prototypes or a task's linear head; or None.
+
+    >>> Adapted._fields
+    ('params', 'class_mask', 'stats', 'head')
     """
 
     params: Params
@@ -30,7 +33,7 @@ class Adapted(NamedTuple):
 def forward(
     model: Model, params: Params, inputs: Any, *, mask: Any = None, key: Any = None, stats: Any = None
 ) -> tuple[Any, Any]:
-    """Returns `(outputs, stats)`; stats is None where the model keeps none. What stands in padding is not seen."""
+    """Returns `(outputs, stats)`; stats is None if the model keeps none. Inputs in padding are cleared first."""
     available = {"mask": mask, "key": key, "stats": stats}
     unknown = [name for name in model.needs if name not in available]
     if unknown:
@@ -41,19 +44,19 @@ def forward(
 
 
 def support_stats(model: Model, params: Params, support: Examples, key: Any) -> Any:
-    """Statistics of the support set under `params`, or None where the model keeps none."""
+    """Returns statistics of the support set under `params`, or None if the model keeps none."""
     if "stats" not in model.needs:
         return None
     return forward(model, params, support.inputs, mask=support.mask, key=key)[1]
 
 
 def masked(outputs: Any, class_mask: Array | None) -> Any:
-    """Outputs with the absent classes masked; structured and regression outputs pass through."""
+    """Masks the outputs of absent classes; structured and regression outputs pass through."""
     return outputs if class_mask is None else _losses.mask_classes(outputs, class_mask)
 
 
 def query_loss(predict: Callable[..., Any], task: TaskType) -> Callable[..., tuple[jax.Array, Aux]]:
-    """The `outer_loss` of a learner: the mean loss of what it predicts for the kept query examples."""
+    """Makes the `outer_loss` of a learner: the mean loss of its predictions for the kept query examples."""
 
     def outer_loss(adapted: Any, meta_params: Params, query: Examples, *, key: Any = None) -> tuple[jax.Array, Aux]:
         del meta_params

@@ -1,8 +1,8 @@
-"""Few-shot prompting: the support set stands in front of the query as text, and no weight changes."""
+"""Few-shot prompting: the model reads the support set as text before the query, and no weight changes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,55 +11,56 @@ import numpy as np
 
 from metajax import tasks
 from metajax.core import _losses, _validate
-from metajax.core._types import Array, Examples, Learner, Loss, Model, Params
+from metajax.core._types import Array, Examples, Features, Learner, Loss, Model, Params
 from metajax.learners._forward import Adapted, masked, query_loss
-from metajax.models._decoder import last_kept
-from metajax.models._generate import continued
+from metajax.models import continued, last_kept
 
 _Text = tuple[jax.Array, jax.Array]  # tokens and mask, both [n, length]
 
 
 def in_context(
-    model: Model,
+    model: Features,
     *,
     labels: Any,
-    separator: Sequence[int] = (),
-    end: Sequence[int] = (),
-    content_free: Sequence[int] | None = None,
+    separator: str | Sequence[int] = (),
+    end: str | Sequence[int] = (),
+    content_free: str | Sequence[int] | None = None,
+    encode: Callable[[str], Sequence[int]] | None = None,
     loss: Loss | None = None,
 ) -> Learner:
-    """In-context learning (Brown et al. 2020): a language model reads the support set, and names the class of a query.
+    """In-context learning (Brown et al. 2020): a language model reads the support set and names the class of a query.
 
-    `adapt` reads the demonstrations, `[text, separator, label, end]` of one kept support example after the other, once:
-    a task's adaptation is their keys and values. `predict` gives the log-probability of each label behind
-    `[demonstrations, text, separator]`. Padding takes no position, so that neither results nor positions depend on it;
-    the order of the support set counts, as words in a text do.
+    `adapt` reads the demonstrations once. A demonstration is `[text, separator, label, end]`, one for each kept support
+    example, in order. The adaptation of a task is their keys and values. `predict` returns the log-probability of each
+    label after `[demonstrations, text, separator]`. Padding takes no position, so neither results nor positions depend
+    on it. The order of the support set matters, like the order of words in a text.
 
-    Meta-training it is MetaICL (Min et al. 2022), with all parameters or with adapters:
-    `outer_update(in_context(lora(model), labels=...), optax.adam(1e-4), hypergrad=unrolled(), trainable="lora")`. The
-    loss is by default that of the label among the classes; the paper's, among all tokens, is
+    Meta-training this learner is MetaICL (Min et al. 2022), with all parameters or with adapters:
+    `outer_update(in_context(lora(model), labels=...), optax.adam(1e-4), hypergrad=unrolled(), trainable="lora")`. By
+    default the loss is the cross-entropy of the label among the classes. The loss of the paper, among all tokens, is
     `loss=lambda outputs, targets: -outputs[jnp.arange(len(targets)), targets]`.
 
     Args:
       model: `models.decoder` with `outputs="tokens"`, also with adapters. Inputs are int32 `[n, length]`, or
         `{"tokens", "mask"}` as `data.text` gives them.
-      labels: what classes are called, int32 `[classes]` or `[classes, k]`, where a negative number is padding behind a
-        label. Class c of an episode is `labels[c]`: words with a meaning where its classes are always the same, and
-        else any words, such as letters.
+      labels: names of the classes, int32 `[classes]` or `[classes, k]`; negative numbers are padding after a label.
+        Class c of an episode is `labels[c]`. Use meaningful words if the classes are always the same; otherwise use any
+        words, such as letters.
       separator: tokens between a text and its label, such as those of " =>".
-      end: tokens behind a demonstration, such as those of a blank line.
-      content_free: tokens of a text that says nothing, such as those of "N/A". The log-probabilities of the labels
-        behind it are subtracted, so that it has no class that it prefers (contextual calibration, Zhao et al. 2021).
+      end: tokens after a demonstration, such as those of a blank line.
+      content_free: tokens of a text without content, such as those of "N/A". The log-probabilities of the labels after
+        this text are subtracted, so that it favours no class (contextual calibration, Zhao et al. 2021).
+      encode: `(text) -> tokens`; with it, all of these may be texts: labels `["A", "B"]`, a separator `" =>"`.
       loss: `(outputs, targets) -> [n]`, instead of the cross-entropy.
 
     Returns:
-      A `Learner` without an inner problem. Outputs are `[n, classes]`. A class without a support example has its
-      log-probability as others have; one that the episode's class mask denies gets a large negative logit.
+      A `Learner` without an inner problem. Outputs are `[n, classes]`. Classes without support examples are scored
+      normally; classes masked out by the class mask of the episode get a large negative logit.
 
     Raises:
-      ValueError: a part of another type, labels that are no tokens or two that are the same, without `content_free` a
-        label that begins with another and so is never likelier, other arguments that are no tokens, or (where it
-        adapts) a model without a cache or a task with more classes than labels.
+      ValueError: an argument has the wrong type; labels are not tokens, or two are the same; a label begins with
+        another one and `content_free` is missing, so the longer one is never more likely; another argument does not
+        hold tokens; or (in `adapt`) the model has no cache, or a task has more classes than there are labels.
 
     Source: Brown et al. 2020, arXiv:2005.14165; Min et al. 2022, arXiv:2110.15943; Zhao et al. 2021, arXiv:2102.09690.
 
@@ -73,9 +74,9 @@ def in_context(
     """
     _validate.instance("model", model, Model)
     task = tasks.resolve(tasks.classification, loss)
-    names = _labels(labels)
-    before_label, after_label = _tokens("separator", separator), _tokens("end", end)
-    blank = None if content_free is None else _tokens("content_free", content_free)
+    names = _labels(_encoded_labels(labels, encode))
+    before_label, after_label = _tokens("separator", separator, encode), _tokens("end", end, encode)
+    blank = None if content_free is None else _tokens("content_free", content_free, encode)
     if blank is None:
         _check_beginnings(names)
     if blank is not None and not len(blank) + len(before_label):
@@ -85,10 +86,10 @@ def in_context(
     largest = max(int(part.max()) for part in said)
 
     def scores(params: Params, cache: Any, texts: _Text) -> jax.Array:
-        """Log-probabilities `[n, classes]` of the labels behind texts that continue `cache`."""
+        """Returns log-probabilities `[n, classes]` of the labels after texts that continue `cache`."""
         tokens, mask = _joined(texts, before_label)
         n, length = tokens.shape
-        # labels of one token need no row of their own: nothing of a label is read before its last token
+        # labels of one token need no row each: the model reads no token of a label before the last one
         rows = 1 if width == 1 else classes
         known = jnp.tile(names[:rows, :-1], (n, 1))
         tokens, mask = (jnp.repeat(part, rows, axis=0) for part in (tokens, mask))
@@ -134,7 +135,7 @@ def in_context(
 
 
 def _labels(labels: Any) -> np.ndarray:
-    """Labels as `[classes, k]`, where a negative number is padding."""
+    """Returns labels as `[classes, k]`; negative numbers are padding."""
     try:
         names = np.asarray(labels)
     except ValueError as error:
@@ -151,7 +152,7 @@ def _labels(labels: Any) -> np.ndarray:
 
 
 def _check_beginnings(names: np.ndarray) -> None:
-    """A label that begins with another is never likelier, unless a text that says nothing is the measure of both."""
+    """Refuses a label that begins with another: it is never more likely, unless `content_free` calibrates both."""
     rows = [tuple(row[row >= 0].tolist()) for row in names]
     for short in rows:
         for row in rows:
@@ -162,7 +163,20 @@ def _check_beginnings(names: np.ndarray) -> None:
                 )
 
 
-def _tokens(name: str, tokens: Sequence[int]) -> np.ndarray:
+def _encoded_labels(labels: Any, encode: Callable[[str], Sequence[int]] | None) -> Any:
+    """Encodes text labels as tokens padded to one length, with a leading space if that gives any tokens."""
+    if encode is None or not all(isinstance(label, str) for label in labels):
+        return labels
+    known = [list(encode(f" {label}") or encode(label)) for label in labels]
+    width = max(map(len, known), default=0)
+    return [[*label, *[-1] * (width - len(label))] for label in known]
+
+
+def _tokens(name: str, tokens: str | Sequence[int], encode: Callable[[str], Sequence[int]] | None) -> np.ndarray:
+    if isinstance(tokens, str):
+        if encode is None:
+            raise ValueError(f"encode must be given where {name} is a text, got None for {tokens!r}")
+        tokens = encode(tokens)
     array = np.asarray(tokens)
     array = array if array.size else array.astype(np.int32)
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer) or np.any(array < 0):
@@ -171,14 +185,14 @@ def _tokens(name: str, tokens: Sequence[int]) -> np.ndarray:
 
 
 def _texts(inputs: Any, mask: Array | None) -> _Text:
-    """The tokens of examples, and which of them are kept: none of an example that is padding."""
+    """Returns the tokens of examples and which of them are kept; padding examples keep none."""
     inputs = inputs if isinstance(inputs, dict) else {"tokens": inputs}
     tokens = jnp.asarray(inputs["tokens"])
     return _losses.clear_padding((tokens, jnp.asarray(inputs.get("mask", jnp.ones(tokens.shape, bool)), bool)), mask)
 
 
 def _joined(texts: _Text, *parts: Any) -> _Text:
-    """Texts with more tokens behind: the same ones `[k]` behind each, or a pair of tokens and mask `[n, k]`."""
+    """Appends tokens to texts: the same `[k]` to each text, or a pair of tokens and mask `[n, k]`."""
     n = len(texts[0])
     pairs = [
         part if isinstance(part, tuple) else (jnp.tile(part, (n, 1)), jnp.ones([n, len(part)], bool)) for part in parts

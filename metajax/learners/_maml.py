@@ -1,4 +1,4 @@
-"""Model-agnostic meta-learning: the meta-parameters are the start of an inner loop."""
+"""Model-agnostic meta-learning: the meta-parameters are the starting point of an inner loop."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ def maml(
     """MAML (Finn et al. 2017): the meta-parameters are those of `model`, and an inner loop adapts them.
 
     FOMAML is this learner with the estimator `first_order()`. ANIL (Raghu et al. 2020) is `adapts="head"`.
-    With a model whose normalisation uses support statistics, these are taken from the support set under the
-    adapted parameters, so that predictions are inductive.
+    If the normalisation of the model uses support statistics, they are computed from the support set under the adapted
+    parameters, so that predictions are inductive.
 
     Args:
       model: a network with one output for each class (or the regression targets).
-      inner: the inner update rule, any optax transform. The loss is a mean over support examples: a rate from
-        code that sums the loss over classes must be multiplied by the number of classes.
+      inner: the inner update rule, any optax transform. The loss is a mean over support examples. Multiply a rate
+        taken from code that sums the loss over classes by the number of classes.
       num_steps: inner steps, at least 1. `adapt(..., num_steps=)` takes another number, 0 included.
-      adapts: path regex or predicate of the parameters that adapt; None adapts all.
+      adapts: path regex or predicate that picks the parameters that adapt; None adapts all.
       proximal: weight of `0.5 * |params - meta_params|^2` in the inner loss (Rajeswaran et al. 2019).
       task: the task type, None for classification.
-      loss: `(outputs, targets) -> [n]`, instead of that of the task type; see `metajax.tasks.resolve`.
+      loss: `(outputs, targets) -> [n]`, instead of the loss of the task type; see `metajax.tasks.resolve`.
 
     Returns:
-      A `Learner`. Where every support example is masked, the inner gradient is zero and nothing adapts. A NaN in
-      a kept example gives a NaN loss; in a padding example it has no effect.
+      A `Learner`. If every support example is masked, the inner gradient is zero and nothing adapts. A NaN in a kept
+      example gives a NaN loss; a NaN in padding has no effect.
 
     Raises:
-      ValueError: a part of another type, `num_steps` is below 1, `proximal` is negative, or (at trace time)
+      ValueError: an argument has the wrong type, `num_steps` is below 1, `proximal` is negative, or (at trace time)
         `adapts` picks nothing, or a task has more classes than the model has outputs.
 
     Source: Finn, Abbeel and Levine 2017, arXiv:1703.03400.
@@ -78,20 +78,20 @@ def reptile(
 ) -> Learner:
     """Reptile (Nichol et al. 2018): an inner loop over minibatches of the support set.
 
-    Meta-train it with the estimator `displacement()`, and with more shots than it will be evaluated on.
+    Meta-train it with the estimator `displacement()`, and with more shots than in evaluation.
 
     Args:
       model: a network with one output for each class (or the regression targets).
       inner: the inner update rule, any optax transform; the paper uses Adam without momentum (`b1=0`).
       num_steps: inner steps, at least 1.
-      batch_size: examples of the support set in an inner step, drawn anew in each step without replacement among
-        the kept ones; None takes the whole set, and so does a call without a key.
-      adapts: path regex or predicate of the parameters that adapt; None adapts all.
+      batch_size: number of support examples in each inner step, drawn anew in each step without replacement from the
+        kept ones. None uses the whole set, and so does a call without a key.
+      adapts: path regex or predicate that picks the parameters that adapt; None adapts all.
       task: the task type, None for classification.
-      loss: `(outputs, targets) -> [n]`, instead of that of the task type; see `metajax.tasks.resolve`.
+      loss: `(outputs, targets) -> [n]`, instead of the loss of the task type; see `metajax.tasks.resolve`.
 
     Raises:
-      ValueError: a part of another type, `num_steps` or `batch_size` is below 1.
+      ValueError: an argument has the wrong type, or `num_steps` or `batch_size` is below 1.
 
     Source: Nichol, Achiam and Schulman 2018, arXiv:1803.02999.
 
@@ -121,13 +121,13 @@ def gradient_learner(
     network: Callable[[Params], Params] = lambda meta_params: meta_params,
     init: Callable[..., Params] | None = None,
 ) -> Learner:
-    """A learner whose inner loop runs over parameters of `model`, from where the meta-parameters say.
+    """A learner whose inner loop updates parameters of `model`, starting from those that the meta-parameters give.
 
     Args:
       model, num_steps, adapts, task, proximal, batch_size: as for `maml` and `reptile`.
       rule: `(meta_params) -> optax transform`, the inner update rule.
-      network: `(meta_params) -> params` of the model, which the loop starts from.
-      init: of the learner; None is that of the model.
+      network: `(meta_params) -> params` of the model, where the loop starts.
+      init: the `init` of the learner; None uses the one of the model.
     """
     _validate.instance("model", model, Model)
     _validate.positive_int("num_steps", num_steps)
@@ -169,7 +169,7 @@ def gradient_learner(
 
 
 def _minibatch(support: Examples, size: int, key: jax.Array) -> Examples:
-    """Draws `size` of the kept examples without replacement; all of them where there are fewer."""
+    """Draws `size` of the kept examples without replacement, or all of them if there are fewer."""
     scores = jax.random.uniform(key, support.mask.shape)
     rows = jnp.argsort(jnp.where(support.mask, scores, 2.0))[: min(size, support.mask.shape[0])]
     inputs, targets, mask = jax.tree.map(lambda leaf: leaf[rows], (support.inputs, support.targets, support.mask))

@@ -1,4 +1,4 @@
-"""MAML with learned inner rates: how far each weight moves in a task is meta-learned beside where it starts."""
+"""MAML with learned inner rates: both the start of each weight and its step size are meta-learned."""
 
 from __future__ import annotations
 
@@ -31,30 +31,30 @@ def meta_sgd(
     """Meta-SGD (Li et al. 2017), and the rates of MAML++ (Antoniou et al. 2019): MAML that learns inner rates.
 
     The meta-parameters are `{"backbone", "rates"}`: the parameters of `model`, and a rate for each weight that adapts
-    (`per="weight"`, Meta-SGD), or one for each array (`per="array"`); with `each_step`, other ones in every inner step
-    (`per="array", each_step=True` is LSLR of MAML++; blocks of a transformer, which are arrays together, share theirs).
-    Rates are free numbers: where moving a weight does not help on the query set, its rate goes to zero, or below. They
-    are trained by every estimator that differentiates the update rule, `first_order()` and `sama()` included, and stay
-    as they are with `displacement()` and `implicit()`.
+    (`per="weight"`, Meta-SGD) or for each array (`per="array"`). With `each_step`, every inner step has its own rates
+    (`per="array", each_step=True` is LSLR of MAML++; transformer blocks are stacked in one array, so they share rates).
+    Rates are unconstrained: if moving a weight does not help on the query set, its rate goes to zero or below. Every
+    estimator that differentiates the update rule trains the rates, `first_order()` and `sama()` included;
+    `displacement()` and `implicit()` leave them unchanged.
 
     Args:
       model: a network with one output for each class (or the regression targets).
-      rate: what each rate starts at, above 0.
-      num_steps: inner steps, at least 1. `adapt(..., num_steps=)` takes another number; steps beyond those that have
-        rates of their own take the last ones.
+      rate: initial value of each rate, above 0.
+      num_steps: inner steps, at least 1. `adapt(..., num_steps=)` takes another number; steps beyond the last one with
+        its own rates use the last rates.
       per: "weight" or "array".
-      each_step: whether every inner step has rates of its own.
+      each_step: whether every inner step has its own rates.
       inner: the rule whose updates are multiplied by the rates; None is plain gradient descent, `optax.sgd(1.0)`.
-      adapts: path regex or predicate of the parameters of `model` that adapt and have rates; None is all.
+      adapts: path regex or predicate that picks the parameters of `model` that adapt and have rates; None picks all.
       task: the task type, None for classification.
-      loss: `(outputs, targets) -> [n]`, instead of that of the task type; see `metajax.tasks.resolve`.
+      loss: `(outputs, targets) -> [n]`, instead of the loss of the task type; see `metajax.tasks.resolve`.
 
     Returns:
-      A `Learner`. The rest is as for `maml`.
+      A `Learner`. It behaves like `maml` otherwise.
 
     Raises:
-      ValueError: a part of another type, a `rate` of 0 or below, `num_steps` below 1, another `per`, or (at trace time)
-        `adapts` picks nothing, or a task has more classes than the model has outputs.
+      ValueError: an argument has the wrong type, `rate` is 0 or below, `num_steps` is below 1, `per` is unknown, or (at
+        trace time) `adapts` picks nothing, or a task has more classes than the model has outputs.
 
     Source: Li, Zhou, Chen and Li 2017, arXiv:1707.09835; Antoniou, Edwards and Storkey 2019, How to train your MAML,
     arXiv:1810.09502.

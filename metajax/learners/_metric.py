@@ -9,16 +9,16 @@ import jax.numpy as jnp
 
 from metajax import tasks
 from metajax.core import _losses, _validate
-from metajax.core._types import Examples, Learner, Loss, Model, Params
+from metajax.core._types import Examples, Features, Learner, Loss, Model, Params
 from metajax.learners._forward import Adapted, forward, masked, query_loss
 
 Distance = Literal["euclidean", "cosine", "centred_cosine"]
 _SCALES = {"euclidean": 1.0, "cosine": 10.0, "centred_cosine": 10.0}
-_TINY = 1e-12  # keeps the gradient of a norm finite at zero; float32 holds it, which norms are taken in
+_TINY = 1e-12  # keeps the gradient of a norm finite at zero; representable in float32, in which norms are computed
 
 
 def prototypical(
-    model: Model,
+    model: Features,
     *,
     distance: Distance = "euclidean",
     scale: float | None = None,
@@ -27,25 +27,25 @@ def prototypical(
 ) -> Learner:
     """Prototypical networks (Snell et al. 2017): a class is the mean of its support features.
 
-    Logits are `-scale * |feature - prototype|^2` (Euclidean) or `scale * cos(feature, prototype)`. What the features of
-    a pretrained encoder all have in common makes cosines alike; centred, they are taken about the mean of the task's
-    prototypes (SimpleShot takes the mean of the base classes). The learner takes any number of ways and shots, also
-    other ones than it was trained on.
+    Logits are `-scale * |feature - prototype|^2` (Euclidean) or `scale * cos(feature, prototype)`. Features of a
+    pretrained encoder have a common component that makes all cosines similar. "centred_cosine" first subtracts the mean
+    of the task's prototypes (SimpleShot subtracts the mean of the base classes). The learner takes any number of ways
+    and shots, also other numbers than in training.
 
     Args:
       model: a network from inputs to features `[n, d]`.
       distance: "euclidean", "cosine" or "centred_cosine".
       scale: multiplies the logits; by default 1 for Euclidean and 10 for cosines.
-      ways: number of classes where episodes carry no class mask.
+      ways: number of classes if episodes carry no class mask.
       loss: `(outputs, targets) -> [n]`, instead of the cross-entropy.
 
     Returns:
       A `Learner` without an inner problem. A class without a kept support example is absent: it gets a large
-      negative logit. Without any kept support example all classes are absent and predictions mean nothing.
+      negative logit. Without any kept support example all classes are absent and predictions are meaningless.
 
     Raises:
-      ValueError: a part of another type, an unknown distance, a scale that is not positive, or (under
-        jit) an unknown number of ways.
+      ValueError: an argument has the wrong type, the distance is unknown, the scale is not positive, or (under jit)
+        the number of ways is unknown.
 
     Source: Snell, Swersky and Zemel 2017, Prototypical Networks for Few-shot Learning, arXiv:1703.05175; Wang et al.
     2019, SimpleShot, arXiv:1911.04623.
@@ -84,7 +84,7 @@ def prototypical(
 
 
 def class_means(features: jax.Array, support: Examples, num_classes: int) -> tuple[jax.Array, jax.Array]:
-    """Means `[ways, d]` of the kept features of each class, and which classes are present `[ways]`."""
+    """Returns the means `[ways, d]` of the kept features of each class, and which classes are present `[ways]`."""
     kept = _losses.kept_examples(tasks.classification, support)
     features = jnp.where(kept[:, None], features, 0)
     member = jax.nn.one_hot(support.targets, num_classes, dtype=features.dtype) * kept[:, None]
@@ -100,12 +100,12 @@ def _euclidean(features: jax.Array, prototypes: jax.Array) -> jax.Array:
 
 
 def cosine(features: jax.Array, prototypes: jax.Array) -> jax.Array:
-    """Cosines `[n, ways]` between `[n, d]` and `[ways, d]`; 0 for a zero vector."""
+    """Computes cosines `[n, ways]` between `[n, d]` and `[ways, d]`; 0 for a zero vector."""
     return unit(features) @ unit(prototypes).T
 
 
 def unit(vectors: jax.Array) -> jax.Array:
-    """Vectors `[..., d]` of length 1; a zero vector stays zero.
+    """Scales vectors `[..., d]` to length 1; a zero vector stays zero.
 
     >>> unit(jnp.array([[3.0, 4.0], [0.0, 0.0]])).round(3).tolist()
     [[0.6000000238418579, 0.800000011920929], [0.0, 0.0]]

@@ -1,4 +1,4 @@
-"""Attention of all transformers here."""
+"""Attention shared by all transformers of this package."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ import jax.numpy as jnp
 
 
 def heads_of(values: jax.Array, size: int) -> jax.Array:
-    """`[n, length, heads * size]` as `[n, length, heads, size]`.
+    """Reshapes `[n, length, heads * size]` to `[n, length, heads, size]`.
 
     >>> heads_of(jnp.ones([2, 5, 32]), 8).shape
     (2, 5, 4, 8)
     """
-    return values.reshape(*values.shape[:-1], values.shape[-1] // size, size)  # also of no texts, where -1 is unknown
+    return values.reshape(*values.shape[:-1], values.shape[-1] // size, size)  # works for n = 0, where -1 is unknown
 
 
 def attend(
     query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None, *, causal: bool = False
 ) -> jax.Array:
-    """Scaled dot-product attention, through `jax.nn.dot_product_attention`.
+    """Computes scaled dot-product attention with `jax.nn.dot_product_attention`.
 
     Args:
       query: `[n, length, heads, size]`.
-      key: `[n, more + length, kv_heads, size]`, where `more` positions stand in front that every query sees, such as
-        a learned prefix; `kv_heads` divides `heads`.
-      value: as `key`.
-      mask: `[n, length]` bool, False for padding, which no query sees; None sees all. A longer one is of the last of
-        the positions in front too.
-      causal: whether a query sees what stands before it alone, and itself.
+      key: `[n, more + length, kv_heads, size]`; the `more` positions in front, such as a learned prefix, are visible to
+        every query. `kv_heads` divides `heads`.
+      value: the same shape as `key`.
+      mask: `[n, length]` bool, False for padding, which no query sees; None means no padding. A longer mask also covers
+        the last of the positions in front.
+      causal: whether a query sees only itself and earlier positions.
 
     Returns:
       `[n, length, heads * size]`.

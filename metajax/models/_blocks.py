@@ -1,4 +1,4 @@
-"""What transformers share: a stack of blocks that is one scan, a prompt in front of texts, layer normalisation."""
+"""Parts shared by transformers: a stack of blocks as one scan, a prompt before texts, layer normalisation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Remat = bool | Literal["example"]
 
 
 def stacked(block: Callable[..., nnx.Module], depth: int, rngs: nnx.Rngs) -> Any:
-    """`depth` blocks as one module, every leaf with a leading axis of blocks; `block(rngs=)` makes one.
+    """Makes `depth` blocks as one module; each leaf has a leading axis of blocks. `block(rngs=)` makes one block.
 
     >>> blocks = stacked(lambda rngs: nnx.Linear(3, 3, rngs=rngs), 2, nnx.Rngs(0))
     >>> blocks.kernel.shape
@@ -30,7 +30,7 @@ def stacked(block: Callable[..., nnx.Module], depth: int, rngs: nnx.Rngs) -> Any
 
 
 def check_remat(remat: Any) -> None:
-    """Raises ValueError for what is no `Remat`."""
+    """Raises ValueError if `remat` is not a `Remat`."""
     if not isinstance(remat, bool) and remat != "example":
         raise ValueError(f"remat must be True, False or 'example', got {remat!r}")
 
@@ -44,19 +44,19 @@ def scanned(
     beside: Any = None,
     each: Any = None,
 ) -> tuple[jax.Array, Any]:
-    """Sends values through a stack of blocks, one after the other, in a program of the size of one.
+    """Applies a stack of blocks one after the other; the program has the size of one block.
 
     Args:
-      blocks: what `stacked` gives.
-      values: what comes in, `[n, ...]`.
-      call: `(block, values, beside, own) -> (values, out)`, all with an axis of examples in front.
-      remat: whether the backward pass computes each block once more; "example": examples go through
-        it one after the other.
-      beside: leaves `[n, ...]`, of which all blocks get the same, or None.
-      each: leaves `[depth, ...]`, of which each block gets its `own`, or None.
+      blocks: the result of `stacked`.
+      values: the input, `[n, ...]`.
+      call: `(block, values, beside, own) -> (values, out)`, all with a leading axis of examples.
+      remat: whether the backward pass recomputes each block; "example" also sends the examples through a block one
+        after the other.
+      beside: leaves `[n, ...]` that every block gets, or None.
+      each: leaves `[depth, ...]`, of which each block gets its `own` row, or None.
 
     Returns:
-      What comes out, and `out` of the blocks `[depth, ...]`.
+      The output of the last block, and `out` of all blocks `[depth, ...]`.
 
     >>> blocks = stacked(lambda rngs: nnx.Linear(3, 3, rngs=rngs), 2, nnx.Rngs(0))
     >>> def call(block, values, beside, own):
@@ -69,7 +69,7 @@ def scanned(
     def step(values: jax.Array, item: Any) -> tuple[jax.Array, Any]:
         params, own = item
 
-        if remat == "example":  # of a block, what came in is kept, and the rest of one example at a time
+        if remat == "example":  # keeps the input of each block, and recomputes the rest one example at a time
             return one_by_one(lambda example: call(nnx.merge(graph, params), *example), (values, beside, own))
         return call(nnx.merge(graph, params), values, beside, own)
 
@@ -77,8 +77,8 @@ def scanned(
 
 
 def one_by_one(call: Callable[[Any], Any], examples: Any) -> Any:
-    """`call` on each of the examples, leaves `[n, ...]`, alone: the backward pass keeps examples, and computes the rest
-    once more for one at a time.
+    """Applies `call` to each example alone; `examples` has leaves `[n, ...]`. The backward pass keeps the examples and
+    recomputes everything else, one example at a time.
 
     >>> one_by_one(lambda example: 2 * example, jnp.ones([4, 3])).shape
     (4, 3)
@@ -93,7 +93,7 @@ def one_by_one(call: Callable[[Any], Any], examples: Any) -> Any:
 
 
 def with_prompt(values: jax.Array, mask: Any, prompt: jax.Array | None) -> tuple[jax.Array, Any]:
-    """Embedded texts `[n, length, width]` and their mask, with the prompt `[k, width]`, if there is one, in front.
+    """Puts the prompt `[k, width]`, if there is one, before embedded texts `[n, length, width]` and their mask.
 
     >>> values, mask = with_prompt(jnp.ones([2, 5, 8]), None, jnp.ones([3, 8]))
     >>> values.shape, mask
@@ -109,9 +109,9 @@ def with_prompt(values: jax.Array, mask: Any, prompt: jax.Array | None) -> tuple
 
 @jax.custom_jvp
 def gelu(values: jax.Array) -> jax.Array:
-    """The exact GELU, `x P(X <= x)` for a standard normal X, with its derivatives written out.
+    """Computes the exact GELU, `x P(X <= x)` for a standard normal X, with explicit derivatives.
 
-    A backward pass keeps one array of it, and an inner loop takes an eighth of its time less than with
+    The backward pass keeps one array. An inner loop takes an eighth less time than with
     `jax.nn.gelu(approximate=False)`, whose erfc is slow on a CPU.
 
     Source: Hendrycks and Gimpel 2016, Gaussian Error Linear Units, arXiv:1606.08415.
@@ -140,7 +140,7 @@ def _density(values: jax.Array) -> jax.Array:
 
 
 def layer_norm(width: int, epsilon: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """A layer normalisation whose variance is that of the differences from the mean, which does not cancel.
+    """A layer normalisation that computes the variance from differences to the mean, which avoids cancellation.
 
     >>> layer_norm(8, 1e-6, nnx.Rngs(0))(jnp.arange(16.0).reshape(2, 8)).shape
     (2, 8)

@@ -1,4 +1,4 @@
-"""Logits of choices, from a model of single sequences."""
+"""Logits of choices, computed with a model of single sequences."""
 
 from __future__ import annotations
 
@@ -13,32 +13,33 @@ from metajax.core import _losses, _validate
 from metajax.core._types import Model, Params
 from metajax.models._blocks import one_by_one
 
-_LEAVES = ("tokens", "mask", "types")  # of each choice; whatever else stands beside them is one for all
+_LEAVES = ("tokens", "mask", "types")  # one row for each choice; any other leaf is shared by all choices
 
 
 def score_choices(model: Model, *, length_normalised: bool = True, remat: bool = False) -> Model:
-    """A `Model` of multiple-choice questions (`data.multiple_choice`), from one that reads a single sequence.
+    """Makes a `Model` for multiple-choice questions (`data.multiple_choice`) from a model of single sequences.
 
-    A language model scores a choice by the log-likelihood of its tokens after the prompt (the mean over its tokens, so
-    that long choices are not at a loss). A model with one output a sequence, such as an encoder's head, scores it by
-    that output. The scores are logits: cross-entropy trains both, and every learner and adapter takes the result.
+    A language model scores a choice by the log-likelihood of its tokens after the prompt, as a mean over its tokens so
+    that long choices have no disadvantage. A model with one output per sequence, such as an encoder with a head, scores
+    a choice by that output. The scores are logits: cross-entropy trains both kinds, and every learner and adapter takes
+    the result.
 
     Args:
-      model: tokens to logits `[n, length, vocab]` of the next token, or to `[n, 1]`. Its inputs are `{"tokens": ...,
-        "mask": ..., "types": ...}`.
-      length_normalised: whether the log-likelihood is divided by the number of tokens of the choice.
-      remat: whether questions go through the model one after the other, and once more in the backward pass, so that
-        the logits of all tokens over the whole vocabulary exist for one question at a time.
+      model: a network from tokens to next-token logits `[n, length, vocab]`, or to `[n, 1]`. Its inputs are
+        `{"tokens": ..., "mask": ..., "types": ...}`.
+      length_normalised: whether to divide the log-likelihood by the number of tokens of the choice.
+      remat: whether questions go through the model one after the other, and once more in the backward pass. The logits
+        of all tokens over the whole vocabulary then exist for one question at a time.
 
     Returns:
       A `Model` from `{"tokens": int32 [n, choices, length], "mask": bool, "choice": bool, ...}` to logits `[n,
       choices]`, with the parameters of `model`. A choice whose mask is all False is absent.
 
     Raises:
-      ValueError: a part of another type, `remat` for a model whose outputs depend on the whole batch ("mask" or
-        "stats" in its `needs`), or (when used) inputs or outputs of another form.
+      ValueError: an argument has the wrong type, `remat` is set for a model whose outputs depend on the whole batch
+        ("mask" or "stats" in its `needs`), or (when used) inputs or outputs have another form.
 
-    Source: Brown et al. 2020, section 2.4 (arXiv:2005.14165); Radford et al. 2018 (one output a sequence).
+    Source: Brown et al. 2020, section 2.4 (arXiv:2005.14165); Radford et al. 2018 (one output per sequence).
 
     >>> import jax, jax.numpy as jnp, metajax
     >>> model = metajax.models.score_choices(metajax.models.decoder(100, width=16, depth=2, heads=4))
@@ -90,11 +91,11 @@ def _check(inputs: Any) -> None:
 
 
 def _lines(inputs: Any) -> dict[str, Any]:
-    """One sequence for each choice."""
+    """Returns one sequence for each choice."""
     _check(inputs)
     rest = {name: leaf for name, leaf in inputs.items() if name != "choice"}
     lines = rest | {name: _flat(rest[name]) for name in _LEAVES if name in rest}
-    # an absent choice is read as a text of one token: attention to nothing may be NaN, and so would the gradient be
+    # an absent choice is read as a text of one token: attention over nothing may be NaN, and its gradient too
     lines["mask"] = lines["mask"].at[:, 0].set(True)
     return lines
 
@@ -112,6 +113,6 @@ def _score(outputs: jax.Array, tokens: jax.Array, choice: jax.Array, length_norm
             f"got outputs of shape {outputs.shape}"
         )
     losses = optax.softmax_cross_entropy_with_integer_labels(outputs[:, :-1], tokens[:, 1:])
-    scored = choice[:, 1:]  # the token before it predicts it
+    scored = choice[:, 1:]  # a token is predicted by the one before it
     total = -jnp.sum(jnp.where(scored, losses, 0), axis=-1)
     return total / jnp.maximum(jnp.sum(scored, axis=-1), 1).astype(total.dtype) if length_normalised else total

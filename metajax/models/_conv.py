@@ -31,7 +31,7 @@ class Block(nnx.Module):
 
 
 def halved(length: int, *, pool: bool) -> int:
-    """The height or width that a `Block` makes of one: pooling leaves an odd row out, a stride does not."""
+    """Returns the output height or width of a `Block`; pooling drops an odd last row, a stride does not."""
     return length // 2 if pool else -(-length // 2)
 
 
@@ -56,7 +56,7 @@ class _ConvNet(nnx.Module):
     def __call__(self, inputs: jax.Array, mask: Any = None, stats: Any = None) -> Any:
         blocks = (getattr(self, f"block_{index}") for index in range(self.depth))
         values, found = _norm.through(blocks, inputs, mask, stats)
-        features = values.reshape(values.shape[0], math.prod(values.shape[1:]))  # also of no examples
+        features = values.reshape(values.shape[0], math.prod(values.shape[1:]))  # works for n = 0
         outputs = features if self.head is None else self.head(features)
         return (outputs, found) if self.stats_wanted else outputs
 
@@ -73,10 +73,10 @@ def conv4(
     """Conv4 (Vinyals et al. 2016): blocks of 3x3 convolution, normalisation, ReLU and halving.
 
     Args:
-      outputs: number of outputs of a linear head; None gives the flat features.
+      outputs: number of outputs of a linear head; None returns the flat features.
       width: channels of each block (64; 32 in MAML's MiniImageNet network).
       depth: number of blocks.
-      pool: halve by 2x2 max pooling; False halves by stride 2, which is several times cheaper.
+      pool: whether to halve by 2x2 max pooling; False halves by stride 2, which is several times cheaper.
       normalisation: "batch" (transductive), "support", "layer", "group" or "none"; see `metajax.models`.
       form: how convolutions are computed; "auto" chooses by backend.
 
@@ -85,7 +85,7 @@ def conv4(
       are scaled to [0, 1]) to `[n, outputs]` or features `[n, d]`.
 
     Raises:
-      ValueError: an argument out of range, or (at trace time) an image too small for `depth` poolings.
+      ValueError: an argument is out of range, or (at trace time) an image is too small for `depth` poolings.
 
     Sources: Vinyals et al. 2016, arXiv:1606.04080; the strided form: Finn et al. 2017, arXiv:1703.03400.
 

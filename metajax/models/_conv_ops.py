@@ -1,8 +1,9 @@
-"""How a convolution is computed, chosen by backend in this one place.
+"""Chooses how a convolution is computed, by backend. This is the only place that decides it.
 
-XLA on the CPU runs the gradient of the gradient of a convolution in a slow loop, and any gradient of a kernel inside of
-a loop; `_trilinear` has neither problem, in float32. A vmap over kernels becomes a grouped convolution, which is slower
-still; a convolution as shifted slices and one matrix product does not. Accelerators run `lax.conv_general_dilated`.
+On the CPU, XLA computes two things in a slow loop: the gradient of the gradient of a convolution, and any gradient of a
+kernel inside a loop. `_trilinear` has neither problem, in float32. A vmap over kernels becomes a grouped convolution,
+which is even slower; a convolution as shifted slices and one matrix product avoids this. Accelerators use
+`lax.conv_general_dilated`.
 """
 
 from __future__ import annotations
@@ -20,21 +21,21 @@ FORMS = ("auto", "lax", "patches", "trilinear")
 
 
 def convolution(inputs: jax.Array, kernel: jax.Array, *, stride: int = 1, form: Form = "auto") -> jax.Array:
-    """A 2-D convolution with SAME padding, in a form that is fast under second order on this backend.
+    """Computes a 2-D convolution with SAME padding, in a form that is fast under second order on this backend.
 
     Args:
       inputs: `[n, height, width, c_in]`.
       kernel: `[k_h, k_w, c_in, c_out]`.
       stride: step in both directions.
       form: "lax"; "patches" (shifted slices and a matrix product); "trilinear" (contractions of one trilinear form,
-        which all derivatives are too); or "auto": on the CPU trilinear for float32 and patches for other types, lax
-        elsewhere.
+        like all its derivatives); or "auto". On the CPU, "auto" is trilinear for float32 and patches for other types;
+        elsewhere it is lax.
 
     Returns:
       `[n, ceil(height / stride), ceil(width / stride), c_out]`.
 
     Raises:
-      ValueError: an unknown form or a stride below 1.
+      ValueError: the form is unknown, or the stride is below 1.
 
     >>> import jax.numpy as jnp
     >>> convolution(jnp.ones([1, 4, 4, 1]), jnp.ones([3, 3, 1, 2]), stride=2).shape
@@ -54,15 +55,15 @@ def convolution(inputs: jax.Array, kernel: jax.Array, *, stride: int = 1, form: 
 
 
 def _is_float32(*arrays: jax.Array) -> bool:
-    """XLA has a fast convolution on the CPU for these only."""
+    """Whether all arrays are float32, the only type for which XLA has a fast convolution on the CPU."""
     return all(array.dtype == jnp.float32 for array in arrays)
 
 
 def max_pool(inputs: jax.Array) -> jax.Array:
-    """2x2 max pooling with stride 2, edges that do not fill a window dropped.
+    """Applies 2x2 max pooling with stride 2; edges that do not fill a window are dropped.
 
-    Strided slices and selections: on the CPU their gradient is several times faster than that of a windowed
-    reduction, of a reshape, or of `jnp.maximum`, which splits ties. Here a tie goes to one winner.
+    It uses strided slices and selections. On the CPU their gradient is several times faster than that of a windowed
+    reduction, of a reshape, or of `jnp.maximum`, which splits ties. Here a tie has one winner.
 
     Args:
       inputs: `[n, height, width, c]`.

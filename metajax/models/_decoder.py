@@ -1,4 +1,4 @@
-"""The decoder of language models: causal attention in blocks that are scanned."""
+"""The decoder of language models: causal attention in scanned blocks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from metajax.core import _validate
-from metajax.core._types import Model
+from metajax.core._types import Dtype, Model
 from metajax.models import _wrap
 from metajax.models._attention import attend, heads_of
 from metajax.models._blocks import Remat, check_remat, scanned, stacked, with_prompt
@@ -22,7 +22,7 @@ Outputs = int | Literal["tokens", "features"]
 
 
 class _Block(nnx.Module):
-    """RMSNorm and causal attention with rotary positions, RMSNorm and SwiGLU, each added to its input."""
+    """RMSNorm and causal attention with rotary positions, then RMSNorm and SwiGLU; each adds to its input."""
 
     def __init__(
         self, width: int, heads: int, kv_heads: int, size: int, hidden: int, turn: Rotary, epsilon: float, bias: bool,
@@ -40,10 +40,10 @@ class _Block(nnx.Module):
     def __call__(
         self, values: jax.Array, positions: jax.Array, mask: jax.Array | None, before: dict[str, jax.Array] | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Args: mask: of the keys, those `before` included, which are `[n or 1, ..., kv_heads, size]`."""
+        """Args: mask: of the keys, including those in `before`, which are `[n or 1, ..., kv_heads, size]`."""
         normed = self.attention_norm(values)
         query, key, value = (heads_of(part(normed), self.size) for part in (self.query, self.key, self.value))
-        own = slice(key.shape[1] - query.shape[1], None)  # what is in front of them, a learned prefix, has no position
+        own = slice(key.shape[1] - query.shape[1], None)  # keys before these are a learned prefix without positions
         new = {"key": key[:, own], "value": value[:, own]}
         if self.qk_norm:
             query, new["key"] = self.query_norm(query), self.key_norm(new["key"])
@@ -58,7 +58,7 @@ class _Block(nnx.Module):
 
 
 def after(old: jax.Array, new: jax.Array) -> jax.Array:
-    """What is new `[n, length, ...]` behind what is old `[n or 1, more, ...]`.
+    """Appends `new` `[n, length, ...]` to `old` `[n or 1, more, ...]`.
 
     >>> after(jnp.zeros([1, 3]), jnp.zeros([2, 5])).shape
     (2, 8)
@@ -68,7 +68,7 @@ def after(old: jax.Array, new: jax.Array) -> jax.Array:
 
 
 def last_kept(mask: jax.Array) -> jax.Array:
-    """The place of the last True of each row of `[n, length]`; `length - 1` where there is none.
+    """Returns the place of the last True in each row of `[n, length]`; `length - 1` if there is none.
 
     >>> last_kept(jnp.array([[True, True, False], [False, True, True]])).tolist()
     [1, 2]
@@ -83,7 +83,7 @@ class _Decoder(nnx.Module):
     ):  # fmt: skip
         width = block["width"]
         self.embed = nnx.Embed(vocab, width, rngs=rngs)
-        self.embed.dtype = None  # whichever type the table has in a call, and not the one it is made in
+        self.embed.dtype = None  # use the type of the table in each call, not the type at creation
         self.blocks = stacked(functools.partial(_Block, **block), depth, rngs)
         self.norm = nnx.RMSNorm(width, epsilon=block["epsilon"], rngs=rngs)
         if outputs == "tokens" and not tied:
@@ -98,11 +98,11 @@ class _Decoder(nnx.Module):
         length = tokens.shape[1] + (cache["mask"].shape[1] if cache else 0)
         if self.positions is not None and length > self.positions:
             raise ValueError(f"tokens must be at most {self.positions} in a text, a cache included, got {length}")
-        # what stands in padding is not even looked up: it may be no token of this vocabulary
+        # tokens in padding are never looked up: they may be outside the vocabulary
         values = self.embed(tokens if mask is None else jnp.where(mask, tokens, 0))
-        prompt = None if cache else inputs.get("prompt")  # it is in the cache
+        prompt = None if cache else inputs.get("prompt")  # the cache already holds it
         values, mask = with_prompt(values, mask, prompt)
-        # padding takes no position, wherever it stands
+        # padding takes no position, wherever it is
         positions = jnp.arange(values.shape[1]) if mask is None else jnp.cumsum(mask, axis=1) - 1
         own = jnp.ones(values.shape[:2], bool) if mask is None else mask
         if cache:
@@ -115,7 +115,7 @@ class _Decoder(nnx.Module):
             values, new = block(values, positions, mask, before)
             return values, None if cache is None else new
 
-        remat = self.remat if cache is None else bool(self.remat)  # examples may share what is in a cache
+        remat = self.remat if cache is None else bool(self.remat)  # examples may share the entries of a cache
         if remat == "example":
             positions = jnp.broadcast_to(positions, values.shape[:2])
         values, new = scanned(self.blocks, values, call, remat=remat, beside=(positions, mask), each=before)
@@ -134,7 +134,7 @@ class _Decoder(nnx.Module):
             values = self.head(values)
         elif self.outputs == "tokens":
             values = values @ self.embed.embedding.get_value().T
-        return values.astype(jnp.promote_types(values.dtype, jnp.float32))  # for the sums of a softmax or a distance
+        return values.astype(jnp.promote_types(values.dtype, jnp.float32))  # for sums in a softmax or a distance
 
 
 def decoder(
@@ -155,60 +155,62 @@ def decoder(
     tied: bool = False,
     outputs: Outputs = "tokens",
     remat: Remat = True,
-    dtype: Any = jnp.float32,
+    dtype: Dtype = jnp.float32,
 ) -> Model:
     """A decoder with RMSNorm, rotary positions, grouped-query attention and SwiGLU, as in Llama, Mistral and Qwen.
 
-    The blocks are one scan: the program has the size of one block. With `remat` the backward pass computes each block
-    once more, so that the activations of one block are kept and not those of all.
+    The blocks are one scan, so the program has the size of one block. With `remat`, the backward pass recomputes each
+    block, so that memory holds the activations of one block and not of all.
 
     The model takes tokens, int32 `[n, length]`, or a dict of
 
     - `"tokens"`: int32 `[n, length]`.
     - `"mask"`: bool `[n, length]`, as `data.text` gives it. False is padding, anywhere in the text: no token sees it,
       and it takes no position.
-    - `"prompt"`: `[k, width]`, stands in front of all texts as embeddings do, and gets no outputs (see
-      `adapters.prompt`).
-    - `"read"`: int32 `[n, k]`, the places in a text that get logits, in place of all: logits `[n, k, vocab]`.
+    - `"prompt"`: `[k, width]`, embeddings that come before all texts and get no outputs (see `adapters.prompt`).
+    - `"read"`: int32 `[n, k]`, the places in a text that get logits, instead of all: logits `[n, k, vocab]`.
     - `"cache"`: what the texts continue: `{}` for nothing, or `{"key", "value"}` `[depth, n or 1, more, kv_heads,
-      head_size]` and `"mask"` `[n or 1, more]`. The model then returns `(outputs, cache)`, where the cache has the same
-      entries for these tokens alone (and for the prompt, where it is the first): the caller puts it behind what it has.
+      head_size]` and `"mask"` `[n or 1, more]`. The model then returns `(outputs, cache)`. The returned cache has the
+      same entries for the new tokens alone (and for the prompt, in the first call); the caller appends it to the old
+      one.
 
     Args:
       vocab: number of tokens.
-      width: of the stream.
+      width: width of the residual stream.
       depth: number of blocks.
-      heads: of attention; must divide `width` into even parts where `head_size` is None.
-      kv_heads: heads of keys and values, which must divide `heads`; None is as many.
-      head_size: of a head of attention, even; None is `width / heads`.
-      hidden: of SwiGLU; None is 8/3 of the width, rounded up to a multiple of 32.
+      heads: attention heads; must divide `width` into even parts if `head_size` is None.
+      kv_heads: heads of keys and values, which must divide `heads`; None means `heads`.
+      head_size: size of an attention head, even; None means `width / heads`.
+      hidden: hidden units of SwiGLU; None means 8/3 of the width, rounded up to a multiple of 32.
       theta: base of the rotary frequencies.
-      rope_scaling: how they were stretched for longer texts, in the terms of Hugging Face: `{"rope_type": "linear",
-        "factor": 4.0}`, or "llama3" with `low_freq_factor`, `high_freq_factor` and `original_max_position_embeddings`
-        too, as in Llama 3.1; None is not at all.
-      positions: the most tokens of a text, what is cached and padding included; None sets no limit.
-      norm_epsilon: what RMSNorm adds to the mean square.
+      rope_scaling: how the frequencies were stretched for longer texts, in the format of Hugging Face:
+        `{"rope_type": "linear", "factor": 4.0}`, or "llama3", which also takes `low_freq_factor`, `high_freq_factor`
+        and `original_max_position_embeddings`, as in Llama 3.1; None means no scaling.
+      positions: maximum number of tokens of a text, cached tokens and padding included; None sets no limit.
+      norm_epsilon: value that RMSNorm adds to the mean square.
       qkv_bias: whether queries, keys and values have a bias, as in Qwen2.
-      qk_norm: whether each head's queries and keys are normalised by RMSNorm before they are turned, as in Qwen3.
-      tied: whether the table of embeddings gives the logits of tokens too, in place of a head.
-      outputs: "tokens", the logits of the next token at each place; a number of classes, whose logits a head without
-        bias gives of the last token of a text that is no padding; or "features", the normalised state of that token.
-      remat: whether blocks are recomputed in the backward pass; "example": for one text at a time (without a cache).
-        Texts then go through a block one after the other, also forward, which takes less memory still, and more time
-        where they are short.
-      dtype: of the parameters, and of the computation; outputs are float32 at least. bfloat16 halves a frozen base;
-        what takes gradient steps should be float32 (`models.mixed_precision`, or adapters, whose leaves are).
+      qk_norm: whether RMSNorm normalises the queries and keys of each head before the rotation, as in Qwen3.
+      tied: whether the embedding table also gives the token logits, instead of a head.
+      outputs: "tokens" returns the next-token logits at each place. A number of classes returns class logits, from a
+        head without bias on the last token of a text that is not padding. "features" returns the normalised state of
+        that token.
+      remat: whether the backward pass recomputes blocks; "example" does so for one text at a time (without a cache).
+        Texts then go through a block one after the other, also in the forward pass. This takes even less memory, and
+        more time if the texts are short.
+      dtype: type of the parameters and of the computation; outputs are at least float32. bfloat16 halves the memory of
+        a frozen base; parameters that take gradient steps should be float32 (`models.mixed_precision`, or adapters,
+        whose leaves are float32).
 
     Returns:
       A `Model` from tokens to logits `[n, length, vocab]`, logits `[n, outputs]` or features `[n, width]`.
 
     Raises:
-      ValueError: a size below 1, heads that do not divide, an unknown scaling, other `outputs`, a `dtype` that is no
-        floating-point type, or (in a call) a text of more tokens than `positions`.
+      ValueError: a size is below 1, heads do not divide, the scaling or `outputs` is unknown, `dtype` is not a
+        floating-point type, or (in a call) a text has more tokens than `positions`.
 
     Source: Touvron et al. 2023, arXiv:2302.13971; Qwen2, Yang et al. 2024, arXiv:2407.10671; Qwen3, Yang et al. 2025,
-    arXiv:2505.09388; Ainslie et al. 2023
-    (grouped queries), arXiv:2305.13245; Press and Wolf 2017 (tied embeddings), arXiv:1608.05859.
+    arXiv:2505.09388; Ainslie et al. 2023 (grouped queries), arXiv:2305.13245; Press and Wolf 2017 (tied embeddings),
+    arXiv:1608.05859.
 
     >>> import jax, jax.numpy as jnp, metajax
     >>> tokens = jnp.arange(10).reshape(2, 5)

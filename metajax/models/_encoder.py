@@ -1,4 +1,4 @@
-"""The encoder of the BERT family: attention to both sides in blocks that are scanned."""
+"""The encoder of the BERT family: bidirectional attention in scanned blocks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from metajax.core import _losses, _validate
-from metajax.core._types import Model
+from metajax.core._types import Dtype, Model
 from metajax.models import _wrap
 from metajax.models._attention import attend, heads_of
 from metajax.models._blocks import Remat, check_remat, gelu, layer_norm, scanned, stacked, with_prompt
@@ -21,7 +21,7 @@ HEADS = ("mean", "cls", "tokens", "span")
 
 
 class _Block(nnx.Module):
-    """Attention and a hidden layer with GELU, each added to its input and then normalised."""
+    """Attention and a hidden layer with GELU; each is added to its input and then normalised."""
 
     def __init__(self, width: int, heads: int, hidden: int, epsilon: float, *, rngs: nnx.Rngs):
         self.query, self.key, self.value, self.out = (Linear(width, width, rngs=rngs) for _ in range(4))
@@ -44,7 +44,7 @@ class _Encoder(nnx.Module):
         self.embed, self.position = nnx.Embed(vocab, width, rngs=rngs), nnx.Embed(positions, width, rngs=rngs)
         self.type = nnx.Embed(types, width, rngs=rngs) if types else None
         for table in filter(None, (self.embed, self.position, self.type)):
-            table.dtype = None  # whichever type the table has in a call, and not the one it is made in
+            table.dtype = None  # use the type of the table in each call, not the type at creation
         self.embed_norm = layer_norm(width, block["epsilon"], rngs)
         self.blocks = stacked(functools.partial(_Block, **block), depth, rngs)
         outputs = 2 if head == "span" else outputs
@@ -60,7 +60,7 @@ class _Encoder(nnx.Module):
                 f"tokens must be at most {self.position.num_embeddings - first} in a text, which the table of "
                 f"positions holds, got {length}"
             )
-        # what stands in padding is not even looked up: it may be no token of this vocabulary
+        # tokens in padding are never looked up: they may be outside the vocabulary
         kept = tokens if mask is None else jnp.where(mask, tokens, 0)
         values = self.embed(kept) + self.position(jnp.arange(first, first + length))
         if self.type is not None:
@@ -73,7 +73,7 @@ class _Encoder(nnx.Module):
         values, _ = scanned(self.blocks, values, call, remat=self.remat, beside=mask)
         if prompt is not None:
             values = values[:, len(prompt) :]
-        values = values.astype(jnp.promote_types(values.dtype, jnp.float32))  # for the sums of means and softmaxes
+        values = values.astype(jnp.promote_types(values.dtype, jnp.float32))  # for sums in means and softmaxes
         if self.pooling == "cls":
             values = values[:, 0]
         elif self.pooling == "mean":
@@ -87,7 +87,7 @@ class _Encoder(nnx.Module):
 
 
 def _mean(values: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Means `[n, width]` over the tokens that are not padding; 0 for a text that is all padding."""
+    """Computes means `[n, width]` over the tokens that are not padding; 0 for a text that is all padding."""
     if mask is None:
         return values.mean(axis=1)
     weights = mask[..., None].astype(values.dtype)
@@ -108,41 +108,41 @@ def encoder(
     norm_epsilon: float = 1e-12,
     head: Head = "mean",
     remat: Remat = True,
-    dtype: Any = jnp.float32,
+    dtype: Dtype = jnp.float32,
 ) -> Model:
-    """An encoder of text as BERT, DistilBERT, MiniLM, multilingual E5 and XLM-R are.
+    """A text encoder like BERT, DistilBERT, MiniLM, multilingual E5 and XLM-R.
 
-    The blocks are one scan: the program has the size of one block. With `remat` the backward pass computes each block
-    once more, so that the activations of one block are kept and not those of all.
+    The blocks are one scan, so the program has the size of one block. With `remat`, the backward pass recomputes each
+    block, so that memory holds the activations of one block and not of all.
 
     Args:
       vocab: number of tokens.
-      outputs: of a linear layer on top, the leaf group `head`; None has no such layer.
-      width: of the stream.
+      outputs: outputs of a linear layer on top, the leaf group `head`; None adds no such layer.
+      width: width of the residual stream.
       depth: number of blocks.
-      heads: of attention; must divide `width`.
-      hidden: units of the hidden layer of a block; None is 4 times the width.
-      positions: rows of the table of positions.
-      first_position: the row of a text's first token; 0 in BERT, 2 in XLM-R.
-      types: rows of the table of token types; 0 is no such table, as in DistilBERT.
-      norm_epsilon: of the layer normalisations.
-      head: what comes out for a text: "mean" of its tokens `[n, width]`, that of the first token, "cls", `[n, width]`,
-        all "tokens" `[n, length, width]`, each through the linear layer where there is one; or "span", scores of first
-        and last tokens of an answer `[n, length, 2]`, large negative ones at tokens that are padding, or that
+      heads: attention heads; must divide `width`.
+      hidden: units of the hidden layer of a block; None means 4 times the width.
+      positions: rows of the position table.
+      first_position: row of the first token of a text; 0 in BERT, 2 in XLM-R.
+      types: rows of the token type table; 0 means no such table, as in DistilBERT.
+      norm_epsilon: epsilon of the layer normalisations.
+      head: the output for a text: "mean" of its tokens `[n, width]`, its first token, "cls", `[n, width]`, or all
+        "tokens" `[n, length, width]`, each through the linear layer if there is one; or "span", the scores of first and
+        last tokens of an answer `[n, length, 2]`, which are large and negative at padding and at tokens that
         `"context"` excludes.
-      remat: whether blocks are recomputed in the backward pass; "example": for one text at a time. Texts then go
-        through a block one after the other, also forward, which takes less memory still, and more time where they are
-        short.
-      dtype: of the parameters, and of the computation in the blocks; what comes out is float32 at least.
+      remat: whether the backward pass recomputes blocks; "example" does so for one text at a time. Texts then go
+        through a block one after the other, also in the forward pass. This takes even less memory, and more time if
+        the texts are short.
+      dtype: type of the parameters and of the computation in the blocks; outputs are at least float32.
 
     Returns:
       A `Model` from `{"tokens": int32 [n, length], "mask": bool [n, length]}`, as `data.text` gives them, or tokens
-      alone. Optional entries: `"types"` int32 `[n, length]`, which are 0; `"context"` bool `[n, length]`;
-      `"prompt"` `[k, width]`, which stands behind the embedded tokens' normalisation and in front of all texts.
+      alone. Optional entries: `"types"` int32 `[n, length]`, 0 by default; `"context"` bool `[n, length]`; `"prompt"`
+      `[k, width]`, which is added after the normalisation of the embedded tokens, before all texts.
 
     Raises:
-      ValueError: a size below 1, heads that do not divide, an unknown head, `outputs` of a span head other than 2, or
-        (in a call) a text with more tokens than there are positions.
+      ValueError: a size is below 1, heads do not divide, the head is unknown, `outputs` of a span head is neither
+        None nor 2, or (in a call) a text has more tokens than there are positions.
 
     Source: Devlin et al. 2019, arXiv:1810.04805; Conneau et al. 2020 (XLM-R), arXiv:1911.02116; Sanh et al. 2019
     (DistilBERT), arXiv:1910.01108.

@@ -1,4 +1,4 @@
-"""Text from a language model: one pass over the prompts, then one token a step, each seen through a cache."""
+"""Generates text with a language model: one pass over the prompts, then one token per step, with a cache."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ def generate(
     temperature: float = 0.0,
     key: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
-    """Continues texts token by token, each the likeliest one or drawn.
+    """Continues texts token by token. Each token is the most likely one or is drawn at random.
 
-    The prompts are read in one pass, and a step computes one token of each text: it sees the rest as keys and values,
-    kept `[depth, n, prompt + length, kv_heads, size]`. Without `stop` there are `length` steps, and with it as many as
-    the longest text needs. It is one program for given shapes, and works under jit, and under vmap over tasks.
+    One pass reads the prompts. Each step then computes one token of each text and reads the earlier tokens from keys
+    and values, `[depth, n, prompt + length, kv_heads, size]`. Without `stop` there are `length` steps; with it, as many
+    as the longest text needs. It is one program for given shapes, and works under jit and under vmap over tasks.
 
     Args:
-      model: `models.decoder` with `outputs="tokens"`, also with adapters, or one that takes and returns its cache.
+      model: `models.decoder` with `outputs="tokens"`, also with adapters, or a model that takes and returns its cache.
       params: its parameters, also adapted ones (`adapted.params` of `learners.maml`).
-      inputs: the prompts, int32 `[n, prompt]` or `{"tokens": ..., "mask": bool [n, prompt]}`. Padding may stand on
-        either side; each has at least one token that is none.
-      length: tokens to generate.
-      stop: the token that ends a text; None ends none.
-      temperature: 0 takes the likeliest token; above it, tokens are drawn by the softmax of logits / temperature.
-      key: PRNG key, for a temperature above 0.
+      inputs: the prompts, int32 `[n, prompt]` or `{"tokens": ..., "mask": bool [n, prompt]}`. Padding may be on either
+        side; each prompt needs at least one token that is not padding.
+      length: number of tokens to generate.
+      stop: the token that ends a text; None never ends a text.
+      temperature: 0 takes the most likely token; above 0, tokens are drawn from the softmax of logits / temperature.
+      key: PRNG key, required for a temperature above 0.
 
     Returns:
-      `{"tokens": int32 [n, length], "mask": bool [n, length]}`, without the prompts. What follows `stop` is padding:
-      the mask is False and the token 0.
+      `{"tokens": int32 [n, length], "mask": bool [n, length]}`, without the prompts. Everything after `stop` is
+      padding: the mask is False and the token is 0.
 
     Raises:
-      ValueError: a part of another type or shape, a prompt without a token, a token that the model does not have (these
-        two not under jit), an argument out of range, a temperature without a key, or a model without a cache.
+      ValueError: an argument has the wrong type or shape, a prompt has no token, a token is not in the vocabulary
+        (these two not under jit), an argument is out of range, a temperature has no key, or the model has no cache.
 
     >>> import jax, jax.numpy as jnp, metajax
     >>> model = metajax.models.decoder(100, width=16, depth=2, heads=4)
@@ -76,7 +76,7 @@ def generate(
         if mask.shape != tokens.shape:
             raise ValueError(f"mask of inputs must have the shape of its tokens, {tokens.shape}, got {mask.shape}")
         inputs["mask"] = mask.astype(bool)
-    inputs["tokens"] = tokens.astype(jnp.int32)  # a narrower type may not hold what follows
+    inputs["tokens"] = tokens.astype(jnp.int32)  # a narrower type may not hold the generated tokens
     if not isinstance(tokens, jax.core.Tracer) and not isinstance(mask, jax.core.Tracer):
         _check(np.asarray(tokens), None if mask is None else np.asarray(mask, bool), _vocabulary(model))
     return _generate(model, length, stop, temperature, params, inputs, key if temperature else None)
@@ -84,7 +84,7 @@ def generate(
 
 @functools.lru_cache(maxsize=32)
 def _vocabulary(model: Model) -> int:
-    """How many tokens a model has logits for; nothing is computed."""
+    """Returns how many tokens a model has logits for, without computing anything."""
     inputs = {"tokens": jax.ShapeDtypeStruct([1, 1], jnp.int32)}
     params = jax.eval_shape(model.init, jax.random.key(0), inputs["tokens"])
     return jax.eval_shape(lambda params, inputs: continued(model, params, inputs, {})[0], params, inputs).shape[-1]
@@ -107,10 +107,10 @@ def _generate(
     tokens = inputs["tokens"]
     mask = inputs.get("mask", jnp.ones(tokens.shape, bool))
     rows, place = jnp.arange(len(tokens)), last_kept(mask)
-    # The last token of each prompt is left to the first step, so that all steps are alike. The logits of this pass are
-    # never asked for, and not computed.
+    # The first step reads the last token of each prompt, so that all steps are alike. The logits of this pass are not
+    # used, so they are never computed.
     _, cache = continued(model, params, {**inputs, "mask": mask.at[rows, place].set(False)}, {})
-    first = cache["mask"].shape[1]  # the prompt of an adapter included
+    first = cache["mask"].shape[1]  # includes the prompt of an adapter
     cache = {
         name: jnp.pad(leaf, [(0, length * (axis == _PLACES[name])) for axis in range(leaf.ndim)])
         for name, leaf in cache.items()
@@ -141,10 +141,10 @@ def _generate(
 
 
 def continued(model: Model, params: Params, inputs: dict[str, Any], cache: dict[str, jax.Array]) -> tuple[Any, Any]:
-    """The logits of tokens that continue what is in `cache`, and the cache of these tokens.
+    """Returns the logits of tokens that continue the texts in `cache`, and the cache of these tokens.
 
     Raises:
-      ValueError: the model takes no cache, or gives no logits of tokens.
+      ValueError: the model takes no cache, or returns no token logits.
 
     >>> from metajax.models._decoder import decoder
     >>> model, inputs = decoder(100, width=16, depth=2, heads=4), {"tokens": jnp.arange(10).reshape(2, 5)}

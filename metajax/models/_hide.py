@@ -1,4 +1,4 @@
-"""Texts with holes, for training."""
+"""Hides tokens of texts during training."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from metajax.core._types import Model
 
 
 def hide_tokens(model: Model, share: float) -> Model:
-    """Makes a model of texts miss some of their tokens where it is given a key, which is in training.
+    """Makes a text model miss some tokens when it gets a key, which happens in training.
 
-    A class then cannot rest on one word of its support. Each token but the first of a text is hidden by itself, as if
-    it were padding; without a key all are seen.
+    A class then cannot depend on a single word of its support set. Each token except the first of a text is hidden
+    independently, as if it were padding. Without a key all tokens are seen.
 
     Args:
-      model: from `{"tokens": [n, length], "mask": bool [n, length], ...}`.
-      share: of the tokens that are hidden, from 0 and below 1.
+      model: a network from `{"tokens": [n, length], "mask": bool [n, length], ...}`.
+      share: share of hidden tokens, at least 0 and below 1.
 
     Returns:
-      A `Model` of the same parameters, which needs a key (`needs` holds "key").
+      A `Model` with the same parameters, which needs a key (`needs` holds "key").
 
     Raises:
-      ValueError: a part of another type, a share out of range, or a model that needs a key of its own.
+      ValueError: an argument has the wrong type, the share is out of range, or the model already needs a key.
 
     Source: Iyyer et al. 2015 (word dropout), Deep Unordered Composition Rivals Syntactic Methods for Text
     Classification.

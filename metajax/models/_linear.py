@@ -1,4 +1,4 @@
-"""The linear layer of networks that adapters may edit."""
+"""The linear layer of networks whose kernels adapters may edit."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from flax import nnx
 
 
 class Linear(nnx.Linear):
-    """`inputs @ kernel + bias`, where the kernel may be anything that `@` takes.
+    """Computes `inputs @ kernel + bias`, where the kernel may be anything that supports `@`.
 
-    An adapter puts a pair of a kernel and its low-rank path where the kernel was (`metajax.adapters`). `nnx.Linear`
-    would ask for it as one array, which is a copy of the kernel for each task.
+    An adapter replaces the kernel by a pair of the kernel and its low-rank path (`metajax.adapters`). `nnx.Linear`
+    would read it as one array, which copies the kernel for each task.
 
     >>> import jax, jax.numpy as jnp
     >>> Linear(3, 2, rngs=nnx.Rngs(0))(jnp.ones([4, 3])).shape

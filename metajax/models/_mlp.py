@@ -14,32 +14,32 @@ from metajax.models import _wrap
 
 
 class _MLP(nnx.Module):
-    def __init__(self, inputs: int, outputs: int, hidden: Sequence[int], rngs: nnx.Rngs):
+    def __init__(self, inputs: int, outputs: int | None, hidden: Sequence[int], rngs: nnx.Rngs):
         self.depth = len(hidden)
         for index, width in enumerate(hidden):
             setattr(self, f"layer_{index}", nnx.Linear(inputs, width, rngs=rngs))
             inputs = width
-        self.head = nnx.Linear(inputs, outputs, rngs=rngs)
+        self.head = None if outputs is None else nnx.Linear(inputs, outputs, rngs=rngs)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        values = inputs.reshape(inputs.shape[0], math.prod(inputs.shape[1:]))  # also of no examples
+        values = inputs.reshape(inputs.shape[0], math.prod(inputs.shape[1:]))  # works for n = 0
         for index in range(self.depth):
             values = jax.nn.relu(getattr(self, f"layer_{index}")(values))
-        return self.head(values)
+        return values if self.head is None else self.head(values)
 
 
-def mlp(outputs: int, *, hidden: Sequence[int] = (40, 40)) -> Model:
-    """A fully connected ReLU network; two hidden layers of 40 units are those of MAML's sinusoids.
+def mlp(outputs: int | None = None, *, hidden: Sequence[int] = (40, 40)) -> Model:
+    """A fully connected ReLU network; two hidden layers of 40 units are MAML's network for sinusoids.
 
     Args:
-      outputs: number of outputs.
+      outputs: number of outputs; None returns features, the last hidden layer.
       hidden: widths of the hidden layers; `()` is a linear model.
 
     Returns:
       A `Model` from `[n, ...]` (flattened) to `[n, outputs]`.
 
     Raises:
-      ValueError: a width below 1.
+      ValueError: a width is below 1, or there are neither outputs nor a hidden layer.
 
     Source: Finn, Abbeel and Levine 2017, arXiv:1703.03400, section 5.1.
 
@@ -48,7 +48,10 @@ def mlp(outputs: int, *, hidden: Sequence[int] = (40, 40)) -> Model:
     >>> model.apply(model.init(jax.random.key(0), jnp.ones([2, 1])), jnp.ones([2, 1])).shape
     (2, 1)
     """
-    _validate.positive_int("outputs", outputs)
+    if outputs is not None:
+        _validate.positive_int("outputs", outputs)
+    elif not hidden:
+        raise ValueError("hidden must hold a width where outputs are None, got ()")
     for width in hidden:
         _validate.positive_int("hidden", width)
     widths = tuple(hidden)

@@ -1,4 +1,4 @@
-"""Normalisation as an explicit policy, and who may see whom.
+"""Normalisation as an explicit policy that says which examples share statistics.
 
 | policy | statistics of | transductive |
 |---|---|---|
@@ -28,7 +28,7 @@ _EPSILON = 1e-5
 
 
 def needs(policy: Policy) -> tuple[str, ...]:
-    """What the `apply` of a model under this policy takes beside inputs.
+    """Returns the extra arguments that the `apply` of a model under this policy takes besides inputs.
 
     >>> needs("support")
     ('mask', 'stats')
@@ -40,13 +40,13 @@ def through(parts: Iterable[Any], values: jax.Array, mask: Any, stats: Any) -> t
     """Calls parts `(values, mask, stats) -> (values, stats)` one after the other.
 
     Args:
-      parts: such as blocks with a `Norm` inside.
+      parts: for example blocks that contain a `Norm`.
       values: `[n, ..., c]`.
       mask: `[n]` bool or None.
       stats: statistics to use in each part, or None.
 
     Returns:
-      The values, and a tuple of the statistics that were used in each part.
+      The values, and a tuple of the statistics that each part used.
     """
     found = []
     for index, part in enumerate(parts):
@@ -77,7 +77,7 @@ class Norm(nnx.Module):
           stats: `(mean, variance)` `[c]` to use instead of those of the inputs, or None.
 
         Returns:
-          The normalised inputs, and the batch statistics that were used (None where the policy has none).
+          The normalised inputs, and the batch statistics that were used (None if the policy has none).
         """
         if self.policy == "none":
             return inputs + self.bias[...], None
@@ -100,14 +100,14 @@ def _batch_statistics(inputs: jax.Array, mask: jax.Array | None) -> tuple[jax.Ar
 
 @_batch_statistics.defjvp
 def _batch_statistics_jvp(primals: Any, tangents: Any) -> Any:
-    """The variance does not depend on the mean to first order, which JAX cannot know: three passes less in reverse."""
+    """To first order the variance does not depend on the mean. JAX cannot know this; it saves three reverse passes."""
     (inputs, mask), (moved, _) = primals, tangents
     mean, variance = _batch_statistics(inputs, mask)
     return (mean, variance), (_mean(moved, mask), 2 * _mean((inputs - mean) * moved, mask))
 
 
 def _mean(values: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """The mean over all axes but the last, first within the examples."""
+    """Computes the mean over all axes but the last; sums within each example first."""
     sums = jnp.sum(values, tuple(range(1, values.ndim - 1)))
     positions = math.prod(values.shape[1:-1])
     if mask is None:

@@ -1,4 +1,4 @@
-"""Computation in a narrow type over parameters in a wide one."""
+"""Computation in a narrow type with parameters in a wide type."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ import jax
 import jax.numpy as jnp
 
 from metajax.core import _validate
-from metajax.core._types import Model
+from metajax.core._types import Dtype, Model
 from metajax.models._wrap import as_floats
 
 
-def mixed_precision(model: Model, dtype: Any = jnp.bfloat16) -> Model:
-    """Makes a model compute in a narrow type, while its parameters stay as they are (Micikevicius et al. 2018).
+def mixed_precision(model: Model, dtype: Dtype = jnp.bfloat16) -> Model:
+    """Makes a model compute in a narrow type while its parameters keep their type (Micikevicius et al. 2018).
 
-    The parameters are the masters: fast weights, inner optimizer and hypergradient keep their type, and are rounded
-    where the model reads them. Outputs come back in the type of the parameters, so that losses are computed in it.
+    The parameters are the master copy: fast weights, inner optimizer and hypergradient keep their type and are rounded
+    when the model reads them. Outputs are cast back to the type of the parameters, so losses are computed in that type.
 
     Args:
       model: any model.
-      dtype: what it computes in, a floating-point type.
+      dtype: the type of the computation, a floating-point type.
 
     Returns:
-      A `Model` of the same parameters. With `needs=("stats",)` the statistics come back in the narrow type.
+      A `Model` with the same parameters. With `needs=("stats",)`, the statistics stay in the narrow type.
 
     Raises:
-      ValueError: a part of another type, or `dtype` is no floating-point type.
+      ValueError: an argument has the wrong type, or `dtype` is not a floating-point type.
 
     Source: Micikevicius et al. 2018, Mixed Precision Training, arXiv:1710.03740; bfloat16 needs no scaling of the loss.
 

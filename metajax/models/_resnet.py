@@ -18,7 +18,7 @@ _SLOPE = 0.1
 
 
 class _Convolution(nnx.Module):
-    """Convolution without bias, and normalisation."""
+    """A convolution without bias, followed by normalisation."""
 
     def __init__(self, window: int, channels: int, width: int, *, policy: _norm.Policy, form: Any, rngs: nnx.Rngs):
         initializer = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -31,7 +31,7 @@ class _Convolution(nnx.Module):
 
 
 class _Block(nnx.Module):
-    """Three 3x3 convolutions and beside them one of 1x1, leaky ReLU, halving by max pool."""
+    """Three 3x3 convolutions with a 1x1 shortcut, leaky ReLU, and halving by max pool."""
 
     def __init__(self, channels: int, width: int, **options: Any):
         self.conv_0 = _Convolution(3, channels, width, **options)
@@ -79,13 +79,13 @@ def resnet12(
     normalisation: _norm.Policy = "batch",
     form: _conv_ops.Form = "auto",
 ) -> Model:
-    """ResNet-12 (Lee et al. 2019): four residual blocks of three convolutions, and the mean over the image.
+    """ResNet-12 (Lee et al. 2019): four residual blocks of three convolutions, then the mean over the image.
 
-    A block is three 3x3 convolutions beside one of 1x1, each with normalisation, and leaky ReLU of slope 0.1, then 2x2
-    max pooling. The paper's DropBlock is not part of it, nor its dropout.
+    A block has three 3x3 convolutions with a 1x1 shortcut, each with normalisation, leaky ReLU with slope 0.1, then 2x2
+    max pooling. The DropBlock and the dropout of the paper are not included.
 
     Args:
-      outputs: number of outputs of a linear head; None gives the features.
+      outputs: number of outputs of a linear head; None returns the features.
       widths: channels of each block; (64, 128, 256, 512) in some later work.
       normalisation: "batch" (transductive), "support", "layer", "group" or "none"; see `metajax.models`.
       form: how convolutions are computed; "auto" chooses by backend.
@@ -95,7 +95,7 @@ def resnet12(
       are scaled to [0, 1]) to `[n, outputs]` or features `[n, widths[-1]]`.
 
     Raises:
-      ValueError: an argument out of range, or (at trace time) inputs that are no images or too small for the poolings.
+      ValueError: an argument is out of range, or (at trace time) inputs are not images or too small for the poolings.
 
     Source: Lee et al. 2019 (MetaOptNet), arXiv:1904.03758; as the embedding of Tian et al. 2020, arXiv:2003.11539.
 

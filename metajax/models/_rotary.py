@@ -1,4 +1,4 @@
-"""Rotary positions, also those that were stretched for longer texts."""
+"""Rotary positions, with optional scaling for longer texts."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _NUMBERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Rotary:
-    """Turns the halves of queries and keys, as two coordinates, by angles that grow with the position.
+    """Rotates the two halves of queries and keys, taken as coordinate pairs, by angles that grow with the position.
 
     Attributes:
       theta: base of the frequencies.
-      factor: by which frequencies are divided.
-      band: `(low, high, length)`: a frequency that makes at least `high` turns within `length` positions, the longest
-        texts before the stretch, is kept, one of at most `low` is divided, and in between it is divided in part. None
-        divides all.
+      factor: divisor of the frequencies.
+      band: `(low, high, length)`, where `length` is the longest text before the scaling. A frequency with at least
+        `high` turns within `length` positions is kept, one with at most `low` turns is divided, and one in between is
+        divided in part. None divides all.
 
     Source: Su et al. 2021, arXiv:2104.09864; Chen et al. 2023 (linear), arXiv:2306.15595; the parts of Llama 3.1,
     Grattafiori et al. 2024, arXiv:2407.21783.
@@ -43,7 +43,7 @@ class Rotary:
     band: tuple[float, float, float] | None = None
 
     def frequencies(self, half: int) -> np.ndarray:
-        """The angle from one position to the next, of each of `half` pairs of coordinates.
+        """Returns the angle between neighbouring positions for each of `half` pairs of coordinates.
 
         >>> Rotary(16.0).frequencies(2).tolist(), Rotary(16.0, factor=2.0).frequencies(2).tolist()
         ([1.0, 0.25], [0.5, 0.125])
@@ -65,15 +65,16 @@ class Rotary:
 
 
 def rotary(theta: float, scaling: Mapping[str, Any] | None) -> Rotary:
-    """The rotary positions that a `rope_scaling` in the terms of Hugging Face describes.
+    """Makes the rotary positions that a `rope_scaling` in the format of Hugging Face describes.
 
     Args:
       theta: base of the frequencies.
-      scaling: `{"rope_type": "linear", "factor": 4.0}`, or "llama3" with `low_freq_factor`, `high_freq_factor` and
-        `original_max_position_embeddings` too; None or "default" is none. Other entries are ignored.
+      scaling: `{"rope_type": "linear", "factor": 4.0}`, or "llama3", which also takes `low_freq_factor`,
+        `high_freq_factor` and `original_max_position_embeddings`; None or "default" means no scaling. Other entries are
+        ignored.
 
     Raises:
-      ValueError: another type, or a number that is missing or out of range.
+      ValueError: the type is unknown, or a number is missing or out of range.
 
     >>> rotary(5e5, {"rope_type": "linear", "factor": 4.0}).factor
     4.0

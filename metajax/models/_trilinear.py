@@ -1,14 +1,14 @@
-"""A 2-D convolution for the CPU that stays fast when it is differentiated, any number of times, inside of any loop.
+"""A 2-D convolution for the CPU that stays fast under repeated differentiation and inside loops.
 
-The convolution of inputs x with a kernel k, summed against a cotangent g, is linear in each of the three. So the
-convolution and all its derivatives, of every order, are the three contractions of this trilinear form with two of
-its arguments: the outputs (x, k), the gradient of the inputs (k, g), and that of the kernel (x, g). Here they are one
-JAX primitive, and each transposes into the others. JAX's own rules differentiate the gradient of the kernel as if the
-outputs were a kernel over the padded inputs, which costs as much more as an image is larger than a window.
+A convolution of inputs x with a kernel k, summed against a cotangent g, is linear in each of the three. So the
+convolution and its derivatives of every order are the three contractions of this trilinear form with two of its
+arguments: the outputs (x, k), the gradient of the inputs (k, g) and the gradient of the kernel (x, g). Here these three
+are one JAX primitive, and each one transposes into the others. JAX's own rules differentiate the kernel gradient as if
+the outputs were a kernel over the padded inputs, which costs more by the ratio of the image size to the window size.
 
-Two more things are XLA's. It brings convolutions into the layout of its fast kernel only outside of loops (here they
-are written in that layout, behind barriers so that no pass folds the transpositions back). And matrix products that
-sum over many thousands of positions are slow: the gradient of the kernel goes over a few images at a time.
+Two more problems come from XLA. It moves convolutions into the layout of its fast kernel only outside loops; here they
+are written in that layout, with barriers so that no pass folds the transpositions back. Matrix products that sum over
+many thousands of positions are slow; here the gradient of the kernel processes a few images at a time.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from metajax.core import _tree
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # of inputs, kernel, outputs
 
 _INPUTS, _KERNEL, _OUTPUTS = range(3)
-_LAYOUT = ("NHWC", "HWIO", "NHWC")  # the only one that is fast inside of a loop
-_POSITIONS = 4096  # summed at a time; fastest between about 500 and 4,000
+_LAYOUT = ("NHWC", "HWIO", "NHWC")  # the only layout that is fast inside a loop
+_POSITIONS = 4096  # number of positions summed at a time; fastest between about 500 and 4,000
 
 
 def convolution(inputs: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """As `metajax.models.convolution`; fast for float32."""
+    """Computes the same as `metajax.models.convolution`; fast for float32."""
     height, width = (-(-size // stride) for size in inputs.shape[1:3])
     shapes = inputs.shape, kernel.shape, (inputs.shape[0], height, width, kernel.shape[-1])
     return _contract(_OUTPUTS, shapes, stride, {_INPUTS: inputs, _KERNEL: kernel})
 
 
 def same_padding(size: int, window: int, stride: int) -> tuple[int, int]:
-    """What SAME adds before and after one dimension."""
+    """Returns the SAME padding before and after one dimension."""
     total = max((-(-size // stride) - 1) * stride + window - size, 0)
     return total // 2, total - total // 2
 
@@ -56,14 +56,14 @@ def _roles(missing: int) -> list[int]:
 def _transpose(
     position: int, cotangent: Any, first: Any, second: Any, *, missing: int, shapes: Any, stride: int
 ) -> Any:
-    """The contraction with the cotangent in the place of the result gives that for the operand at `position`."""
+    """Transposes: contracts the cotangent, in place of the result, to give that of the operand at `position`."""
     roles, operands = _roles(missing), (first, second)
     given = {missing: cotangent, roles[1 - position]: operands[1 - position]}
     return _contract(roles[position], shapes, stride, given)
 
 
 def _batch(operands: Any, axes: Any, *, missing: int, shapes: Shapes, stride: int) -> tuple[Any, int]:
-    """A kernel that tasks share takes their examples together; kernels of their own take matrix products."""
+    """Batches tasks: with a shared kernel, joins their examples; with separate kernels, uses matrix products."""
     given = dict(zip(_roles(missing), zip(operands, axes, strict=True), strict=True))
     if missing != _KERNEL and given[_KERNEL][1] is None:
         other = _INPUTS if missing == _OUTPUTS else _OUTPUTS
@@ -87,13 +87,13 @@ def _contract_patches(*operands: Any, missing: int, shapes: Shapes, stride: int)
         pair = (wanted, given[_KERNEL]) if missing == _INPUTS else (given[_INPUTS], wanted)
         return _contract_patches(*pair, missing=_OUTPUTS, shapes=shapes, stride=stride)
 
-    # of each device its own: what does not vary would be summed over the devices
+    # each device keeps its own sum: a value that does not vary would be summed over the devices
     like = _tree.vary(jnp.zeros(shapes[missing], operands[0].dtype), _tree.varying_axes(operands))
     return jax.linear_transpose(outputs, like)(given[_OUTPUTS])[0]
 
 
 def by_patches(inputs: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """The same as one matrix product with the window around each position."""
+    """Computes the same as one matrix product with the window around each position."""
     window = kernel.shape[:2]
     pads = [same_padding(size, width, stride) for size, width in zip(inputs.shape[1:3], window, strict=True)]
     out_h, out_w = (-(-size // stride) for size in inputs.shape[1:3])
@@ -127,14 +127,14 @@ def _of_inputs(kernel: Any, cotangents: Any, shapes: Shapes, stride: int) -> Any
 
 def _of_kernel(inputs: Any, cotangents: Any, shapes: Shapes, stride: int) -> Any:
     sides = _sides(shapes, stride)
-    read = [min(size, reach + width - 1 - low) for size, width, low, reach in sides]  # a stride may skip the last ones
+    read = [min(size, reach + width - 1 - low) for size, width, low, reach in sides]  # a stride may skip the last rows
     inputs = inputs[:, : read[0], : read[1]]
     padding = [
         (low, reach + width - 1 - low - count) for count, (_, width, low, reach) in zip(read, sides, strict=True)
     ]
 
     def summed(inputs: Any, cotangents: Any) -> Any:
-        """Channels take the place of examples, and examples that of channels."""
+        """Computes the gradient as a convolution with channels as examples and examples as channels."""
         found = jax.lax.conv_general_dilated(
             _barrier(jnp.transpose(inputs, (3, 1, 2, 0))), _barrier(jnp.transpose(cotangents, (1, 2, 0, 3))),
             (1, 1), padding, rhs_dilation=(stride, stride), dimension_numbers=_LAYOUT,
@@ -145,7 +145,7 @@ def _of_kernel(inputs: Any, cotangents: Any, shapes: Shapes, stride: int) -> Any
     chunks = -(-examples * height * width // _POSITIONS)
     if chunks <= 1:
         return summed(inputs, cotangents)
-    # rather somewhat smaller chunks than a last one that is filled up
+    # prefer somewhat smaller chunks to a last chunk that needs padding
     chunks = next((more for more in range(chunks, min(2 * chunks, examples) + 1) if examples % more == 0), chunks)
     size = -(-examples // chunks)
     pairs = [
@@ -157,7 +157,7 @@ def _of_kernel(inputs: Any, cotangents: Any, shapes: Shapes, stride: int) -> Any
 
 
 def _sides(shapes: Shapes, stride: int) -> list[tuple[int, int, int, int]]:
-    """Of each dimension: inputs, window, padding before, and the outputs spread out by the stride."""
+    """Returns, for each dimension, the input size, window, padding before, and outputs dilated by the stride."""
     (_, *sizes, _), (*window, _, _), (_, *outputs, _) = shapes
     return [
         (size, width, same_padding(size, width, stride)[0], stride * (out - 1) + 1)

@@ -1,4 +1,4 @@
-"""The Vision Transformer: attention among the patches of an image, in blocks that are scanned."""
+"""The Vision Transformer: attention among the patches of an image, in scanned blocks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from metajax.core import _validate
-from metajax.core._types import Model
+from metajax.core._types import Dtype, Model
 from metajax.models import _wrap
 from metajax.models._attention import attend, heads_of
 from metajax.models._blocks import Remat, check_remat, gelu, layer_norm, scanned, stacked
@@ -21,7 +21,7 @@ POOLINGS = ("cls", "mean")
 
 
 class _Block(nnx.Module):
-    """Attention and a hidden layer with GELU, each of normalised inputs and added to its input."""
+    """Attention and a hidden layer with GELU; each reads normalised values and adds to its input."""
 
     def __init__(self, width: int, heads: int, hidden: int, epsilon: float, *, rngs: nnx.Rngs):
         self.attention_norm, self.mlp_norm = layer_norm(width, epsilon, rngs), layer_norm(width, epsilon, rngs)
@@ -61,7 +61,7 @@ class _ViT(nnx.Module):
                 f"inputs must be images of {len(position) - 1} patches, for which the parameters have positions, got "
                 f"{self.patches} patches of {self.patch} by {self.patch} pixels in {inputs.shape[1:]}"
             )
-        values = self.embed(unfold(inputs, self.patch).astype(position.dtype))  # the parameters say in which type
+        values = self.embed(unfold(inputs, self.patch).astype(position.dtype))  # the parameters decide the type
         token = jnp.broadcast_to(token.astype(values.dtype), (len(values), 1, len(token)))
         values = jnp.concatenate([token, values], axis=1) + position
 
@@ -70,13 +70,13 @@ class _ViT(nnx.Module):
 
         values, _ = scanned(self.blocks, values, call, remat=self.remat)
         values = self.norm(values[:, :1] if self.pooling == "cls" else values[:, 1:])
-        values = values.astype(jnp.promote_types(values.dtype, jnp.float32))  # for the sums of means and softmaxes
+        values = values.astype(jnp.promote_types(values.dtype, jnp.float32))  # for sums in means and softmaxes
         features = values.mean(axis=1)
         return features if self.head is None else self.head(features)
 
 
 def unfold(images: jax.Array, patch: int) -> jax.Array:
-    """Images `[n, height, width, c]` as patches `[n, patches, patch * patch * c]`, row after row in both.
+    """Cuts images `[n, height, width, c]` into patches `[n, patches, patch * patch * c]`, both in row-major order.
 
     >>> unfold(jnp.arange(16).reshape(1, 4, 4, 1), 2)[0, :2].tolist()
     [[0, 1, 4, 5], [2, 3, 6, 7]]
@@ -98,38 +98,37 @@ def vit(
     norm_epsilon: float = 1e-6,
     pooling: Pooling = "cls",
     remat: Remat = True,
-    dtype: Any = jnp.float32,
+    dtype: Dtype = jnp.float32,
 ) -> Model:
     """The Vision Transformer (Dosovitskiy et al. 2021); the default sizes are those of ViT-S/16.
 
-    The blocks are one scan: the program has the size of one block. With `remat` the backward pass computes each block
-    once more, so that the activations of one block are kept and not those of all. Adapters edit the kernels `query`,
-    `key`, `value`, `out`, `up` and `down` of the blocks, `embed` of the patches, and `head`.
+    The blocks are one scan, so the program has the size of one block. With `remat`, the backward pass recomputes each
+    block, so that memory holds the activations of one block and not of all. Adapters edit the kernels `query`, `key`,
+    `value`, `out`, `up` and `down` of the blocks, `embed` of the patches, and `head`.
 
     Args:
-      outputs: number of outputs of a linear head; None gives the features.
+      outputs: number of outputs of a linear head; None returns the features.
       patch: side of a patch in pixels; must divide both sides of the images.
-      width: of the stream.
+      width: width of the residual stream.
       depth: number of blocks.
-      heads: of attention; must divide `width`.
-      hidden: units of the hidden layer of a block; None is 4 times the width.
-      norm_epsilon: of the layer normalisations; 1e-12 in Hugging Face's `ViTModel`.
-      pooling: the features are the normalised state of the class token, "cls", or the mean of those of the patches,
-        "mean".
-      remat: whether blocks are recomputed in the backward pass; "example": for one image at a time. Images then go
-        through a block one after the other, also forward, which takes less memory still, and more time where they are
-        small.
-      dtype: of the parameters, and of the computation in the blocks; what comes out is float32 at least.
+      heads: attention heads; must divide `width`.
+      hidden: units of the hidden layer of a block; None means 4 times the width.
+      norm_epsilon: epsilon of the layer normalisations; 1e-12 in Hugging Face's `ViTModel`.
+      pooling: which features to return: "cls", the normalised state of the class token, or "mean", the mean of the
+        normalised states of the patches.
+      remat: whether the backward pass recomputes blocks; "example" does so for one image at a time. Images then go
+        through a block one after the other, also in the forward pass. This takes even less memory, and more time if
+        the images are small.
+      dtype: type of the parameters and of the computation in the blocks; outputs are at least float32.
 
     Returns:
       A `Model` from images `[n, height, width, channels]` (unsigned 8-bit images are scaled to [0, 1]) to
-      `[n, outputs]` or features `[n, width]`. The images that parameters are made with decide how many positions
-      those have.
+      `[n, outputs]` or features `[n, width]`. The images given to `init` determine the number of positions.
 
     Raises:
-      ValueError: a size below 1, heads that do not divide, an unknown pooling, a `dtype` that is no floating-point
-        type, or (at trace time) inputs that are no images, that the patch does not divide, or that have another number
-        of patches than the parameters have positions for.
+      ValueError: a size is below 1, heads do not divide, the pooling is unknown, `dtype` is not a floating-point type,
+        or (at trace time) inputs are not images, the patch does not divide them, or they have another number of patches
+        than the parameters have positions.
 
     Source: Dosovitskiy et al. 2021, arXiv:2010.11929.
 

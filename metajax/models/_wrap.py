@@ -1,4 +1,4 @@
-"""A module of another library as a pure `Model`."""
+"""Wraps modules of other libraries as pure `Model`s."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from metajax.core._types import Model, Params
 
 
 def as_floats(inputs: Any) -> Any:
-    """Unsigned 8-bit leaves are images and become floats in [0, 1]; other leaves pass.
+    """Converts unsigned 8-bit leaves, which are images, to floats in [0, 1]; other leaves pass through.
 
     >>> import numpy as np
     >>> as_floats(np.array([0, 255], np.uint8)).tolist()
@@ -27,18 +27,18 @@ def as_floats(inputs: Any) -> Any:
 
 
 def from_nnx(module: Callable[[nnx.Rngs], nnx.Module], *, needs: tuple[str, ...] = ()) -> Model:
-    """Makes a `Model` of a flax.nnx module.
+    """Makes a `Model` from a flax.nnx module.
 
-    Parameters (`nnx.Param`) become a nested dict of arrays. Other variables (running statistics, dropout streams)
-    are made anew in each call and what is written to them is dropped, so that a batch normalisation in training
-    mode normalises with the statistics of the call, which is transductive. Unsigned 8-bit images are scaled to
-    [0, 1].
+    Parameters (`nnx.Param`) become a nested dict of arrays. Other variables (running statistics, dropout streams) are
+    recreated in each call, and writes to them are dropped. A batch normalisation in training mode therefore uses the
+    statistics of the call, which is transductive. Unsigned 8-bit images are scaled to [0, 1].
 
     Args:
       module: a factory `(rngs) -> module` whose module maps inputs to outputs.
-      needs: which of `mask` and `stats` the module's call takes as keywords. A module that takes no `mask` may need it
-        too: its batch normalisations (`nnx.BatchNorm`) then leave padding out of their statistics, and warn without.
-        With `key`, the module's dropout streams follow the key, and a call without one is deterministic.
+      needs: which of `mask` and `stats` the module's call takes as keywords. `mask` is also useful for a module that
+        does not take it: its batch normalisations (`nnx.BatchNorm`) then leave padding out of their statistics, and
+        warn without it. With `key`, the module's dropout streams follow the key, and a call without one is
+        deterministic.
 
     >>> import jax, jax.numpy as jnp, metajax
     >>> from flax import nnx
@@ -51,12 +51,12 @@ def from_nnx(module: Callable[[nnx.Rngs], nnx.Module], *, needs: tuple[str, ...]
 
 
 def from_shape(module: Callable[[tuple[int, ...], nnx.Rngs], nnx.Module], *, needs: tuple[str, ...] = ()) -> Model:
-    """As `from_nnx`, for a factory `(shape of one example, rngs) -> module`."""
+    """Does the same as `from_nnx`, for a factory `(shape of one example, rngs) -> module`."""
 
     def init(key: jax.Array, inputs: Any) -> Any:
         return nnx.to_pure_dict(nnx.state(module(_example_shape(inputs), nnx.Rngs(key)), nnx.Param))
 
-    @functools.cache  # by shape; what it holds is static: a graph definition and abstract parameters
+    @functools.cache  # by shape; the values are static: a graph definition and abstract parameters
     def abstract(shape: tuple[int, ...]) -> tuple[Any, Any, Any]:
         return nnx.split(nnx.eval_shape(lambda: module(shape, nnx.Rngs(0))), nnx.Param, ...)
 
@@ -68,10 +68,10 @@ def from_shape(module: Callable[[tuple[int, ...], nnx.Rngs], nnx.Module], *, nee
         nnx.replace_by_pure_dict(params_state, params)
         if jax.tree.leaves(rest):
             rngs = nnx.Rngs(0 if key is None else key)
-            rest = nnx.split(module(shape, rngs), nnx.Param, ...)[2]  # its parameters are never computed under jit
+            rest = nnx.split(module(shape, rngs), nnx.Param, ...)[2]  # under jit, its parameters are never computed
         bound = nnx.merge(graph, params_state, rest)
         if "key" in needs:
-            # not eval(): that would also make a batch normalisation use running statistics, which nothing has run
+            # not eval(): it would also make a batch normalisation use running statistics, which are never updated
             bound.set_attributes(deterministic=key is None, raise_if_not_found=False)
         for _, child in nnx.iter_modules(bound):
             if type(child) is nnx.BatchNorm:
@@ -89,7 +89,7 @@ _padding: contextvars.ContextVar[Any] = contextvars.ContextVar("padding", defaul
 
 
 class _BatchNorm(nnx.BatchNorm):
-    """A batch normalisation that leaves padding out of its statistics, also where its module hands it no mask."""
+    """A batch normalisation that leaves padding out of its statistics, even if its module passes no mask."""
 
     def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Any:
         running = self.use_running_average if use_running_average is None else use_running_average
@@ -99,17 +99,17 @@ class _BatchNorm(nnx.BatchNorm):
 
 
 def _statistics_mask(inputs: Any, mask: Any) -> Any:
-    """The mask of examples for statistics of inputs `[n, ...]`, which warns where padding would count."""
+    """Returns the example mask for statistics of inputs `[n, ...]`; warns if padding would count."""
     if mask is None or mask.shape != inputs.shape[:1]:
         why = 'give needs=("mask",)' if mask is None else f"it sees inputs {inputs.shape} for {mask.shape[0]} examples"
         warnings.warn(f"padding counts in the statistics of a batch normalisation: {why}", stacklevel=2)
         return None
     mask = jnp.asarray(mask)
-    return jnp.expand_dims(mask | ~jnp.any(mask), tuple(range(1, inputs.ndim)))  # of nothing there are no statistics
+    return jnp.expand_dims(mask | ~jnp.any(mask), tuple(range(1, inputs.ndim)))  # without any example, keep all
 
 
 def _taken(module: Any, needed: dict[str, Any]) -> dict[str, Any]:
-    """Of the keywords, those that the call of a module takes: the mask may be for its batch normalisations alone."""
+    """Returns the keywords that a module's call takes; the mask may be for its batch normalisations alone."""
     parameters = inspect.signature(type(module).__call__).parameters
     if "mask" in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
         return needed
@@ -117,10 +117,10 @@ def _taken(module: Any, needed: dict[str, Any]) -> dict[str, Any]:
 
 
 def of_dtype(model: Model, dtype: Any) -> Model:
-    """A model whose parameters are made in float32 and kept in another floating-point type.
+    """Returns a model whose parameters are made in float32 and stored in another floating-point type.
 
     Raises:
-      ValueError: `dtype` is no floating-point type.
+      ValueError: `dtype` is not a floating-point type.
     """
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be a floating-point type, got {dtype!r}")
@@ -134,13 +134,13 @@ def of_dtype(model: Model, dtype: Any) -> Model:
 
 
 def image_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """The height, width and channels of images.
+    """Returns the height, width and channels of images.
 
     Args:
-      shape: of one example.
+      shape: shape of one example.
 
     Raises:
-      ValueError: the examples are no images.
+      ValueError: the examples are not images.
 
     >>> image_shape((28, 28, 1))
     (28, 28, 1)
@@ -156,17 +156,17 @@ def _example_shape(inputs: Any) -> tuple[int, ...]:
 
 
 def from_linen(module: linen.Module, *, needs: tuple[str, ...] = (), **call: Any) -> Model:
-    """Makes a `Model` of a flax.linen module.
+    """Makes a `Model` from a flax.linen module.
 
-    The `params` collection becomes the parameters. Other collections are made anew in each call and what is written
-    to them is dropped, so that a batch normalisation with `use_running_average=False` normalises with the
-    statistics of the call, which is transductive. Unsigned 8-bit images are scaled to [0, 1].
+    The `params` collection becomes the parameters. Other collections are recreated in each call, and writes to them are
+    dropped. A batch normalisation with `use_running_average=False` therefore uses the statistics of the call, which is
+    transductive. Unsigned 8-bit images are scaled to [0, 1].
 
     Args:
       module: maps inputs to outputs.
-      needs: which of `mask` and `stats` the module's call takes as keywords (None at initialisation). A module that
-        takes no `mask` may need it too: its batch normalisations (`linen.BatchNorm`) then leave padding out of their
-        statistics, and warn without. With `key`, the `dropout` stream follows the key and the call gets
+      needs: which of `mask` and `stats` the module's call takes as keywords (None at initialisation). `mask` is also
+        useful for a module that does not take it: its batch normalisations (`linen.BatchNorm`) then leave padding out
+        of their statistics, and warn without it. With `key`, the `dropout` stream follows the key and the call gets
         `deterministic=`.
       **call: static keywords of every call, such as `train=True`.
 
@@ -203,7 +203,7 @@ def from_linen(module: linen.Module, *, needs: tuple[str, ...] = (), **call: Any
 
 
 def _leave_padding_out(mask: Any, function: Any, arguments: Any, keywords: Any, context: Any) -> Any:
-    """Gives the mask to a batch normalisation whose module hands it none."""
+    """Passes the mask to a batch normalisation whose module passes none."""
     if isinstance(context.module, linen.BatchNorm) and context.method_name == "__call__":
         inputs, *running = arguments
         given = [*running, keywords.get("use_running_average"), context.module.use_running_average]

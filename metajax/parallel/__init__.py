@@ -1,4 +1,4 @@
-"""Devices: the meta step over more than one."""
+"""The meta step on several devices."""
 
 from metajax.parallel._collectives import collective_bytes
 from metajax.parallel._mesh import make_mesh

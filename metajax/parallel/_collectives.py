@@ -1,4 +1,4 @@
-"""What a compiled program communicates."""
+"""Communication of a compiled program."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ _ARRAY = re.compile(r"\b(?P<type>pred|[a-z]+\d+)(?:[a-z0-9]*)\[(?P<shape>[\d,]*)
 
 
 def collective_bytes(text: str) -> dict[str, int]:
-    """Bytes of what each kind of collective of a compiled program gives one device.
+    """Counts the bytes that each kind of collective of a compiled program returns on one device.
 
-    A collective inside of a loop counts once; the meta step has none there unless the compiler divides the computation
-    of a task (`model`).
+    A collective inside a loop counts once. The meta step has no collectives in loops unless the compiler divides the
+    computation of a task (`model`).
 
     Args:
-      text: of `jax.jit(f).lower(...).compile().as_text()`.
+      text: program text, from `jax.jit(f).lower(...).compile().as_text()`.
 
     Returns:
-      Kinds ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute") that occur, and their
+      The kinds that occur ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute") and their
       bytes.
 
     >>> collective_bytes("  %sum = (f32[8]{0}, f32[]) all-reduce(%a, %b), channel_id=1")
@@ -31,7 +31,7 @@ def collective_bytes(text: str) -> dict[str, int]:
         call = _CALL.search(line)
         if call:
             arrays = [(array["type"], array["shape"]) for array in _ARRAY.finditer(call["result"])]
-            if "-start(" in line and call["kind"] != "all-reduce":  # an asynchronous one names its operands too
+            if "-start(" in line and call["kind"] != "all-reduce":  # asynchronous collectives list their operands too
                 arrays = arrays[len(arrays) // 2 :]
             size = sum(_width(kind) * math.prod(int(n) for n in shape.split(",") if n) for kind, shape in arrays)
             found[call["kind"]] = found.get(call["kind"], 0) + size

@@ -1,4 +1,4 @@
-"""The mesh: which device does what."""
+"""The device mesh."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ from jax.sharding import AxisType, Mesh
 
 from metajax.core import _validate
 
-# in this order, so that the axis that communicates most has the devices nearest to each other
+# in this order, so that the devices along the axis that communicates most are closest to each other
 AXES = ("task", "fsdp", "model")
 
 
 def make_mesh(task: int = -1, fsdp: int = 1, model: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of three axes.
+    """Creates a mesh with three axes.
+
+    One of the three sizes may be -1; it is then inferred from the number of devices.
 
     Args:
-      task: data parallel: devices that hold the same parameters and take different tasks.
-      fsdp: devices that take different tasks and divide parameters and optimizer state among themselves (Zhao et
-        al. 2023,
-        arXiv:2304.11277).
-      model: devices that take the same tasks and divide the computation of each (tensor parallel; Shoeybi et al. 2019,
-        arXiv:1909.08053).
-      devices: all of all processes by default. One of the three sizes may be -1: what is left of the devices.
+      task: number of devices that hold the same parameters and compute different tasks (data parallel).
+      fsdp: number of devices that compute different tasks and divide parameters and optimizer state among themselves
+        (Zhao et al. 2023, arXiv:2304.11277).
+      model: number of devices that compute the same tasks and divide the computation of each task (tensor parallel;
+        Shoeybi et al. 2019, arXiv:1909.08053).
+      devices: devices of the mesh; by default all devices of all processes.
 
     Raises:
-      ValueError: a size is neither -1 nor positive, two are -1, or the sizes do not make up the devices.
+      ValueError: a size is neither -1 nor positive, two sizes are -1, or the product of the sizes is not the number of
+        devices.
 
     >>> make_mesh(task=1, devices=jax.devices()[:1]).axis_names
     ('task', 'fsdp', 'model')

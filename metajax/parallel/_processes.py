@@ -1,4 +1,4 @@
-"""What the processes of one job tell each other, and which part of a batch each of them brings."""
+"""Communication between the processes of one job, and the part of a batch that each process provides."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from metajax.parallel._spmd import require_divided, task_sharding
 
 
 def exchange(value: Any) -> list[Any]:
-    """Tells a JSON value to all processes of the job, and gives what each of them told, in their order.
+    """Sends a JSON value to all processes of the job, and returns the values of all processes, in process order.
 
-    All processes call it, and wait for the slowest. In a job of one process it costs nothing.
+    All processes must call it, and wait for the slowest one. In a job of one process it does not communicate.
 
     Raises:
-      TypeError, ValueError: `value` is no JSON value.
+      TypeError, ValueError: `value` is not a JSON value.
 
     >>> exchange({"process": jax.process_index()})
     [{'process': 0}]
@@ -34,10 +34,10 @@ def exchange(value: Any) -> list[Any]:
 
 
 def from_first(function: Callable[[], Any]) -> Any:
-    """The JSON value of `function()`, which process 0 alone calls, in all processes.
+    """Calls `function` in process 0 only, and returns its JSON value in all processes.
 
     Raises:
-      ValueError: `function` raised one, with its text, in every process.
+      ValueError: `function` raised a ValueError; every process then raises one with its text.
 
     >>> from_first(lambda: jax.process_index())
     0
@@ -46,12 +46,13 @@ def from_first(function: Callable[[], Any]) -> Any:
 
 
 def agree(function: Callable[[], Any]) -> list[Any]:
-    """Calls `function` in every process, and gives the JSON values that it returned, in the order of the processes.
+    """Calls `function` in every process, and returns the JSON values of all processes, in process order.
 
-    Where it raises a ValueError in one process, it does in all: none goes on and waits for one that has ended.
+    If `function` raises a ValueError in one process, all processes raise it, so that no process waits for one that has
+    ended.
 
     Raises:
-      ValueError: `function` raised one; the error names the process where the job has several.
+      ValueError: `function` raised a ValueError; the error names the process if the job has several.
 
     >>> agree(lambda: 7)
     [7]
@@ -71,17 +72,18 @@ def agree(function: Callable[[], Any]) -> list[Any]:
 
 
 def process_block(mesh: Mesh, num_tasks: int) -> tuple[int, int]:
-    """Which block of a global batch of episodes this process brings, and how many blocks there are.
+    """Returns the block of a global batch of episodes that this process provides, and the number of blocks.
 
-    Processes whose devices hold the same tasks (along `model`) bring the same block. The two numbers are what
-    `metajax.data.episodes` takes as `process_index` and `process_count`, with a `batch` of `num_tasks // count`.
+    Processes whose devices hold the same tasks (along `model`) provide the same block. Pass the two numbers to
+    `metajax.data.episodes` as `process_index` and `process_count`, with a `batch` of `num_tasks // count`.
 
     Args:
-      mesh: of `make_mesh`.
-      num_tasks: tasks of the global batch.
+      mesh: mesh from `make_mesh`.
+      num_tasks: number of tasks in the global batch.
 
     Raises:
-      ValueError: the devices do not divide the tasks, or a process shares some but not all of its tasks with another.
+      ValueError: the number of tasks is not a multiple of the number of device groups, or a process shares some but not
+        all of its tasks with another process.
 
     >>> from metajax.parallel import make_mesh
     >>> process_block(make_mesh(), 8 * len(jax.devices()))
@@ -99,9 +101,9 @@ def process_block(mesh: Mesh, num_tasks: int) -> tuple[int, int]:
 
 
 def to_host(tree: Any) -> Any:
-    """The leaves of a tree as NumPy arrays, whole in every process, wherever their parts lie.
+    """Returns the leaves of a tree as full NumPy arrays in every process, however they are sharded.
 
-    All processes of a job call it; what this process holds whole is not communicated.
+    All processes of a job must call it. Leaves that this process holds in full are not communicated.
 
     >>> to_host({"w": jax.numpy.ones(2)})["w"].tolist()
     [1.0, 1.0]

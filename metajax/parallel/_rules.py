@@ -1,4 +1,4 @@
-"""Which device holds which part of a parameter: rules from paths to partition specs."""
+"""Sharding of parameters: rules that map paths to partition specs."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ Rules = Sequence[tuple[str, PartitionSpec]] | Callable[[str, tuple[int, ...]], P
 
 
 def largest_axis(size: int, *, axis: str = "fsdp", at_least: int = 2**14) -> Rules:
-    """A rule without paths: each large parameter is divided along its longest dimension that divides evenly.
+    """Returns a rule that divides each large parameter along its longest dimension that divides evenly.
+
+    The rule does not depend on paths.
 
     Args:
-      size: devices along the mesh axis.
-      axis: the mesh axis.
-      at_least: parameters of fewer numbers stay whole on every device.
+      size: number of devices along the mesh axis.
+      axis: name of the mesh axis.
+      at_least: parameters with fewer elements are replicated on every device.
 
     >>> tuple(largest_axis(4)("body/kernel", (3, 4096, 128)))
     (None, 'fsdp', None)
@@ -38,18 +40,18 @@ def largest_axis(size: int, *, axis: str = "fsdp", at_least: int = 2**14) -> Rul
 
 
 def partition_specs(tree: Any, mesh: Mesh, rules: Rules) -> Any:
-    """The `PartitionSpec` of each leaf.
+    """Returns the `PartitionSpec` of each leaf.
 
     Args:
       tree: leaves with a shape: arrays or `jax.ShapeDtypeStruct`.
-      mesh: of `make_mesh`.
-      rules: pairs of a regular expression, searched in the path of a leaf (`body/conv_0/kernel`), and its spec; the
-        first that matches counts, and what none matches is whole on every device. Or a function of path and shape.
+      mesh: mesh from `make_mesh`.
+      rules: pairs of a regular expression, searched in the path of a leaf (`body/conv_0/kernel`), and its spec. The
+        first match counts; leaves without a match are replicated on every device. Or a function of path and shape.
 
     Raises:
-      ValueError: a rule that matches no leaf, an invalid expression, a spec that is longer than a leaf, names no
-        axis of the
-        mesh, names `task` (which divides tasks, not parameters), or divides a dimension unevenly.
+      ValueError: a rule matches no leaf; an expression is invalid; or a spec has more dimensions than its leaf, names
+        an axis that the mesh does not have, names `task` (which divides tasks, not parameters), or divides a dimension
+        unevenly.
 
     >>> from metajax.parallel import make_mesh
     >>> mesh = make_mesh(devices=jax.devices()[:1])
@@ -62,7 +64,7 @@ def partition_specs(tree: Any, mesh: Mesh, rules: Rules) -> Any:
 
 
 def specs_of(tree: Any, mesh: Mesh, rules: Rules) -> Any:
-    """As `partition_specs`, of a part of the parameters, which not every rule has to match."""
+    """Same as `partition_specs`, for a part of the parameters: a rule may match no leaf."""
 
     def spec(path: str, shape: tuple[int, ...]) -> PartitionSpec:
         if callable(rules):
@@ -78,7 +80,7 @@ def specs_of(tree: Any, mesh: Mesh, rules: Rules) -> Any:
 
 
 def check_matches(rules: Rules, paths: list[str]) -> None:
-    """Refuses an invalid expression, and one that is found in no path."""
+    """Raises a ValueError if an expression is invalid or matches no path."""
     for pattern, _ in () if callable(rules) else rules:
         try:
             found = any(re.search(pattern, path) for path in paths)
@@ -102,7 +104,7 @@ def _check_spec(path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Me
 
 
 def _normal(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
-    """As the compiler writes it: without axes of one device, and without what follows the last divided dimension."""
+    """Normalises a spec as the compiler does: drops axes of one device and entries after the last divided dimension."""
     entries: list[Any] = []
     for entry in spec:
         names = tuple(name for name in axis_names(entry) if mesh.shape[name] > 1)
@@ -113,7 +115,7 @@ def _normal(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
 
 
 def axis_names(entry: Any) -> tuple[str, ...]:
-    """The mesh axes of one entry of a spec, which is None, a name or several.
+    """Returns the mesh axes of one entry of a spec, which is None, a name or several names.
 
     >>> axis_names(None), axis_names("fsdp")
     ((), ('fsdp',))
@@ -122,10 +124,10 @@ def axis_names(entry: Any) -> tuple[str, ...]:
 
 
 def like_params(tree: Any, params: Any, specs: Any) -> Any:
-    """Gives the leaves of an optimizer's state the specs of the parameters that they belong to.
+    """Returns the specs of an optimizer state: each leaf has the spec of the parameter that it belongs to.
 
-    Optax keeps moments in trees like that of the parameters: the path of a moment ends with the path of its parameter.
-    What belongs to no parameter is whole on every device.
+    Optax keeps moments in trees with the structure of the parameters: the path of a moment ends with the path of its
+    parameter. Leaves that belong to no parameter are replicated on every device.
 
     >>> w = jax.numpy.ones(4)
     >>> like_params({"mu": {"w": w}}, {"w": w}, {"w": PartitionSpec("fsdp")})["mu"]["w"] == PartitionSpec("fsdp")

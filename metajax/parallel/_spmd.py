@@ -18,29 +18,30 @@ _WHOLE: Any = PartitionSpec()
 
 
 def shard(outer: OuterUpdate, mesh: Mesh, rules: _rules.Rules = ()) -> OuterUpdate:
-    """Spreads the meta step over a mesh: tasks over `task` and `fsdp`, parameters over `fsdp` and `model`.
+    """Shards the meta step over a mesh: tasks over `task` and `fsdp`, parameters over `fsdp` and `model`.
 
-    Each device (or group of devices along `model`) takes its own tasks with the whole parameters, which it gathers from
-    its `fsdp` neighbours once a step, and nothing is communicated until the sums over tasks are reduced: one all-reduce
-    of the hypergradient, or a reduce-scatter of what is divided. So the traffic does not grow with tasks, inner steps
-    or examples. Optimizer state is divided as its parameters are, and the optimizer runs on the parts. Along `model`
-    the compiler divides the computation, as the rules divide the weights.
+    Each device (or group of devices along `model`) computes its own tasks with the full parameters, which it gathers
+    from its `fsdp` neighbours once per step. The next communication is the reduction of the sums over tasks: one
+    all-reduce of the hypergradient, or a reduce-scatter for divided parameters. So the traffic does not grow with the
+    number of tasks, inner steps or examples. Optimizer state is divided like its parameters, and the optimizer runs on
+    the parts. Along `model` the compiler divides the computation in the same way as the rules divide the weights.
 
     Args:
-      outer: of `metajax.outer_update`, without an axis name.
-      mesh: of `make_mesh`.
-      rules: which parameter is divided how (see `partition_specs`), () for none. Only one dimension of a parameter can
-        lie on `fsdp`, alone. A frozen base lies by the same rules:
+      outer: an update from `metajax.outer_update`, without an axis name.
+      mesh: mesh from `make_mesh`.
+      rules: how each parameter is divided (see `partition_specs`), () for no division. Only one dimension of a
+        parameter can be divided along `fsdp`, and along no other axis. The same rules apply to a frozen base:
         `put(frozen, frozen_shardings(frozen, mesh, rules))`.
 
     Returns:
-      An `OuterUpdate` with the same signature, for `jit`, on arrays that lie on the mesh: `init` makes the state where
-      it belongs (the shapes first, then one compiled program), and episodes are divided along `task_sharding`, or by
-      the compiler. State that goes in comes out with the same shardings, and may be donated.
+      An `OuterUpdate` with the same signature, for `jit`, on arrays that are placed on the mesh. `init` creates the
+      state with its final shardings (first the shapes, then one compiled program). Episodes are divided along
+      `task_sharding`, or by the compiler. The returned state has the same shardings as the given state, which may be
+      donated.
 
     Raises:
-      ValueError: `outer` is not what `outer_update` made, or has an axis name; rules that `partition_specs` refuses; or
-        (when called) a number of tasks that the devices do not divide, which `pad_tasks` mends.
+      ValueError: `outer` does not come from `outer_update`, or has an axis name; `partition_specs` refuses the rules;
+        or (when called) the number of tasks is not a multiple of the number of device groups (see `pad_tasks`).
 
     >>> import jax, jax.numpy as jnp, optax, metajax
     >>> learner = metajax.learners.maml(metajax.models.mlp(outputs=2), inner=optax.sgd(0.1))
@@ -73,7 +74,7 @@ def shard(outer: OuterUpdate, mesh: Mesh, rules: _rules.Rules = ()) -> OuterUpda
         placed = state_shardings(shapes, mesh, rules, frozen=frozen)
         everywhere = NamedSharding(mesh, _WHOLE)
         key, episode = put((key, episode), jax.tree.map(lambda _: everywhere, (key, episode)))
-        # arguments, not constants of the program, and divided before they come together with others
+        # passed as arguments, not as constants of the program, and divided before they are merged with other arrays
         params = None if params is None else put(params, placed.params)
         if frozen is not None:
             frozen = put(frozen, frozen_shardings(frozen, mesh, rules))
@@ -84,7 +85,7 @@ def shard(outer: OuterUpdate, mesh: Mesh, rules: _rules.Rules = ()) -> OuterUpda
         placed = state_shardings(state, mesh, rules, frozen=frozen)
         places = placed.params, None if frozen is None else frozen_shardings(frozen, mesh, rules)
         dimensions = jax.tree.map(lambda place: _fsdp_dimension(place.spec), places)
-        # the axes that the function below deals with itself; `model` stays the compiler's
+        # the axes that the function below handles itself; the compiler handles `model`
         held = jax.tree.map(lambda dimension: _WHOLE if dimension < 0 else _at(dimension), dimensions)
 
         def local(parts: Any, hypergrad_state: Any, step: Any, key: Any, episodes: Any) -> tuple[Any, Any]:
@@ -97,34 +98,34 @@ def shard(outer: OuterUpdate, mesh: Mesh, rules: _rules.Rules = ()) -> OuterUpda
             )  # fmt: skip
             return jax.lax.psum(total._replace(grads=()), axes)._replace(grads=grads), per_task
 
-        # a region by hand needs an axis; without one, all is left to the compiler
+        # shard_map needs an axis; without one, the compiler handles everything
         run = jax.shard_map(
             local, mesh=mesh, axis_names=by_hand, in_specs=(held, by_task, _WHOLE, _WHOLE, by_task),
             out_specs=(PartialSums(_WHOLE, held[0], _WHOLE, _WHOLE, _WHOLE), by_task),
         ) if axes else local  # fmt: skip
         total, per_task = run((state.params, frozen), state.hypergrad_state, state.step, state.key, episodes)
         new, metrics = apply_updates(state, total, per_task, frozen)
-        # where they came from, so that a state can be donated and nothing is compiled again
+        # the same shardings as the input, so that a state can be donated and nothing is compiled again
         return jax.lax.with_sharding_constraint(new, placed), metrics
 
     return outer.wrapped(init, update)
 
 
 def state_shardings(state: MetaState, mesh: Mesh, rules: _rules.Rules = (), *, frozen: Any = None) -> Any:
-    """Where `shard` lays each leaf of a state.
+    """Returns the sharding that `shard` uses for each leaf of a state.
 
     Args:
       state: arrays or `jax.ShapeDtypeStruct`.
-      mesh: of `make_mesh`.
+      mesh: mesh from `make_mesh`.
       rules: as for `shard`.
-      frozen: the base that stands beside the state; a rule may match a parameter of either.
+      frozen: the frozen base of the state; a rule may match a parameter of either.
 
     Returns:
-      A tree of `NamedSharding`: parameters by the rules, the optimizer's moments as their parameters, the estimator's
-      states as their tasks.
+      A tree of `NamedSharding`: parameters follow the rules, moments of the optimizer follow their parameters, states
+      of the estimator follow their tasks.
 
     Raises:
-      ValueError: rules that `partition_specs` refuses.
+      ValueError: `partition_specs` refuses the rules.
 
     >>> import metajax
     >>> mesh = metajax.parallel.make_mesh()
@@ -142,18 +143,18 @@ def state_shardings(state: MetaState, mesh: Mesh, rules: _rules.Rules = (), *, f
 
 
 def frozen_shardings(frozen: Any, mesh: Mesh, rules: _rules.Rules = ()) -> Any:
-    """Where `shard` expects each leaf of a frozen base.
+    """Returns the sharding that `shard` expects for each leaf of a frozen base.
 
     Args:
       frozen: the base, with None where the state has a leaf.
-      mesh: of `make_mesh`.
+      mesh: mesh from `make_mesh`.
       rules: as for `shard`.
 
     Returns:
       A tree of `NamedSharding`, for `put`.
 
     Raises:
-      ValueError: rules that divide a leaf as `partition_specs` refuses it.
+      ValueError: a rule gives a leaf a spec that `partition_specs` refuses.
 
     >>> from metajax.parallel import make_mesh
     >>> mesh = make_mesh(devices=jax.devices()[:1])
@@ -164,7 +165,7 @@ def frozen_shardings(frozen: Any, mesh: Mesh, rules: _rules.Rules = ()) -> Any:
 
 
 def num_groups(mesh: Mesh) -> int:
-    """How many groups of devices take tasks of their own.
+    """Returns the number of groups of devices that compute different tasks.
 
     >>> from metajax.parallel import make_mesh
     >>> num_groups(make_mesh(devices=jax.devices()[:1]))
@@ -174,7 +175,7 @@ def num_groups(mesh: Mesh) -> int:
 
 
 def require_divided(mesh: Mesh, num_tasks: int) -> None:
-    """Refuses a number of tasks that the groups of devices do not divide.
+    """Raises a ValueError unless the number of tasks is a multiple of the number of device groups.
 
     >>> from metajax.parallel import make_mesh
     >>> require_divided(make_mesh(devices=jax.devices()[:1]), 3)
@@ -185,7 +186,7 @@ def require_divided(mesh: Mesh, num_tasks: int) -> None:
 
 
 def task_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of batches of episodes: their leading axis over `task` and `fsdp`.
+    """Returns the sharding of batches of episodes: the leading axis is divided over `task` and `fsdp`.
 
     >>> from metajax.parallel import make_mesh
     >>> tuple(task_sharding(make_mesh(devices=jax.devices()[:1])).spec)
@@ -195,14 +196,14 @@ def task_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def pad_tasks(episodes: Any, multiple: int) -> Any:
-    """Adds tasks that weigh nothing, so that a number of devices divides the tasks.
+    """Adds tasks with weight zero, so that the number of tasks is a multiple of the number of device groups.
 
     Args:
       episodes: an `Episode` with a leading task axis.
-      multiple: what the number of tasks shall be a multiple of, such as `num_groups(mesh)`.
+      multiple: the number of tasks becomes a multiple of this number, such as `num_groups(mesh)`.
 
     Returns:
-      The episodes, with copies of the last one behind them, whose query masks are False.
+      The episodes, followed by copies of the last one whose query masks are False.
 
     Raises:
       ValueError: `multiple` is below 1.
@@ -222,13 +223,14 @@ def pad_tasks(episodes: Any, multiple: int) -> Any:
 
 
 def put(tree: Any, shardings: Any) -> Any:
-    """Lays the leaves of a tree where their shardings say.
+    """Places the leaves of a tree according to their shardings.
 
-    `jax.device_put`, which over several processes takes neither keys nor what one process has put on a device.
+    Same as `jax.device_put`, but over several processes it also accepts PRNG keys and arrays that one process has put
+    on a device.
 
     Args:
       tree: arrays, the same in all processes of a job.
-      shardings: a tree of `NamedSharding`, such as `frozen_shardings` gives.
+      shardings: a tree of `NamedSharding`, such as the result of `frozen_shardings`.
 
     >>> from metajax.parallel import make_mesh
     >>> mesh = make_mesh(devices=jax.devices()[:1])
@@ -249,17 +251,17 @@ def _put_leaf(leaf: Any, sharding: NamedSharding) -> Any:
 
 
 def _task_axes(mesh: Mesh) -> tuple[str, ...]:
-    """The axes along which devices take different tasks."""
+    """Returns the axes along which devices compute different tasks."""
     return tuple(name for name in ("task", "fsdp") if name in mesh.shape)
 
 
 def _divided_axes(mesh: Mesh) -> tuple[str, ...]:
-    """Those of them that have several devices."""
+    """Returns the axes of `_task_axes` that have several devices."""
     return tuple(name for name in _task_axes(mesh) if mesh.shape[name] > 1)
 
 
 def _fsdp_dimension(spec: PartitionSpec) -> int:
-    """Which dimension lies on `fsdp`; -1 for none."""
+    """Returns the dimension that is divided along `fsdp`; -1 for none."""
     found = [place for place, entry in enumerate(spec) if "fsdp" in _rules.axis_names(entry)]
     if len(found) > 1 or any(len(_rules.axis_names(spec[place])) > 1 for place in found):
         raise ValueError(f"rules must put one dimension of a parameter on 'fsdp', alone, got {spec}")
@@ -274,7 +276,7 @@ def _gather(leaf: jax.Array, dimension: int) -> jax.Array:
     if dimension < 0:
         return leaf
     narrow = leaf.dtype == jnp.bfloat16
-    # as integers: where no unit computes in bfloat16, the compiler would send twice the bytes
+    # as integers, because on hardware without bfloat16 arithmetic the compiler would send twice the bytes
     parts = jax.lax.bitcast_convert_type(leaf, jnp.uint16) if narrow else leaf
     whole = jax.lax.all_gather(parts, "fsdp", axis=dimension, tiled=True)
     return jax.lax.bitcast_convert_type(whole, leaf.dtype) if narrow else whole

@@ -1,6 +1,6 @@
-"""The architectures that weights can be loaded for: what a config means, and what tensors are called.
+"""The supported architectures: the meaning of their configs and the names of their tensors.
 
-A new one is a function from a config to an `Architecture`, and a row in `ARCHITECTURES`.
+A new architecture needs a function from a config to an `Architecture`, and a row in `ARCHITECTURES`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from metajax.core import _tree, _validate
 from metajax.core._types import Model
 
 Config = Mapping[str, Any]
-HEAD = "head/kernel"  # of the pretrained model; a new head of other outputs is made anew
+HEAD = "head/kernel"  # the head of the pretrained model; a head with other outputs is newly initialised
 
 
 class Layout(NamedTuple):
-    """How a leaf is stored: `stored` gives the shape in the file of a leaf's shape, `read` the leaf of a tensor."""
+    """How a leaf is stored. `stored` maps the leaf's shape to the file's; `read` maps the file's tensor to a leaf."""
 
     stored: Callable[[tuple[int, ...]], tuple[int, ...]]
     read: Callable[[np.ndarray], np.ndarray]
@@ -37,19 +37,18 @@ TRANSPOSED = Layout(lambda shape: shape[::-1], lambda tensor: tensor.T)
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What a config describes.
+    """The architecture that a config describes.
 
     Attributes:
       model: `(head, outputs, dtype, remat) -> Model`.
-      heads: the heads that `model` knows, and what comes out of each: "features" `[n, d]`, logits of "tokens", a
-        "span", or features of "each token". The first is the head of the pretrained model.
-      names: names of tensors by the path of the leaf that they become; `{}` is the number of a block, whose tensors are
-        stacked.
-      prefixes: what may stand in front of names.
-      kind: "text" or "image", of the inputs.
-      positions: the most tokens of a text.
+      heads: the heads that `model` knows and the output of each: "features" `[n, d]`, logits of "tokens", a "span", or
+        features of "each token". The first is the head of the pretrained model.
+      names: tensor names by the path of their leaf. `{}` is the index of a block; tensors of all blocks are stacked.
+      prefixes: possible prefixes of the names.
+      kind: kind of the inputs, "text" or "image".
+      positions: maximum number of tokens of a text.
       image: height, width and channels of an image.
-      layouts: by path, of leaves that are stored neither as they are nor, kernels, transposed.
+      layouts: layouts by path, for leaves that are neither stored unchanged nor, for kernels, transposed.
     """
 
     model: Callable[..., Model]
@@ -62,12 +61,12 @@ class Architecture:
     layouts: dict[str, Layout] = dataclasses.field(default_factory=dict)
 
     def layout(self, path: str) -> Layout:
-        """How the leaf of a path is stored."""
+        """Returns how the leaf at a path is stored."""
         return self.layouts.get(path) or (TRANSPOSED if path.endswith("kernel") else PLAIN)
 
 
 def example(image: tuple[int, int, int] | None) -> np.ndarray:
-    """One example of the inputs, which gives the shapes of parameters: an image, or where None a text of one token.
+    """Returns one example input, which determines parameter shapes: an image, or a text of one token for None.
 
     >>> example(None).shape, example((28, 28, 1)).shape
     ((1, 1), (1, 28, 28, 1))
@@ -76,7 +75,7 @@ def example(image: tuple[int, int, int] | None) -> np.ndarray:
 
 
 def bert(config: Config) -> Architecture:
-    """BERT, MiniLM, E5; XLM-R, RoBERTa and multilingual MiniLM, whose positions begin behind that of padding."""
+    """BERT, MiniLM, E5; XLM-R, RoBERTa and multilingual MiniLM, whose positions start after that of padding."""
     family = config["model_type"]
     _require(config, "hidden_act", ("gelu",))
     _require(config, "position_embedding_type", ("absolute", None))
@@ -99,7 +98,7 @@ def bert(config: Config) -> Architecture:
 
 
 def distilbert(config: Config) -> Architecture:
-    """DistilBERT, which has no types of tokens."""
+    """DistilBERT, which has no token types."""
     _require(config, "activation", ("gelu",))
     sizes: dict[str, Any] = {
         "width": _number(config, "dim"), "depth": _number(config, "n_layers"), "heads": _number(config, "n_heads"),
@@ -118,7 +117,7 @@ def distilbert(config: Config) -> Architecture:
 def _encoder(
     config: Config, sizes: dict[str, Any], places: dict[str, str], names: dict[str, str], prefixes: tuple[str, ...]
 ) -> Architecture:
-    """What encoders share. `sizes` are options of `models.encoder`, `places` the linear layers of a block."""
+    """Builds any encoder. `sizes` are options of `models.encoder`, `places` the linear layers of a block."""
     vocab, rows = _number(config, "vocab_size"), _number(config, "max_position_embeddings")
 
     def model(head: Any, outputs: int | None, dtype: Any, remat: Any) -> Model:
@@ -155,7 +154,7 @@ def llama(config: Config) -> Architecture:
     }  # fmt: skip
     positions = _number(config, "max_position_embeddings")
     if family == "mistral" and config.get("sliding_window") is not None:
-        # a token sees a window of those before it: all, in a text that is no longer, and longer ones are refused
+        # a token sees a window of earlier tokens: all of them in a text within the window; longer texts are refused
         positions = sizes["positions"] = min(positions, _number(config, "sliding_window"))
 
     def model(head: Any, outputs: int | None, dtype: Any, remat: Any) -> Model:
@@ -223,13 +222,13 @@ FACTORIES: dict[str, tuple[Callable[..., Model], str]] = {
     "conv4": (models.conv4, "image"), "decoder": (models.decoder, "text"), "encoder": (models.encoder, "text"),
     "resnet12": (models.resnet12, "image"), "vit": (models.vit, "image"),
 }  # fmt: skip
-# The option that says which outputs a model gives, those of its values that share parameters, and what comes out.
+# The option that selects the outputs of a model, those of its values that share parameters, and the output of each.
 _HEADS = {"encoder": ("head", ("mean", "cls", "tokens"), ENCODER), "vit": ("pooling", ("cls", "mean"), VISION)}
-_GIVEN = ("outputs", "dtype", "remat")  # options that the loading call decides
+_GIVEN = ("outputs", "dtype", "remat")  # options that the loading call sets
 
 
 def own(config: Config) -> Architecture:
-    """What `save_pretrained_model` wrote: a factory of `metajax.models`, whose leaves are stored as they are."""
+    """A model saved by `save_pretrained_model`: a factory of `metajax.models` whose leaves are stored unchanged."""
     name, options = config.get("factory"), config.get("options", {})
     _validate.one_of("factory of config.json", name, sorted(FACTORIES))
     factory, kind = FACTORIES[str(name)]
@@ -281,7 +280,7 @@ def _number(config: Config, name: str, default: int | None = None, *, minimum: i
 
 
 def _require(config: Config, name: str, accepted: tuple[Any, ...]) -> None:
-    """Refuses a config that asks for what the model here does not compute."""
+    """Refuses a config that asks for an option that this implementation does not compute."""
     value = config.get(name, accepted[0])
     if value not in accepted:
         raise ValueError(f"{name} of config.json must be {' or '.join(map(repr, accepted))}, got {value!r}")

@@ -1,4 +1,4 @@
-"""Features of a frozen model, computed once and kept on disk."""
+"""Features of a frozen model, computed once and stored on disk."""
 
 from __future__ import annotations
 
@@ -11,30 +11,29 @@ import numpy as np
 
 from metajax.core import _tree, _validate
 from metajax.core._types import Model, Params
-from metajax.data import _cache
-from metajax.data._sources import ClassSource, cut_to, read
+from metajax.data import ClassSource, cached, cut_to, read
 
-_BATCH = 64  # examples of a call
+_BATCH = 64  # examples in each call
 
 
 def features(model: Model, params: Params, source: ClassSource, *, cache: bool = True) -> ClassSource:
-    """What a frozen model makes of the examples of a source, as a source of vectors.
+    """Computes the features of all examples of a source with a frozen model, and returns a source of vectors.
 
-    Where nothing below the head is trained, every episode sees the same features, and so they are computed once: in
-    batches, by one compiled function for each length bucket. They are kept in the folder that METAJAX_CACHE names, or
-    else in `~/.cache/metajax`, under a hash of the program, the parameters and the inputs. A damaged file is replaced.
+    If nothing below the head is trained, every episode sees the same features, so they are computed once: in batches,
+    with one compiled function for each length bucket. They are stored in the folder that METAJAX_CACHE names, or in
+    `~/.cache/metajax`, under a hash of the program, the parameters and the inputs. A damaged file is replaced.
 
     Args:
-      model: from inputs to features `[n, d]`; each example has features of its own.
+      model: a network from inputs to features `[n, d]`; the features of an example must not depend on other examples.
       params: its parameters.
-      source: of the examples.
-      cache: whether features are looked for on disk, and kept there.
+      source: the source of the examples.
+      cache: whether to look for features on disk and to store them there.
 
     Returns:
       The same classes, examples and nodes, with inputs float32 `[n, d]`.
 
     Raises:
-      ValueError: `source` has no examples by class, or `model` needs statistics of a whole batch or gives no vectors.
+      ValueError: `source` has no examples by class, or `model` needs statistics of a whole batch or returns no vectors.
 
     >>> import metajax
     >>> model = metajax.models.mlp(outputs=3)
@@ -58,7 +57,7 @@ def features(model: Model, params: Params, source: ClassSource, *, cache: bool =
     def make() -> dict[str, np.ndarray]:
         return {"features": _compute(apply, params, source)}
 
-    made = _cache.cached(_key(apply, params, source), make) if cache else make()
+    made = cached(_key(apply, params, source), make) if cache else make()
     return dataclasses.replace(source, inputs=made["features"], lengths=None, length_buckets=(), length_axis=1)
 
 
@@ -72,7 +71,7 @@ def _compute(apply: Any, params: Params, source: ClassSource) -> np.ndarray:
         rows = np.flatnonzero(of_row == bucket)
         for start in range(0, len(rows), _BATCH):
             some = rows[start : start + _BATCH]
-            # the last batch is filled with copies: one shape, one compilation
+            # the last batch is filled with copies, so that there is one shape and one compilation
             found = np.asarray(apply(params, _inputs(source, np.resize(some, _BATCH), buckets[bucket])), np.float32)
             if whole is None:
                 whole = np.empty((count, *found.shape[1:]), np.float32)
@@ -86,7 +85,7 @@ def _inputs(source: ClassSource, rows: np.ndarray, length: int) -> Any:
 
 
 def _key(apply: Any, params: Params, source: ClassSource) -> str:
-    """Everything that the features depend on: the program, its parameters, the inputs and their buckets."""
+    """Hashes everything that the features depend on: the program, its parameters, the inputs and their buckets."""
     digest = hashlib.sha256()
     example = _inputs(source, np.zeros(_BATCH, int), (source.length_buckets or (0,))[-1])
     digest.update(apply.lower(params, example).as_text().encode())

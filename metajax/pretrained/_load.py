@@ -1,4 +1,4 @@
-"""Pretrained models from folders in the layout of Hugging Face: config.json, safetensors, tokenizer.json."""
+"""Loads pretrained models in the layout of Hugging Face: config.json, safetensors, tokenizer.json."""
 
 from __future__ import annotations
 
@@ -15,29 +15,28 @@ import numpy as np
 
 from metajax.core import _tree, _validate
 from metajax.core._types import Model, Params, TaskType
-from metajax.data.readers import _tokens
-from metajax.models._blocks import Remat
-from metajax.models._wrap import as_floats
+from metajax.data.readers import load_tokenizer
+from metajax.models import Remat, as_floats
 from metajax.pretrained import _architectures
-from metajax.pretrained._tensors import Tensors
-from metajax.tasks._lookup import ALL
+from metajax.pretrained.tensors import Tensors
+from metajax.tasks import ALL
 
 _PREPROCESSOR = "preprocessor_config.json"
 _MEANS = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
-# Of sentence-transformers: modes of pooling and the heads that they are, and modules that change no head.
+# For sentence-transformers: pooling modes and the matching heads, and modules that do not change the head.
 _MODULES = ("Transformer", "Pooling", "Normalize")
 _POOLING = {"cls_token": "cls", "mean_tokens": "mean", "lasttoken": "features"}
-_BUFFERS = ("position_ids", "rotary_emb.inv_freq")  # stored by some, computed by all
+_BUFFERS = ("position_ids", "rotary_emb.inv_freq")  # stored in some files, but always computed here
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Which tensors of a folder went where.
+    """Reports how the tensors of a folder were used.
 
     Attributes:
       used: names of the tensors that became leaves.
-      missing: paths of the leaves that no tensor was for, which were made anew: those of a new head.
-      unexpected: names of the tensors that no leaf needs, such as a head that was not asked for.
+      missing: paths of the leaves without a tensor, which were newly initialised: those of a new head.
+      unexpected: names of the tensors that no leaf needs, such as an unused head.
 
     >>> print(Report(("a", "b"), ("head/kernel",), ("pooler.dense.weight",)))
     2 tensors used
@@ -61,17 +60,17 @@ class PretrainedModel:
     """A model with the weights of a folder.
 
     Attributes:
-      model: a pure `Model`; learners, adapters and estimators take it as they take any other.
-      params: its parameters, arrays on the host until something computes with them.
-      config: what config.json holds.
-      kind: "text" or "image", of its inputs.
-      tokenizer: of the tokenizers library, or None where the folder has none.
-      max_length: the most tokens of a text, None for images.
+      model: a pure `Model`; learners, adapters and estimators take it like any other.
+      params: its parameters, arrays on the host until a computation uses them.
+      config: the contents of config.json.
+      kind: kind of the inputs, "text" or "image".
+      tokenizer: a tokenizer of the tokenizers library, or None if the folder has none.
+      max_length: maximum number of tokens of a text, None for images.
       image: height, width and channels of an image, None for texts.
-      report: which tensors of the folder went where.
-      options: what else the model is made of, to open it again: `head`, `outputs`, `dtype`, `remat`, and what
-        preprocessor_config.json holds.
-      tasks: the task types that what comes out of the model serves, which its head decides.
+      report: how the tensors of the folder were used.
+      options: other values needed to open the model again: `head`, `outputs`, `dtype`, `remat`, and the contents of
+        preprocessor_config.json.
+      tasks: the task types that the output of the model serves; its head determines them.
 
     >>> PretrainedModel.__name__
     'PretrainedModel'
@@ -102,30 +101,30 @@ def load_pretrained_model(
 
     The folder holds config.json, model.safetensors (or model.safetensors.index.json and the files that it names) and,
     for texts, tokenizer.json. Pickled weights are never read. Architectures (`model_type`): bert (BERT, MiniLM, E5),
-    distilbert, roberta, xlm-roberta, llama (with the rotary positions of Llama 3.1 too), mistral, qwen2, qwen3, vit,
-    and metajax, which `save_pretrained_model` writes. Images are normalised with the means of preprocessor_config.json,
-    where it is there.
+    distilbert, roberta, xlm-roberta, llama (including the rotary positions of Llama 3.1), mistral, qwen2, qwen3, vit,
+    and metajax, which `save_pretrained_model` writes. Images are normalised with the means of preprocessor_config.json
+    if the file exists.
 
     Args:
       path: the folder.
-      head: what comes out; the architecture's own by default, or what 1_Pooling/config.json says in a folder of
-        sentence-transformers. Encoders: "mean" (of a text's tokens), "cls", "tokens" or "span", as `models.encoder`
-        describes them. Decoders: logits of "tokens", or "features" of a text. Vision Transformers: "cls" or "mean".
-        What `save_pretrained_model` wrote has by default that of its options.
-      outputs: of a new linear layer on top, such as the ways of a task; None is features as they are.
-      dtype: of the parameters, a floating-point type; bfloat16 halves a frozen base (float16 too, but CPUs do not
-        compute attention in it).
-      remat: whether the backward pass computes blocks once more instead of keeping their activations; "example":
-        those of one example at a time, which takes less memory still.
-      key: PRNG key of a new head; None is key 0.
+      head: the kind of output. The default is the architecture's own head, or the one that 1_Pooling/config.json names
+        in a folder of sentence-transformers. Encoders: "mean" (of the tokens of a text), "cls", "tokens" or "span", as
+        in `models.encoder`. Decoders: logits of "tokens", or "features" of a text. Vision Transformers: "cls" or
+        "mean". For models of `save_pretrained_model`, the default is the head in their options.
+      outputs: outputs of a new linear layer on top, such as the ways of a task; None returns the features unchanged.
+      dtype: type of the parameters, a floating-point type; bfloat16 halves the memory of a frozen base (float16 too,
+        but CPUs do not compute attention in it).
+      remat: whether the backward pass recomputes blocks instead of keeping their activations; "example" does so for one
+        example at a time, which takes even less memory.
+      key: PRNG key of a new head; None means key 0.
 
     Returns:
-      A `PretrainedModel`. Its `report` says which tensors were used, made anew and not used.
+      A `PretrainedModel`. Its `report` says which tensors were used, newly initialised and not used.
 
     Raises:
-      ValueError: the folder has no config or no weights, or pickled ones alone; its architecture is not supported; a
-        tensor is missing or has another shape or no floating-point type; a file is truncated or outside of the folder;
-        the tokenizer has more tokens than the table of embeddings; an argument is out of range.
+      ValueError: the folder has no config or no weights, or only pickled ones; its architecture is not supported; a
+        tensor is missing, or has another shape or no floating-point type; a file is truncated or outside the folder;
+        the tokenizer has more tokens than the embedding table; an argument is out of range.
       ImportError: the safetensors or tokenizers library is not installed.
 
     >>> load_pretrained_model("no/such/folder")
@@ -155,9 +154,14 @@ def load_pretrained_model(
 
 
 def tasks_of(architecture: _architectures.Architecture, head: str, outputs: int | None) -> tuple[TaskType, ...]:
-    """The task types that a head serves.
+    """Returns the task types that a head serves.
 
-    A head that gives a vector of an example is one of features; with a single output on top it scores texts.
+    A head that returns one vector for an example counts as "features"; with a single output on top it scores texts.
+
+    >>> bert = {"model_type": "bert", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    >>> bert |= {"intermediate_size": 8, "vocab_size": 9, "max_position_embeddings": 4, "hidden_act": "gelu"}
+    >>> [task.name for task in tasks_of(_architectures.bert(bert), "mean", 1)]
+    ['multiple choice']
     """
     kind = architecture.heads[head]
     if kind == "features" and outputs == 1 and architecture.kind == "text":
@@ -168,14 +172,17 @@ def tasks_of(architecture: _architectures.Architecture, head: str, outputs: int 
 def read_tokenizer(
     folder: pathlib.Path, architecture: _architectures.Architecture, params: Params, *, user: str
 ) -> Any:
-    """The tokenizer of a folder, which must be of its model.
+    """Loads the tokenizer of a folder and checks that it fits the model.
 
     Raises:
-      ValueError: as `load_tokenizer`, or it has more tokens than the table of embeddings has rows.
+      ValueError: as `load_tokenizer`, or it has more tokens than the embedding table has rows.
       ImportError: the tokenizers library is not installed.
+
+    >>> read_tokenizer.__name__
+    'read_tokenizer'
     """
     assert architecture.positions is not None
-    tokenizer = _tokens.load_tokenizer(folder, architecture.positions, user=user)
+    tokenizer = load_tokenizer(folder, architecture.positions, user=user)
     size, rows = tokenizer.get_vocab_size(), params["embed"]["embedding"].shape[0]
     if size > rows:
         raise ValueError(
@@ -193,7 +200,7 @@ def open_model(
     dtype: Any = jnp.float32,
     remat: Remat = True,
 ) -> tuple[dict[str, Any], _architectures.Architecture, Model]:
-    """What the config of a folder describes, whose weights are not read: `(config, architecture, model)`.
+    """Returns `(config, architecture, model)` as the config of a folder describes them, without reading weights.
 
     Raises:
       ValueError: there is no config, or it describes no model, or its architecture or `head` is not supported, or
@@ -210,7 +217,7 @@ def open_model(
 
 
 def read_architecture(folder: pathlib.Path) -> tuple[dict[str, Any], _architectures.Architecture]:
-    """The config of a folder, and the architecture that it describes.
+    """Returns the config of a folder, and the architecture that it describes.
 
     Raises:
       ValueError: there is no config, or it describes no model, or its architecture is not supported.
@@ -229,7 +236,7 @@ def read_architecture(folder: pathlib.Path) -> tuple[dict[str, Any], _architectu
         )
     try:
         return config, names[config["model_type"]](config)
-    except (AttributeError, TypeError, ZeroDivisionError) as error:  # of what JSON can hold instead of a size or a dict
+    except (AttributeError, TypeError, ZeroDivisionError) as error:  # if JSON holds another value than a size or dict
         raise ValueError(f"{str(folder / 'config.json')!r} describes no {config['model_type']} ({error})") from error
 
 
@@ -248,12 +255,12 @@ def _made(
 
 
 def default_head(folder: pathlib.Path, architecture: _architectures.Architecture, outputs: int | None = None) -> str:
-    """The architecture's own head, or that of the pooling in a folder of sentence-transformers.
+    """Returns the architecture's own head, or the one of the pooling in a folder of sentence-transformers.
 
-    `outputs` of a decoder are of the features of a text.
+    With `outputs`, a decoder uses the features of a text.
 
     Raises:
-      ValueError: the pooling is none of the architecture's heads, or another module stands on top.
+      ValueError: the pooling is not a head of the architecture, or there is another module on top.
     """
     path = folder / "modules.json"
     for module in _read_json(path, list) if path.is_file() else ():
@@ -279,10 +286,10 @@ def default_head(folder: pathlib.Path, architecture: _architectures.Architecture
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
-    """The config.json of a folder.
+    """Reads the config.json of a folder.
 
     Raises:
-      ValueError: it is not there, or no JSON object.
+      ValueError: the file is missing, or is not a JSON object.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -291,17 +298,19 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def read_preprocessor(folder: pathlib.Path) -> dict[str, Any] | None:
-    """The preprocessor_config.json of a folder, None where it has none.
+    """Reads the preprocessor_config.json of a folder; None if there is no such file.
 
     Raises:
-      ValueError: it is no JSON object.
+      ValueError: the file is not a JSON object.
+
+    >>> read_preprocessor(pathlib.Path("no/such/folder"))
     """
     path = folder / _PREPROCESSOR
     return _read_json(path) if path.is_file() else None
 
 
 def _normalised(model: Model, config: dict[str, Any]) -> Model:
-    """A model of images as a preprocessor_config.json wants them."""
+    """Returns an image model that normalises its inputs as a preprocessor_config.json says."""
     mean, std = (np.asarray(config.get(name, default), np.float32) for name, default in _MEANS.items())
     if not (mean.ndim == std.ndim == 1 and (std > 0).all()):
         raise ValueError(f"{_PREPROCESSOR} must hold means and positive deviations of channels, got {mean} and {std}")
@@ -326,7 +335,7 @@ def _read_json(path: pathlib.Path, kind: type = dict) -> Any:
 def _read(
     architecture: _architectures.Architecture, model: Model, tensors: Tensors, key: jax.Array, *, own_head: bool
 ) -> tuple[Params, Report]:
-    """Parameters of `model`; its head is that of the folder where it has its `own_head`, and else made anew."""
+    """Reads the parameters of `model`. The head comes from the folder if `own_head`; otherwise it is a new one."""
     example = _architectures.example(architecture.image)
     wanted = jax.eval_shape(model.init, key, example)
     prefix = _prefix(architecture, tensors)
@@ -346,7 +355,7 @@ def _read(
         for part in parts:
             _check(part, tensors, path, layout.stored(shape))
         used.extend(parts)
-        # block after block into the leaf: what is held twice is one tensor
+        # copied block by block into the leaf, so that only one tensor is held twice
         whole = np.empty((len(parts), *shape), leaf.dtype)
         for row, part in zip(whole, parts, strict=True):
             row[...] = layout.read(tensors.read(part, leaf.dtype))
@@ -354,7 +363,7 @@ def _read(
 
     params = _tree.map_with_path(read, wanted)
     if missing:
-        # under jit, what is made and not returned is never made
+        # under jit, values that are not returned are never computed
         made = jax.jit(lambda key: _tree.split(model.init(key, example), missing.__contains__)[0])(key)
         params = _tree.fill(params, made)
     expected = {*used}
@@ -363,7 +372,7 @@ def _read(
 
 
 def _prefix(architecture: _architectures.Architecture, tensors: Tensors) -> str:
-    """What stands in front of the names in this folder; the base of a model with a head has one."""
+    """Returns the prefix of the names in this folder; the base of a model with a head has one."""
     first = next(iter(architecture.names.values()))
     return next((prefix for prefix in architecture.prefixes if prefix + first in tensors), architecture.prefixes[0])
 

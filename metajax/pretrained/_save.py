@@ -1,4 +1,4 @@
-"""Models trained here, as folders that `load_pretrained_model` reads."""
+"""Saves models trained here as folders that `load_pretrained_model` reads."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ import numpy as np
 
 from metajax.core import _tree, _validate
 from metajax.core._types import Params
-from metajax.pretrained import _architectures, _load, _tensors
+from metajax.pretrained import _architectures, _load
+from metajax.pretrained.tensors import WEIGHTS, write
 
 _CONFIG, _TOKENIZER = "config.json", "tokenizer.json"
-FILES = (_CONFIG, _TOKENIZER, _tensors.WEIGHTS)
+FILES = (_CONFIG, _TOKENIZER, WEIGHTS)
 
 
 def save_pretrained_model(
@@ -34,24 +35,24 @@ def save_pretrained_model(
 ) -> None:
     """Saves a model of `metajax.models` as a folder that `load_pretrained_model` reads.
 
-    The folder holds config.json, model.safetensors, whose tensors are named by the paths of the leaves, and the
-    tokenizer. It is there whole or not at all; a folder of an earlier save is replaced.
+    The folder holds config.json, model.safetensors, whose tensors are named by leaf paths, and the tokenizer. It is
+    written completely or not at all; a folder of an earlier save is replaced.
 
     Args:
       path: the folder.
-      params: parameters of the model, adapters merged; those of a head of the task it was trained on may be among
-        them, and are not loaded into a model of features. A decoder without a head of tokens is loaded with features.
+      params: parameters of the model, with adapters merged. They may include the head of a training task, which is not
+        loaded into a model of features. A decoder without a token head is loaded with features.
       factory: name of the function in `metajax.models`: "conv4", "decoder", "encoder", "resnet12" or "vit".
-      options: its keywords that JSON can hold, but not `outputs`, `dtype` and `remat`, which the loading call decides.
-        Shapes do not show all of them: a decoder is another one with other `heads` or `theta`.
-      image: height, width and channels, for models of images.
-      max_length: the most tokens of a text, for decoders, whose positions have no end.
-      tokenizer: of the tokenizers library, for models of texts.
+      options: its keywords, as JSON values, except `outputs`, `dtype` and `remat`, which the loading call sets. Shapes
+        do not show all of them: a decoder with other `heads` or `theta` is another model.
+      image: height, width and channels, for image models.
+      max_length: maximum number of tokens of a text, for decoders, whose positions are unlimited.
+      tokenizer: a tokenizer of the tokenizers library, for text models.
 
     Raises:
-      ValueError: an unknown factory or option; `image` is missing, or of no three sizes; `max_length` is missing, or
-        below 1; an argument that is for other factories; a parameter of the model is missing, of another shape or of
-        no model; a tokenizer of more tokens than the table has rows; another folder is there.
+      ValueError: the factory or an option is unknown; `image` is missing or not three sizes; `max_length` is missing or
+        below 1; an argument is for other factories; a parameter of the model is missing, has another shape or belongs
+        to no model; the tokenizer has more tokens than the table has rows; there is another folder at `path`.
       ImportError: the safetensors library is not installed.
 
     >>> import jax, jax.numpy as jnp, pathlib, tempfile, metajax
@@ -95,11 +96,11 @@ def save_pretrained_model(
         if tokenizer is not None:
             (folder / _TOKENIZER).write_text(tokenizer.to_str(), encoding="utf-8")
             _load.read_tokenizer(folder, architecture, params, user="save_pretrained_model")
-        _tensors.write(folder / _tensors.WEIGHTS, tensors)
+        write(folder / WEIGHTS, tensors)
 
 
 def _gives_tokens(tensors: Mapping[str, np.ndarray], *, tied: bool) -> bool:
-    """Whether parameters of a decoder give the logits of tokens: a table that is tied, or a head of as many outputs."""
+    """Whether decoder parameters give token logits: a tied table, or a head with one output for each token."""
     head, table = tensors.get(_architectures.HEAD), tensors.get("embed/embedding")
     of_tokens = head is not None and table is not None and head.shape == table.shape[::-1]
     if tied is True and of_tokens:
@@ -108,7 +109,7 @@ def _gives_tokens(tensors: Mapping[str, np.ndarray], *, tied: bool) -> bool:
 
 
 def _check(tensors: Mapping[str, np.ndarray], architecture: _architectures.Architecture, told: str) -> None:
-    """Refuses parameters that the model would not be loaded with."""
+    """Refuses parameters that could not be loaded into the model."""
     model = architecture.model(next(iter(architecture.heads)), None, np.float32, False)
     example = _architectures.example(architecture.image)
     wanted = named(jax.eval_shape(model.init, jax.random.key(0), example), np.shape)
@@ -129,7 +130,7 @@ def _is_own(folder: pathlib.Path) -> bool:
 
 
 def named(tree: Any, of: Any = np.asarray) -> dict[str, Any]:
-    """The leaves of a tree by path.
+    """Returns the leaves of a tree by path.
 
     >>> named({"head": {"bias": [1, 2]}})
     {'head/bias/0': array(1), 'head/bias/1': array(2)}
@@ -141,15 +142,22 @@ def named(tree: Any, of: Any = np.asarray) -> dict[str, Any]:
 def whole_folder(
     path: str | os.PathLike[str], files: Collection[str], is_earlier: Callable[[pathlib.Path], bool]
 ) -> Iterator[pathlib.Path]:
-    """A temporary folder beside `path` that takes its place in the end, or is removed where writing fails.
+    """Makes a temporary folder that replaces `path` at the end, or is removed if writing fails.
 
     Args:
-      path: where the folder goes.
-      files: names of all files that a save writes: a folder that holds another one is nobody's to remove.
-      is_earlier: whether a folder of such files is of an earlier save.
+      path: the target folder.
+      files: names of all files that a save writes. A folder with any other file is never removed.
+      is_earlier: whether a folder with such files comes from an earlier save.
 
     Raises:
-      ValueError: at `path` is a file, or a folder that no earlier save wrote.
+      ValueError: `path` is a file, or a folder that no earlier save wrote.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as home:
+    ...     with whole_folder(f"{home}/saved", ["a.txt"], lambda folder: True) as folder:
+    ...         _ = (folder / "a.txt").write_text("a")
+    ...     sorted(file.name for file in pathlib.Path(home, "saved").iterdir())
+    ['a.txt']
     """
     target = pathlib.Path(path)
     there = {entry.name for entry in target.iterdir()} if target.is_dir() else set()
@@ -165,9 +173,9 @@ def whole_folder(
         yield around / "new"
         try:
             if target.exists():
-                target.rename(around / "old")  # no call swaps two folders: between these lines a reader finds none
+                target.rename(around / "old")  # folders cannot be swapped in one call: for a moment there is none
             (around / "new").rename(target)
-        except BaseException:  # an interrupt too
+        except BaseException:  # also an interrupt
             if (around / "old").exists() and not target.exists():
                 (around / "old").rename(target)
             raise

@@ -12,7 +12,7 @@ from metajax.core._losses import hits, require_labels
 
 
 def counted(targets: Any) -> jax.Array:
-    """`[n]` bool: examples with at least one target that is not negative.
+    """Returns `[n]` bools: True for examples with at least one non-negative target.
 
     >>> counted(jnp.array([[0, -1], [-1, -1]])).tolist()
     [True, False]
@@ -25,7 +25,7 @@ def _num_classes(examples: Examples) -> int | None:
     return None if examples.class_mask is None else int(examples.class_mask.shape[-1])
 
 
-# outputs are logits [n, ..., ways]; a target [n, ...] is an integer below the ways, a negative one is left out
+# outputs are logits [n, ..., ways]; targets [n, ...] are integers below `ways`, negative targets are ignored
 classification = TaskType(
     "classification", cross_entropy, Metric("accuracy", hits), counted, _num_classes, classes=True
 )

@@ -1,4 +1,4 @@
-"""The task type of a learner, and of a loss."""
+"""Lookup of the task type of a learner or of a loss."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ALL = (classification, regression, next_token_prediction, spans, multiple_choice
 
 
 def of(learner: Learner) -> TaskType:
-    """Returns the task type of a learner: classification, where it names none.
+    """Returns the task type of a learner; classification if the learner has none.
 
     >>> import metajax
     >>> of(metajax.learners.prototypical(metajax.models.mlp(4))).name
@@ -33,16 +33,16 @@ def resolve(task: TaskType | None = None, loss: Loss | None = None) -> TaskType:
     | given | given | that task type, trained on the loss |
     | None | None | classification |
     | None | of a task type, such as `metajax.core.squared_error` | that task type |
-    | None | any other | of its own: every example counts that the mask keeps, and the loss is the only metric |
+    | None | any other | its own: every example that the mask keeps counts, and the loss is the only metric |
 
-    A loss that is no task type's own sees one example at a time.
+    A loss that does not belong to a task type is computed on one example at a time.
 
     Args:
       task: a task type or None.
       loss: `(outputs, targets) -> [n]`, or None.
 
     Raises:
-      ValueError: `task` is none, or `loss` is no function.
+      ValueError: `task` is not a task type, or `loss` is not a function.
 
     >>> import metajax
     >>> resolve(loss=metajax.core.squared_error).name
@@ -67,7 +67,9 @@ def resolve(task: TaskType | None = None, loss: Loss | None = None) -> TaskType:
 
 
 def require_same(task: TaskType | None, other: TaskType | None, *, name: str, other_name: str) -> None:
-    """Refuses two parts of different task types; one that knows none, or is made of a loss, goes with any.
+    """Raises a ValueError if two parts have different task types.
+
+    A part without a task type, or with a task type that is defined by a loss, is accepted with any other.
 
     >>> require_same(regression, regression, name="source", other_name="learner")
     """

@@ -1,4 +1,4 @@
-"""Regression: targets are numbers, which outputs should be."""
+"""Regression: targets are numbers that the outputs predict."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from metajax.core import Examples, Metric, TaskType, squared_error
 
 
 def every(targets: Any) -> jax.Array:
-    """`[n]` True: every example counts, also where a target is a negative integer.
+    """Returns `[n]` True: every example counts, even if a target is a negative integer.
 
     >>> every(jnp.array([3, -1])).tolist()
     [True, True]
@@ -23,7 +23,7 @@ def _size(examples: Examples) -> int | None:
     return int(examples.targets[0].size)
 
 
-# outputs and targets are numbers of one shape [n, ...]
+# outputs and targets are numbers of the same shape [n, ...]
 regression = TaskType(
     "regression", squared_error, Metric("mse", squared_error, higher_is_better=False, percent=False), every, _size
 )

@@ -12,10 +12,10 @@ from metajax.tasks._classification import counted
 
 
 def _ends(outputs: Any, targets: Any) -> jax.Array:
-    """The fraction of the two ends that are right."""
+    """Returns the fraction of the two ends that are correct."""
     return hits(by_end(outputs, targets), targets)
 
 
-# outputs are logits [n, length, 2], of each token to be the first and the last; targets [n, 2] are places, negative
-# ones are left out. Texts of answers are scored by metajax.evaluation.
+# outputs are logits [n, length, 2]: each token as the first and as the last token; targets [n, 2] are positions,
+# negative targets are ignored. metajax.evaluation scores the texts of answers.
 spans = TaskType("spans", span_cross_entropy, Metric("accuracy", _ends), counted, lambda examples: None, ("span",))

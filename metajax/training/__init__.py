@@ -1,22 +1,24 @@
-"""The meta step, the loop around it, and runs on disk."""
+"""The meta step, training loops, callbacks and checkpoints."""
 
 from metajax.training._augment import augment
+from metajax.training._averaging import Averaged, averaged, averaged_params, greedy_soup, soup
 from metajax.training._beginning import Beginning, begin_with
 from metajax.training._callbacks import Progress, Recorder, Saving, Validation, read_metrics
-from metajax.training._checkpoint import CheckpointError, Checkpoints, params_sha256, warm_start
-from metajax.training._data import image_options, input_form, open_out_of_scope, open_source
+from metajax.training._checkpoint import CheckpointError, Checkpoints, params_sha256, restore_params, warm_start
+from metajax.training._contrastive import encoder_params, moco, simclr
+from metajax.training._curriculum import Stage, StageResult, competence, curriculum, paced
 from metajax.training._device_loop import fit_on_device
 from metajax.training._divergence import LossSpike, Rollback, SkipLimit, Spikes, skip_nonfinite
-from metajax.training._experiment import Experiment, build, load_config, load_run, normalisation, on_features
-from metajax.training._loop import NonFiniteError, fit
+from metajax.training._loop import NonFiniteError, closing, fit
 from metajax.training._outer import choose_task_batching, outer_update
+from metajax.training._supervised import Supervised, supervised
 from metajax.training._watch import Heartbeat, Preempted, Preemption, Profile, Stall, Throughput
 
 __all__ = [
+    "Averaged",
     "Beginning",
     "CheckpointError",
     "Checkpoints",
-    "Experiment",
     "Heartbeat",
     "LossSpike",
     "NonFiniteError",
@@ -29,26 +31,33 @@ __all__ = [
     "Saving",
     "SkipLimit",
     "Spikes",
+    "Stage",
+    "StageResult",
     "Stall",
+    "Supervised",
     "Throughput",
     "Validation",
     "augment",
+    "averaged",
+    "averaged_params",
     "begin_with",
-    "build",
     "choose_task_batching",
+    "closing",
+    "competence",
+    "curriculum",
+    "encoder_params",
     "fit",
     "fit_on_device",
-    "image_options",
-    "input_form",
-    "load_config",
-    "load_run",
-    "normalisation",
-    "on_features",
-    "open_out_of_scope",
-    "open_source",
+    "greedy_soup",
+    "moco",
     "outer_update",
+    "paced",
     "params_sha256",
     "read_metrics",
+    "restore_params",
+    "simclr",
     "skip_nonfinite",
+    "soup",
+    "supervised",
     "warm_start",
 ]

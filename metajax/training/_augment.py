@@ -1,4 +1,4 @@
-"""Episodes that are changed at random before the meta step sees them."""
+"""Random augmentation of episodes before the meta step."""
 
 from __future__ import annotations
 
@@ -7,34 +7,33 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from metajax.core import _tree
 from metajax.core._types import Episode, MetaState, OuterUpdate, Params
-from metajax.data._transformed import count_numbers, spread_numbers, transform_episode
-from metajax.data._transforms import Transforms, as_transforms
-from metajax.training._loop import given
+from metajax.data import Transforms, as_transforms, count_numbers, spread_numbers, transform_episode
 
-# the meta step folds its step into the same key; no step is this large
+# the meta step folds its step number into the same key; no step number is this large
 _PURPOSE = 2**32 - 1
 
 
 def augment(
     outer: OuterUpdate, both: Transforms = (), *, support: Transforms = (), query: Transforms = ()
 ) -> OuterUpdate:
-    """Transforms the images of every episode, on the device, in the same compiled program as the meta step.
+    """Transforms the images of every episode on the device, in the same compiled program as the meta step.
 
     Args:
-      outer: any meta step; to spread tasks over devices, augment what `metajax.parallel.shard` returns.
-      both: one of `metajax.data`'s transforms or a list of them, such as `metajax.data.random_affine(rotation=10)`,
-        for support and query; what is shared by a class or an episode is shared by the two.
-      support: for the support set alone.
-      query: for the query set alone.
+      outer: any meta step. To spread tasks over devices, augment the result of `metajax.parallel.shard`.
+      both: a transform of `metajax.data`, such as `metajax.data.random_affine(rotation=10)`, or a list of them, applied
+        to support and query. Draws that are shared by a class or an episode are shared by the two sets.
+      support: transforms of the support set only.
+      query: transforms of the query set only.
 
     Returns:
-      An `OuterUpdate` with the same signature. The draws depend on the state's key and step and on the task's place in
-      the call.
+      An `OuterUpdate` with the same signature. The random draws depend on the state's key and step and on the task's
+      index in the call.
 
     Raises:
-      ValueError: what is no transform; or (when traced) a transform that changes a shape or a dtype, or is shared by
-        classes where episodes have no class mask.
+      ValueError: an argument is not a transform; or (when traced) a transform changes a shape or a dtype, or is shared
+        by classes and the episodes have no class mask.
 
     >>> import jax, optax, metajax
     >>> learner = metajax.learners.prototypical(metajax.models.conv4(width=8, depth=1, pool=False))
@@ -52,7 +51,7 @@ def augment(
 
     def changed(key: jax.Array, episode: Episode) -> Episode:
         present = episode.support.class_mask
-        labelled = present is not None  # targets are then labels of classes
+        labelled = present is not None  # the targets are then class labels
         if by_class and not labelled:
             raise ValueError("transforms that are shared by a class need episodes of classes, with a class_mask")
         ways = 1 if present is None else present.shape[0]
@@ -68,7 +67,7 @@ def augment(
     def update(state: MetaState, episodes: Episode, frozen: Params = None) -> tuple[MetaState, dict[str, Any]]:
         key = jax.random.fold_in(jax.random.fold_in(state.key, _PURPOSE), state.step)
         keys = jax.random.split(key, episodes.query.mask.shape[0])
-        return outer.update(state, jax.vmap(changed)(keys, episodes), *given(frozen))
+        return outer.update(state, jax.vmap(changed)(keys, episodes), *_tree.given(frozen))
 
     return outer.wrapped(outer.init, update)
 

@@ -1,4 +1,4 @@
-"""A run that begins with the backbone of another one."""
+"""Initialization of a run from the backbone of another run."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from metajax.core._types import Params
 from metajax.training import _checkpoint
 
 _HEAD = re.compile(r"(^|/)head(/|$)")
-_BACKBONE = "backbone"  # where the meta-parameters of learners with parts of their own hold the network
+_BACKBONE = "backbone"  # the key of the network in the meta-parameters of learners that have more parts
 
 
 @dataclasses.dataclass(frozen=True)
 class Beginning:
-    """What `begin_with` took; its text says so.
+    """The result of `begin_with`. Its text lists what was taken.
 
     Attributes:
-      params: the meta-parameters to begin with.
-      run: the folder of the run that they are from.
-      step: the step of its checkpoint.
-      taken: paths of the leaves that are from there.
-      new: paths of those that are not.
+      params: the initial meta-parameters.
+      run: the folder of the run from which they were taken.
+      step: the step of the checkpoint of that run.
+      taken: paths of the leaves taken from the run.
+      new: paths of the leaves that are newly initialized.
 
     >>> print(Beginning({}, "runs/moco", 500, ("block_0/kernel",), ("head/kernel",)))
     begins with 1 array of runs/moco (step 500); new: head/kernel
@@ -46,22 +46,22 @@ class Beginning:
 
 
 def begin_with(workdir: str | pathlib.Path, params: Params, *, base: str | None = None) -> Beginning:
-    """Takes the backbone of another run: of pre-training for meta-training, say.
+    """Initializes the backbone from another run, for example from pre-training before meta-training.
 
-    Learners whose meta-parameters have parts (`pretrain`, `finetune`, `contrastive`) keep the network under `backbone`,
-    the others are the network; both fit each other. Every array of the network must be in the run and have the same
-    shape, and every array of the run's must be here, but those of a `head`: they are taken where they fit, and stay as
-    they are where they do not. So does all that is beside the network.
+    Learners with several parts (`pretrain`, `finetune`, `contrastive`) keep the network under `backbone` in their
+    meta-parameters. The meta-parameters of other learners are the network itself. Both forms can be combined. Backbone
+    arrays must match exactly: the network here and the network of the run must have the same arrays with the same
+    shapes. Arrays of a `head` are copied if their shapes match and kept otherwise. Parts outside the network are kept.
 
     Args:
-      workdir: a run folder, as `experiments.train` leaves it; its last checkpoint counts.
-      params: new meta-parameters, of `learner.init`.
-      base: a hash of the pretrained weights in `params`. Where the run kept its frozen base beside its state, that must
-        be of these, and is no part of what is taken.
+      workdir: a run folder of `experiments.train`. Its last checkpoint is loaded.
+      params: new meta-parameters from `learner.init`.
+      base: a hash of the pretrained weights in `params`. If the run kept a frozen base outside its state, that base
+        must have this hash. The base itself is not taken from the run.
 
     Raises:
-      ValueError: the folder holds no sound checkpoint, or one on another frozen base, or an array of the network is not
-        there in this shape; the error names the arrays.
+      ValueError: the folder has no sound checkpoint or its checkpoint has another frozen base, or an array of the
+        network is missing or has another shape. The error names the arrays.
 
     >>> import tempfile, metajax
     >>> state = metajax.MetaState({"backbone": {"w": jnp.ones(2)}}, (), (), jnp.array(0), jax.random.key(0))
@@ -103,7 +103,7 @@ def begin_with(workdir: str | pathlib.Path, params: Params, *, base: str | None 
 
 
 def network_is_part(params: Params) -> bool:
-    """Whether these meta-parameters hold the network as one part of several.
+    """Returns whether the meta-parameters hold the network as one of several parts.
 
     >>> network_is_part({"backbone": {}, "head": {}}), network_is_part({"block_0": {}})
     (True, False)

@@ -1,4 +1,4 @@
-"""What happens beside a meta step: progress, logs, validation, checkpoints."""
+"""Callbacks of the training loops: progress, logs, validation and checkpoints."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ Score = Callable[[Any], dict[str, float]]
 
 
 def _scalars(metrics: dict[str, Any]) -> dict[str, float]:
-    """Metrics as floats; the last of those that come one for each inner step."""
+    """Returns metrics as floats. Of metrics with one value for each inner step, it returns the last value."""
     return {name: float(np.ravel(value)[-1]) for name, value in metrics.items() if np.size(value)}
 
 
 class Progress:
-    """A progress bar on standard error with loss, accuracy and tasks a second.
+    """A progress bar on standard error that shows loss, accuracy and tasks per second.
 
     Args:
-      steps: steps in all.
-      meta_batch: tasks of one step.
-      start: steps that are already taken.
+      steps: total number of steps.
+      meta_batch: tasks per step.
+      start: number of steps already taken.
 
     >>> import io
     >>> bar = Progress(2, meta_batch=4, file=io.StringIO())
@@ -47,7 +47,7 @@ class Progress:
         self._meta_batch, self._looked = meta_batch, 0.0
 
     def __call__(self, step: int, state: MetaState, metrics: dict[str, Any]) -> None:
-        """Advances the bar; reads the metrics once a second at most."""
+        """Advances the bar and reads the metrics at most once per second."""
         now = time.monotonic()
         if now - self._looked > 1.0:
             self._looked = now
@@ -61,33 +61,33 @@ class Progress:
         self._bar.update()
 
     def close(self) -> None:
-        """Draws the bar once more and ends it."""
+        """Draws the bar a last time and closes it."""
         self._bar.close()
 
 
 class Recorder:
-    """Writes metrics as JSON lines and TensorBoard events, every few steps, and validation whenever it comes.
+    """Writes metrics as JSON lines and TensorBoard events every few steps, and validation scores after each validation.
 
-    A line holds `step`, `seconds` of training, and the metrics (means over the steps since the line before, except
-    validation). Steps that `skip_nonfinite` left out are in no mean; `skipped` is how many they are. Lines beyond
-    `start` that an interrupted run left behind are removed.
+    A line holds `step`, `seconds` of training, and the metrics. Training metrics are means over the steps since the
+    previous line; validation metrics are not averaged. The means leave out the steps that `skip_nonfinite` skipped, and
+    `skipped` counts them. Lines after step `start`, which an interrupted run may have written, are removed.
 
     Args:
-      folder: the run folder; gets `metrics.jsonl` and `tensorboard/`. None writes nothing and measures `seconds` alone,
-        as all processes of a job do but one.
+      folder: the run folder, which receives `metrics.jsonl` and `tensorboard/`. With None, the recorder writes nothing
+        and only measures `seconds`, as in all processes of a job except one.
       every: steps between lines.
-      start: steps that are already taken.
+      start: number of steps already taken.
       seconds: seconds that the steps before `start` took.
-      tensorboard: whether to write events; they are left out where TensorFlow is not installed.
-      waiting: what `waiting` was when the checkpoint that the run goes on from was saved: its first line is then the
-        same as without a stop.
-      meta_batch: tasks of one step. Where it is given, lines also hold `step_seconds` and `tasks_per_second` since the
-        line before, by the clock on the wall (so with compilation, validation and checkpoints), and
-        `device_bytes_in_use` and `device_peak_bytes` of the fullest local device where devices tell them.
+      tensorboard: whether to write events. No events are written if TensorFlow is not installed.
+      waiting: the value of `waiting` when the checkpoint was saved from which the run resumes. The first line is then
+        the same as in a run that was not interrupted.
+      meta_batch: tasks per step. If given, lines also hold `step_seconds` and `tasks_per_second` since the previous
+        line, in wall-clock time (including compilation, validation and checkpoints), and the maxima over the local
+        devices of `device_bytes_in_use` and `device_peak_bytes`, if devices report them.
 
     Attributes:
       tensorboard: whether events are written.
-      waiting: see above.
+      waiting: the metrics of the steps since the last line, to be saved with a checkpoint.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -120,7 +120,7 @@ class Recorder:
 
     @property
     def seconds(self) -> float:
-        """Seconds of training so far, those before a resume included."""
+        """Seconds of training so far, including the seconds before a resume."""
         return time.monotonic() - self._begin
 
     @property
@@ -129,7 +129,7 @@ class Recorder:
         return [_scalars(line) for line in self._waiting]
 
     def __call__(self, step: int, state: MetaState, metrics: dict[str, Any]) -> None:
-        """Keeps the metrics of a step; writes their mean when a line is due."""
+        """Stores the metrics of a step and writes their mean when a line is due."""
         if self._file is None:
             return
         self._waiting.append(metrics)
@@ -157,7 +157,7 @@ class Recorder:
             self._events(step, values)
 
     def close(self) -> None:
-        """Writes the mean of the steps since the last line, with their number as `partial`, and closes the file."""
+        """Writes the mean over the steps since the last line, with `partial` as their number, and closes the file."""
         if self._file is None:
             return
         if self._waiting:
@@ -166,7 +166,7 @@ class Recorder:
 
 
 def _event_writer(folder: pathlib.Path) -> Callable[[int, dict[str, float]], None] | None:
-    from metajax.data._pipeline import tensorflow
+    from metajax.data import tensorflow
 
     try:
         tf = tensorflow()
@@ -184,7 +184,7 @@ def _event_writer(folder: pathlib.Path) -> Callable[[int, dict[str, float]], Non
 
 
 def read_metrics(folder: str | pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`; a line that was cut off by a kill is left out.
+    """Returns the lines of a run's `metrics.jsonl`, without a last line that a kill left incomplete.
 
     >>> read_metrics("there is no such folder")
     []
@@ -205,14 +205,15 @@ class Validation:
 
     Args:
       score: `(params) -> metrics`, such as a call of `metajax.evaluation.evaluate` on validation episodes.
-      recorder: gets the metrics.
+      recorder: writes the metrics.
       every: steps between validations, also an attribute.
-      checkpoints: where the best goes.
-      better: the metric to compare and its sign, 1 where higher is better.
-      steps: steps in all; the last one is validated too.
+      checkpoints: saves the best checkpoint.
+      better: the metric to compare and its sign, 1 if higher is better.
+      steps: total number of steps. The last step is always validated.
       best: the best value so far.
-      of: what of a state is scored, such as `metajax.strategies.averaged_params`; None is its `params`.
-      frozen: the base that stands beside the state, which is merged with them; None for none.
+      of: returns the parameters of a state to score, such as `metajax.training.averaged_params`. None scores its
+        `params`.
+      frozen: the frozen base, which is merged with these parameters, or None.
 
     >>> Validation.__name__
     'Validation'
@@ -229,7 +230,7 @@ class Validation:
         self.best = best
 
     def __call__(self, step: int, state: MetaState, metrics: dict[str, Any]) -> None:
-        """Validates when it is due."""
+        """Validates if a validation is due."""
         if step % self.every and step != self._steps:
             return
         _loop.require_finite_loss(step, metrics)
@@ -246,13 +247,13 @@ class Validation:
 
 
 class Saving:
-    """Saves the last checkpoint every few steps and after the last one, while the next steps are taken.
+    """Saves a checkpoint of kind `last` every few steps and after the last step, while training continues.
 
     Args:
-      checkpoints: where.
+      checkpoints: saves the checkpoints.
       every: steps between checkpoints, also an attribute.
-      steps: steps in all.
-      extra: gives the JSON values to store beside the state.
+      steps: total number of steps.
+      extra: returns the JSON values to store with the state.
 
     >>> Saving.__name__
     'Saving'
@@ -262,7 +263,7 @@ class Saving:
         self._checkpoints, self.every, self._steps, self._extra = checkpoints, every, steps, extra
 
     def __call__(self, step: int, state: MetaState, metrics: dict[str, Any]) -> None:
-        """Saves when it is due; a state that is not finite is never saved."""
+        """Saves if a checkpoint is due. Raises an error instead of saving a state that is not finite."""
         if step % self.every and step != self._steps:
             return
         _loop.require_finite_loss(step, metrics)
@@ -273,7 +274,7 @@ class Saving:
         self._checkpoints.save(step, state, self._extra())
 
     def save_now(self, step: int, state: MetaState) -> None:
-        """Saves whatever the interval, and returns when the checkpoint is sealed; what `Preemption` needs."""
+        """Saves at any step and returns when the checkpoint is sealed, as `Preemption` requires."""
         self._save(step, state)
         self._checkpoints.wait()
 

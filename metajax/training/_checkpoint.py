@@ -1,7 +1,7 @@
-"""Checkpoints: written by Orbax beside the training, and sealed, so that what is not whole is never restored.
+"""Checkpoints, written by Orbax in the background and sealed, so that incomplete checkpoints are never restored.
 
-A checkpoint is a folder `KIND/STEP` of Orbax's files. It counts from the moment in which its seal, the last thing
-written, names them all; older ones are removed after that. A kill at any moment so leaves the checkpoint before.
+A checkpoint is a folder `KIND/STEP` of Orbax files. It is valid once its seal is written, which lists all files and is
+written last. Older checkpoints are removed only after that, so a kill at any time leaves the previous checkpoint.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import orbax.checkpoint as ocp
 from metajax.core import _tree, _validate
 from metajax.core._types import MetaState, Params
 from metajax.parallel import from_first
-from metajax.training import _leaves, _seal
+from metajax.training import _checkpoint_io, manifest
 
 _TIMEOUT = 20 * 60 * 1000  # milliseconds that a process waits for the slowest one, as in Orbax
-_barriers = itertools.count()  # a name is good for one barrier
+_barriers = itertools.count()  # each name is valid for one barrier
 
 
 class CheckpointError(OSError):
-    """A checkpoint could not be written, to a full disk for one; those before it are as they were.
+    """Raised if a checkpoint could not be written, for example to a full disk. Earlier checkpoints are unchanged.
 
     >>> issubclass(CheckpointError, OSError)
     True
@@ -37,18 +37,18 @@ class CheckpointError(OSError):
 class Checkpoints:
     """Saves and restores a `MetaState` with a dict of JSON values.
 
-    There are two kinds, each with a folder: `last` holds the newest checkpoints, `best` the one with the best score.
-    An older one is removed when its successor is whole and sealed, never before. In a job of several processes, all
-    call each method, with states of global arrays and a folder that all of them see.
+    There are two kinds, each with its own folder: `last` holds the newest checkpoints, `best` the one with the best
+    score. An old checkpoint is removed only after its successor is complete and sealed. In a job of several processes,
+    every process must call each method, with states of global arrays and a shared folder.
 
     Args:
-      folder: where to keep them; made where it does not exist.
-      keep: how many of kind `last` stay.
-      base: a hash of the frozen base that stands beside the state, such as `params_sha256(frozen)`; it is written into
-        each checkpoint. None where there is no base.
+      folder: the folder of the checkpoints; created if it does not exist.
+      keep: how many checkpoints of kind `last` to keep.
+      base: a hash of the frozen base, such as `params_sha256(frozen)`, which is written into each checkpoint. None if
+        there is no base.
 
     Attributes:
-      damaged: one line for each checkpoint that was passed over: its file, and what is wrong with it.
+      damaged: one line for each damaged checkpoint that was skipped, with the file and what is wrong with it.
 
     Raises:
       ValueError: `keep` is below 1.
@@ -71,9 +71,9 @@ class Checkpoints:
             raise ValueError(f"base must be a hash such as params_sha256(frozen), or None, got {type(base).__name__}")
         self._base = base
         self.damaged: list[str] = []
-        self._known: _seal.Known = {}  # by process 0
-        # Compression costs more than it saves on random numbers. Who restores says where to, so the file of
-        # shardings, a quarter of the time where arrays are small, is left out.
+        self._known: manifest.Known = {}  # by process 0
+        # Compression costs more than it saves on random numbers. `restore` is given the shardings, so the sharding
+        # file, which takes a quarter of the time for small arrays, is not written.
         arrays = ocp.type_handlers.ArrayHandler(enable_write_sharding_file=False)
         registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
         self._writer = ocp.AsyncCheckpointer(
@@ -84,35 +84,35 @@ class Checkpoints:
         self._writing: concurrent.futures.Future[None] | None = None
 
     def save(self, step: int, state: MetaState, extra: dict[str, Any], *, kind: str = "last") -> None:
-        """Saves a checkpoint; returns when `state`, which may then be donated, is copied to the host.
+        """Saves a checkpoint and returns once `state` is copied to the host and may be donated.
 
-        The rest goes on in the background; a save that comes before it has ended waits for it. A step that is there
-        and sound, with the same `extra`, is left as it is: a run that was killed between two checkpoints passes it
-        again.
+        The files are written in the background. The next call of `save` waits until they are complete. If a sound
+        checkpoint of this step with the same `extra` exists, it is kept: a run that was killed between two checkpoints
+        reaches the same step again.
 
         Args:
           step: the step, at least 0.
-          state: its arrays, none of them empty, may be spread over devices and processes.
+          state: its arrays may be spread over devices and processes. None of them may be empty.
           extra: JSON values.
           kind: "last" or "best".
 
         Raises:
-          CheckpointError: this checkpoint, or the one that was being written, could not be written.
-          ValueError: an argument is not of this form.
+          CheckpointError: this checkpoint or the previous one could not be written.
+          ValueError: an argument is invalid.
         """
         path = self._folder(kind) / str(_validate.int_at_least("step", step, 0))
         try:
             extra = json.loads(json.dumps(extra))
         except (TypeError, ValueError) as error:
             raise ValueError(f"extra must hold JSON values, got {extra!r}: {error}") from error
-        arrays = _leaves.to_save(state)
+        arrays = _checkpoint_io.to_save(state)
         self.wait()
         if from_first(lambda: self._has(path, extra)):
             return
         self._known.pop(path, None)
         try:
             if jax.process_index() == 0:
-                for left in path.parent.glob(f"*{_seal.UNFINISHED}*"):  # by a kill
+                for left in path.parent.glob(f"*{manifest.UNFINISHED}*"):  # by a kill
                     shutil.rmtree(left)
             self._writer.save(path, args=ocp.args.PyTreeSave(arrays), force=True)
         except OSError as error:
@@ -121,31 +121,31 @@ class Checkpoints:
         self._writing = self._thread.submit(self._finish, path, told, next(_barriers))
 
     def _has(self, path: pathlib.Path, extra: dict[str, Any]) -> bool:
-        found = _seal.look(path, self._known) if path.is_dir() else None
+        found = manifest.look(path, self._known) if path.is_dir() else None
         return isinstance(found, dict) and (found["extra"], found.get("base")) == (extra, self._base)
 
     def _finish(self, path: pathlib.Path, values: dict[str, Any], number: int) -> None:
-        """What follows on Orbax's writing, in the background."""
+        """Seals the checkpoint after Orbax has written it, in the background."""
         first = jax.process_index() == 0
         try:
             self._writer.wait_until_finished()
             try:
                 if first:
-                    _seal.write(path, values)
-            finally:  # the others learn of the end, good or bad
+                    manifest.write(path, values)
+            finally:  # tells the other processes, also after a failure
                 self._barrier(key=f"metajax_sealed_{number}", timeout_ms=_TIMEOUT)
-            if not (path / _seal.NAME).exists():
+            if not (path / manifest.NAME).exists():
                 raise OSError("process 0 could not seal it")
             if first:
                 self._known[path] = values
                 self._remove_old(path)
-        except Exception as error:  # those of Orbax, and of what is below it, are of many types
+        except Exception as error:  # Orbax and its dependencies raise errors of many types
             raise _failed(path, error) from error
 
     def _remove_old(self, path: pathlib.Path) -> None:
-        """Removes the checkpoints before this one that are too many, and those that are known to be damaged."""
-        # later ones stay: a run that a damaged one has set back comes to them again
-        until = [old for old in _seal.checkpoints(path.parent) if int(old.name) <= int(path.name)]
+        """Removes checkpoints up to this one that exceed the number to keep or are known to be damaged."""
+        # later ones stay: a run that restarted before a damaged checkpoint reaches them again
+        until = [old for old in manifest.checkpoints(path.parent) if int(old.name) <= int(path.name)]
         sound = [old for old in until if not isinstance(self._known.get(old), str)]
         for old in until:
             if old not in sound[: self._keep[path.parent.name]]:
@@ -153,23 +153,23 @@ class Checkpoints:
                 shutil.rmtree(old)
 
     def wait(self) -> None:
-        """Waits until what was saved is whole and sealed.
+        """Waits until the saved checkpoint is complete and sealed.
 
         Raises:
           CheckpointError: it could not be written.
         """
         if self._writing is not None:
-            concurrent.futures.wait([self._writing])  # after an interrupt here, it is still there to be waited for
+            concurrent.futures.wait([self._writing])  # after an interrupt here, a later call can still wait for it
             writing, self._writing = self._writing, None
             writing.result()
 
     def latest(self, kind: str = "last") -> int | None:
-        """The step of the newest sound checkpoint, None where there is none; waits for what is being written.
+        """Returns the step of the newest sound checkpoint, or None. Waits for the checkpoint that is being written.
 
-        Every byte of a checkpoint is looked at the first time.
+        The first call for a checkpoint reads and checks all of its bytes.
 
         Raises:
-          CheckpointError: what was being written could not be written.
+          CheckpointError: the checkpoint that was being written could not be written.
           ValueError: `kind` is neither "last" nor "best".
         """
         found = self._newest(self._folder(kind))
@@ -179,21 +179,21 @@ class Checkpoints:
         """Restores the newest sound checkpoint.
 
         Args:
-          like: gives structure, shapes, dtypes and shardings. Its leaves are `jax.Array` or `jax.ShapeDtypeStruct`; one
-            without a sharding goes to the first device of the process. Devices, mesh and number of processes may
-            differ from those that saved.
+          like: a state with the structure, shapes, dtypes and shardings to restore. Its leaves are `jax.Array` or
+            `jax.ShapeDtypeStruct`. A leaf without a sharding is placed on the first device of the process. Devices,
+            mesh and number of processes may differ from those of the job that saved it.
           kind: "last" or "best".
 
         Returns:
           The state, and the `extra` that was saved with it.
 
         Raises:
-          CheckpointError: what was being written could not be written.
-          ValueError: there is no sound checkpoint, it does not fit `like` (the error names the leaves), or it stands on
-            another base.
+          CheckpointError: the checkpoint that was being written could not be written.
+          ValueError: there is no sound checkpoint, it does not match `like` (the error names the leaves), or it was
+            saved with another base.
         """
         folder = self._folder(kind)
-        self._known.clear()  # what is restored is looked at now
+        self._known.clear()  # checks the checkpoint again before it is restored
         found = self._newest(folder)
         if found is None:
             raise ValueError(_nothing(folder, self.damaged))
@@ -202,10 +202,10 @@ class Checkpoints:
                 f"base must be None for the checkpoint in {folder}, which stands on none, got {self._base}"
             )
         _require_base(found, self._base, folder)
-        return _leaves.read_state(folder / str(found["step"]), like), found["extra"]
+        return _checkpoint_io.read_state(folder / str(found["step"]), like), found["extra"]
 
     def close(self) -> None:
-        """Waits for what is being written, and ends.
+        """Waits for the checkpoint that is being written and closes the writer.
 
         Raises:
           CheckpointError: it could not be written.
@@ -221,25 +221,29 @@ class Checkpoints:
 
     def _newest(self, folder: pathlib.Path) -> dict[str, Any] | None:
         self.wait()
-        found, damaged = from_first(lambda: _seal.newest(folder, self._known))
+        found, damaged = from_first(lambda: manifest.newest(folder, self._known))
         self.damaged += [line for line in damaged if line not in self.damaged]
         return found
 
 
 def restore_params(folder: str | pathlib.Path, *, kind: str = "last", base: str | None = None) -> tuple[Params, int]:
-    """Restores the meta-parameters alone, as NumPy arrays, and the step they are from.
+    """Restores only the meta-parameters, as NumPy arrays, and returns them with the step of the checkpoint.
 
-    Where the frozen base had a leaf, there is None: `metajax.core.merge` joins the two.
+    Leaves of the frozen base are None in the result; `metajax.core.merge` merges the two.
 
     Raises:
-      ValueError: there is no sound checkpoint of this kind, or it stands on another base.
+      ValueError: there is no sound checkpoint of this kind, or it was saved with another base.
+
+    >>> restore_params("no/such/folder")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: there is no checkpoint in ...
     """
     path = _open(folder, kind, base)
-    return _leaves.read_params(path), int(path.name)
+    return _checkpoint_io.read_params(path), int(path.name)
 
 
 def params_sha256(params: Params) -> str:
-    """Returns a hash of parameters: paths, dtypes, shapes and bytes.
+    """Returns a hash of the paths, dtypes, shapes and bytes of parameters.
 
     >>> params_sha256({"w": jax.numpy.ones(2)}) == params_sha256({"w": jax.numpy.ones([2, 1])})
     False
@@ -257,23 +261,23 @@ def warm_start(
     kind: str = "last",
     base: str | None = None,
 ) -> Params:
-    """Takes meta-parameters from the newest sound checkpoint of another run, such as one of pre-training.
+    """Loads meta-parameters from the newest sound checkpoint of another run, such as a pre-training run.
 
     Args:
       folder: the folder of its `Checkpoints`.
       params: meta-parameters, arrays or `jax.ShapeDtypeStruct`.
-      where: a regular expression searched in the path of each leaf, or a predicate of the path: which ones to take.
-        None for all. The checkpoint may hold others too.
+      where: selects the leaves to load: a regular expression searched in the path of each leaf, or a predicate of the
+        path. None selects all leaves. The checkpoint may hold more leaves.
       kind: "last" or "best".
-      base: a hash of the frozen base on which `params` stand, as for `Checkpoints`; None where there is none.
+      base: a hash of the frozen base of `params`, as for `Checkpoints`. None if there is no base.
 
     Returns:
-      `params` with the leaves that `where` picks from the checkpoint, of the shape, dtype and sharding that was given;
-      where a NumPy array was given there is one again. The others are those that were given.
+      `params` with the selected leaves from the checkpoint, with the given shape, dtype and sharding. A NumPy array is
+      replaced by a NumPy array. The other leaves are returned unchanged.
 
     Raises:
-      ValueError: there is no sound checkpoint, `where` picks no leaf, or a leaf that it picks is not in the checkpoint
-        or has another shape or dtype there (the error names the leaves), or the checkpoint stands on another base.
+      ValueError: there is no sound checkpoint, `where` selects no leaf, a selected leaf is not in the checkpoint or has
+        another shape or dtype there (the error names the leaves), or the checkpoint was saved with another base.
 
     >>> import tempfile, jax, jax.numpy as jnp
     >>> state = MetaState({"body": jnp.ones(2), "head": jnp.ones(5)}, (), (), jnp.array(0), jax.random.key(0))
@@ -286,14 +290,14 @@ def warm_start(
     ([1.0, 1.0], [0.0, 0.0, 0.0])
     """
     picked, rest = _tree.split(params, where)
-    restored = _leaves.read(_open(folder, kind, base), {"params": picked}, name="params", part=True)
+    restored = _checkpoint_io.read(_open(folder, kind, base), {"params": picked}, name="params", part=True)
     return _tree.fill(restored["params"], rest)
 
 
 def _open(folder: str | pathlib.Path, kind: str, base: str | None) -> pathlib.Path:
-    """The folder of the newest sound checkpoint."""
+    """Returns the folder of the newest sound checkpoint."""
     place = pathlib.Path(folder).absolute() / _validate.one_of("kind", kind, ("last", "best"))
-    found, damaged = from_first(lambda: _seal.newest(place, {}))
+    found, damaged = from_first(lambda: manifest.newest(place, {}))
     if found is None:
         raise ValueError(_nothing(place, damaged))
     _require_base(found, base, place)
@@ -301,7 +305,7 @@ def _open(folder: str | pathlib.Path, kind: str, base: str | None) -> pathlib.Pa
 
 
 def _require_base(found: dict[str, Any], base: str | None, folder: pathlib.Path) -> None:
-    """Refuses a checkpoint of meta-parameters that were trained on another frozen base."""
+    """Raises a ValueError if the meta-parameters of a checkpoint were trained on another frozen base."""
     there = found.get("base")
     if there not in (None, base):
         here = "none is given" if base is None else f"{base} is given"
@@ -314,11 +318,11 @@ def _nothing(folder: pathlib.Path, damaged: list[str]) -> str:
 
 
 def _failed(path: pathlib.Path, error: Exception) -> CheckpointError:
-    """Removes what there is of a checkpoint that could not be written, and says why."""
+    """Removes the remains of a checkpoint that could not be written, and returns the error with the reason."""
     place = next(parent for parent in path.parents if parent.is_dir())
     free = shutil.disk_usage(place).free
     if jax.process_index() == 0:
-        for left in (path, *path.parent.glob(f"{path.name}{_seal.UNFINISHED}*")):
-            if not (left / _seal.NAME).exists():
+        for left in (path, *path.parent.glob(f"{path.name}{manifest.UNFINISHED}*")):
+            if not (left / manifest.NAME).exists():
                 shutil.rmtree(left, ignore_errors=True)
     return CheckpointError(f"cannot write the checkpoint {path} ({free} bytes are free there): {error}")

@@ -1,4 +1,4 @@
-"""The loop around the meta step, with its episodes, as one program on the device."""
+"""A training loop that samples episodes and runs meta steps in one program on the device."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from metajax.core import _validate
+from metajax.core import _tree, _validate
 from metajax.core._types import Episode, MetaState, OuterUpdate, Params, PyTree
 from metajax.training import _loop
 
-# the state of the same seed has small numbers folded into its key: by its split, and by steps
+# a state with the same seed folds small numbers into its key, in its split and for its steps
 _PURPOSE = 2**32 - 2
 
 
@@ -30,31 +30,33 @@ def fit_on_device(
     frozen: Params = None,
     callbacks: Sequence[_loop.Callback] = (),
 ) -> MetaState:
-    """Takes meta steps until `state.step` is `steps`, on episodes that are drawn where they are used.
+    """Takes meta steps until `state.step` is `steps`, on episodes that are sampled on the device.
 
-    `chunk` steps at a time run as one compiled loop, without the host. The loop is compiled once, whatever the number
-    of steps, and the episodes of a step depend on the seed and the step alone: neither `chunk` nor a new start changes
-    them.
+    `chunk` steps at a time run as one compiled loop, without the host. The loop is compiled once for any number of
+    steps. The episodes of a step depend only on the seed and the step: they do not change with `chunk` or when a run
+    resumes.
 
     Args:
       outer: an `OuterUpdate`, or an update function `(state, episodes) -> (state, metrics)`.
-      state: where to start; consumed. `data` is brought to its devices, and each draws the tasks that it trains on.
-      data: of `metajax.data.device_sampler`.
-      sample: of `metajax.data.device_sampler`.
-      batch: tasks in a step.
-      steps: the number of steps in all, those that `state` has behind it included.
-      seed: of the episodes.
-      chunk: steps between two looks of the host. Chunks end at its multiples, and at `steps`.
-      frozen: the base that stands beside the state, None for none; an argument of the program, never donated.
-      callbacks: as for `fit`, with the metrics of each step as NumPy arrays; but the steps of a chunk are seen when it
-        has ended, with the state that it ended with. So what looks at the state must do it at multiples of `chunk`.
+      state: the initial state, which is consumed. `data` is copied to its devices, and each device samples the tasks
+        that it trains on.
+      data: the data of `metajax.data.device_sampler`.
+      sample: the sampling function of `metajax.data.device_sampler`.
+      batch: tasks per step.
+      steps: the total number of steps, including those that `state` has already taken.
+      seed: seed of the episodes.
+      chunk: steps that run before the host sees their metrics. Chunks end at multiples of `chunk` and at `steps`.
+      frozen: the frozen base, or None. It is an argument of the program and never donated.
+      callbacks: as for `fit`, with the metrics of each step as NumPy arrays. The callbacks for the steps of a chunk run
+        after the chunk has ended, with its final state. A callback that reads the state must therefore do so at
+        multiples of `chunk`.
 
     Returns:
       The state after `steps` steps.
 
     Raises:
-      NonFiniteError: the loss of a step is not finite; the error names the first such step. Callbacks see the steps
-        before it.
+      NonFiniteError: the loss of a step is not finite. The error names the first such step. Callbacks are called for
+        the steps before it.
       ValueError: an argument is out of range, or `chunk` does not divide the interval `every` of a callback that has
         one (`Validation`, `Saving`).
 
@@ -77,18 +79,19 @@ def fit_on_device(
         every = getattr(callback, "every", chunk)
         if every % chunk:
             raise ValueError(f"chunk must divide the interval of {type(callback).__name__}, {every}, got {chunk}")
-    # committed, as the program leaves it, and the data beside it: nothing is compiled or moved again
+    # Commit the state to its devices, as the program returns it, and copy the data there. Otherwise the second call
+    # would compile or copy again.
     state = jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding), jax.tree.map(jnp.asarray, state))
     data = jax.device_put(data, state.step.sharding)
-    low, high = seed % 2**32, seed // 2**32  # a key takes 32 bits
+    low, high = seed % 2**32, seed // 2**32  # jax.random.key takes 32 bits
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(low), _PURPOSE), high)
     run = _program(_loop.update_of(outer), sample, batch, chunk)
     taken = int(state.step)
     with _loop.closing(callbacks):
         while taken < steps:
             count = min(chunk - taken % chunk, steps - taken)
-            state, kept = run(state, data, key, count, *_loop.given(frozen))
-            kept = jax.device_get(kept)  # an interrupt is raised here, when the chunk has ended
+            state, kept = run(state, data, key, count, *_tree.given(frozen))
+            kept = jax.device_get(kept)  # an interrupt is raised here, after the chunk has ended
             for place in range(count):
                 taken += 1
                 metrics = jax.tree.map(lambda lines, place=place: lines[place], kept)
@@ -98,11 +101,14 @@ def fit_on_device(
     return state
 
 
-@functools.lru_cache(maxsize=4)  # another call goes on with the program of the last one
+@functools.lru_cache(maxsize=4)  # later calls reuse the program
 def _program(update: Callable[..., Any], sample: Callable[..., Episode], batch: int, chunk: int) -> Callable[..., Any]:
-    """`(state, data, key, count, *frozen) -> (state, metrics)`, `count` steps; the metrics have `chunk` lines."""
+    """Returns `(state, data, key, count, *frozen) -> (state, metrics)`, which takes `count` steps.
 
-    @jax.jit  # traced once for its shapes and the loop
+    The metrics have a leading axis of size `chunk`.
+    """
+
+    @jax.jit  # traced once for both `eval_shape` and the loop
     def step(state: MetaState, data: PyTree, key: jax.Array, *frozen: Params) -> tuple[MetaState, dict[str, Any]]:
         key = jax.random.fold_in(key, state.step)
         keys = jax.vmap(lambda task: jax.random.fold_in(key, task))(jnp.arange(batch))
@@ -119,7 +125,7 @@ def _program(update: Callable[..., Any], sample: Callable[..., Episode], batch: 
             state, metrics = step(state, data, key, *frozen)
             return state, jax.tree.map(lambda lines, line: lines.at[place].set(line), kept, metrics)
 
-        # not a scan: with the number of steps as an argument, chunks of every length share one program
+        # fori_loop and not scan: the number of steps is an argument, so chunks of all lengths share one program
         return jax.lax.fori_loop(0, count, one, (state, kept))
 
     return jax.jit(several, donate_argnums=0)

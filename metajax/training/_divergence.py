@@ -1,4 +1,4 @@
-"""What to do about steps that go wrong: losses that are not finite, and losses that jump."""
+"""Handling of diverging training: steps that are not finite, and loss spikes."""
 
 from __future__ import annotations
 
@@ -11,32 +11,33 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from metajax.core import _validate
+from metajax.core import _tree, _validate
 from metajax.core._types import Episode, MetaState, OuterUpdate, Params
 from metajax.training import _loop
 
 
 def skip_nonfinite(outer: OuterUpdate) -> OuterUpdate:
-    """Leaves out the steps whose loss or hypergradient is NaN or infinite.
+    """Skips the steps whose loss or hypergradient is NaN or infinite.
 
-    Such a step changes nothing but `state.step` (which draws the next step's random numbers): meta-parameters,
-    optimizer state and estimator state are those from before. Its metrics stay as they are, with a `skipped` of 1;
-    `fit` and `fit_on_device` go on, and `Recorder` leaves it out of its means and counts it. The state has the same
-    structure as without, so a run may go on with it from a checkpoint that was written without it.
+    A skipped step only increments `state.step`, from which the random numbers of the next step are drawn.
+    Meta-parameters, optimizer state and estimator state do not change. The metrics of the step are returned unchanged,
+    with a `skipped` of 1. `fit` and `fit_on_device` continue, and `Recorder` leaves the step out of its means and
+    counts it. The structure of the state does not change, so a run can resume from a checkpoint that was written
+    without `skip_nonfinite`.
 
-    `optax.apply_if_finite` around the optimizer does less: it looks at the gradient alone, guards neither the
-    estimator's state nor running statistics, and applies what is not finite when its patience is over. Put
-    `SkipLimit` among the callbacks to end such a run.
+    `optax.apply_if_finite` around the optimizer does less: it checks only the gradient, protects neither the state of
+    the estimator nor running statistics, and applies updates that are not finite after a number of consecutive errors.
+    Add `SkipLimit` to the callbacks to stop a run with too many skipped steps.
 
     Args:
-      outer: any meta step, spread over devices or not. Its metrics `loss` and, where there is one, `grad_norm` tell
-        whether a step is finite (a norm that overflows is not), and no others.
+      outer: any meta step, spread over devices or not. Only its metrics `loss` and, if present, `grad_norm` decide
+        whether a step is finite. A norm that overflows is not finite.
 
     Returns:
       An `OuterUpdate` with the same signature and one more metric, `skipped`, 0 or 1.
 
     Raises:
-      ValueError: `outer` is no `OuterUpdate`.
+      ValueError: `outer` is not an `OuterUpdate`.
 
     >>> import jax, jax.numpy as jnp, metajax
     >>> def update(state, episodes):
@@ -51,8 +52,8 @@ def skip_nonfinite(outer: OuterUpdate) -> OuterUpdate:
     _validate.instance("outer", outer, OuterUpdate)
 
     def update(state: MetaState, episodes: Episode, frozen: Params = None) -> tuple[MetaState, dict[str, Any]]:
-        new, metrics = outer.update(state, episodes, *_loop.given(frozen))
-        # not the parameters: then both the old and the new ones would have to be there in full before the choice
+        new, metrics = outer.update(state, episodes, *_tree.given(frozen))
+        # checks the metrics and not the parameters, which would keep the old and the new parameters in memory in full
         finite = jnp.isfinite(metrics["loss"])
         if "grad_norm" in metrics:
             finite &= jnp.isfinite(metrics["grad_norm"])
@@ -67,14 +68,14 @@ def skip_nonfinite(outer: OuterUpdate) -> OuterUpdate:
 
 
 class _Late:
-    """A callback that looks at a step when the next one is on its way, so that the device never waits for the host."""
+    """A callback that reads the metrics of a step one step later, so that the device never waits for the host."""
 
     def __init__(self, at_once: int | None = None):
         self._at_once = at_once
         self._waiting: tuple[int, dict[str, Any]] | None = None
 
     def __call__(self, step: int, state: MetaState, metrics: dict[str, Any]) -> None:
-        """Looks at the step before; at this one too, where that was asked for."""
+        """Reads the metrics of the previous step, and also of this step at multiples of `at_once`."""
         waiting, self._waiting = self._waiting, (step, metrics)
         if waiting is not None:
             self._look(*waiting)
@@ -86,23 +87,23 @@ class _Late:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Forgets the step that was not looked at: after an error its values may be no more."""
+        """Drops the step that was not read yet: after an error its values may be gone."""
         self._waiting = None
 
 
 class SkipLimit(_Late):
-    """A callback that ends a run whose steps `skip_nonfinite` leaves out one after the other.
+    """A callback that stops a run when `skip_nonfinite` skips too many steps in a row.
 
     Args:
-      limit: how many steps in a row are too many.
+      limit: number of consecutive skipped steps that stops the run.
 
     Attributes:
-      count: steps that were left out so far, those before a resume not included.
+      count: number of skipped steps so far, without those before a resume.
 
     Raises:
       ValueError: `limit` is below 1.
 
-    When called, it raises a `NonFiniteError` one step after the last of `limit` skipped ones.
+    The callback raises a `NonFiniteError` one step after the last of `limit` skipped steps.
 
     >>> limit = SkipLimit(2)
     >>> for step, skipped in enumerate([1.0, 0.0, 1.0, 1.0, 1.0], start=1):
@@ -128,12 +129,12 @@ class SkipLimit(_Late):
 
 
 class LossSpike(ValueError):
-    """The loss of a step is far above those before.
+    """Raised if the loss of a step is far above the losses of earlier steps.
 
     Attributes:
       step: the step.
-      loss: its loss.
-      threshold: what it had to stay below.
+      loss: the loss of the step.
+      threshold: the largest loss that is not a spike.
 
     >>> str(LossSpike(7, 3.0, 1.25))
     'the loss of step 7, 3, is above 1.25, where its spread over the steps before put the limit'
@@ -148,10 +149,10 @@ class LossSpike(ValueError):
 
 
 class Rollback(LossSpike):
-    """Asks for the last checkpoint and other episodes; who answers it goes on, else the run ends.
+    """Raised to request a rollback. If the caller does not handle it, the run stops.
 
-    With a checkpoint of step `s`, those who answer restore it and open the episodes `(step - s) * meta_batch` further
-    than it says: the run goes on with the batch after the one of the spike.
+    To handle it, restore the last checkpoint, of step `s`, and open the episodes `(step - s) * meta_batch` later than
+    the position in the checkpoint. The run then continues with the batch after the one of the spike.
 
     >>> Rollback(7, 3.0, 1.25).step
     7
@@ -159,26 +160,28 @@ class Rollback(LossSpike):
 
 
 class Spikes(_Late):
-    """A callback that finds losses far above those of the steps before.
+    """A callback that detects losses far above those of earlier steps.
 
-    A loss is a spike where it exceeds the median of the last `window` losses by more than `factor` times their spread:
-    1.4826 times the median absolute deviation from the median (a standard deviation, where they are normally
-    distributed), and at least 1 % of the median's size and 1e-6, so that losses that hardly move give no alarm.
-    Nothing is a spike before half the window is known. Spikes are known losses too: a lasting change of level stops
-    to be one within half a window. A loss that is not finite, and one of a skipped step, is neither.
+    A loss is a spike if it exceeds the median of the last `window` losses by more than `factor` times their spread.
+    The spread is 1.4826 times the median absolute deviation from the median (the standard deviation of a normal
+    distribution), but at least 1 % of the absolute median and at least 1e-6, so that nearly constant losses do not
+    cause spikes. There are no spikes until half of the window is filled. Spikes enter the window too, so a permanent
+    level change stops counting as a spike after half a window. Losses that are not finite and losses of skipped steps
+    are ignored.
 
-    The loss of a step is read when the next one is on its way; the last one of a run is not read.
+    The loss of a step is read one step later. The last loss of a run is not read.
 
     Args:
-      window: how many losses to compare with.
-      factor: how many spreads above the median are too many. Losses of few tasks are skewed: 10 leaves them alone.
+      window: number of losses to compare with.
+      factor: number of spreads above the median at which a loss is a spike. Losses over few tasks are skewed; 10 does
+        not flag them.
       action: "count", "stop" (raise `LossSpike`), or "rollback" (raise `Rollback`).
       record: called with the step and `spike_loss` and `spike_threshold`, such as the method `write` of a `Recorder`.
-      checkpoint_every: steps between checkpoints: the loss of these steps is read at once, so that a callback that
-        saves and stands behind this one does not save a spike.
+      checkpoint_every: steps between checkpoints. The loss of these steps is read immediately, so that a checkpoint
+        callback after this one does not save a spike.
 
     Attributes:
-      count: spikes so far.
+      count: number of spikes so far.
 
     Raises:
       ValueError: an argument is out of range.

@@ -1,4 +1,4 @@
-"""The loop around the meta step."""
+"""The training loop."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metajax.core import _validate
+from metajax.core import _tree, _validate
 from metajax.core._types import Episode, MetaState, OuterUpdate, Params
-from metajax.tasks._lookup import require_same
+from metajax.tasks import require_same
 
-# (step, state, metrics) after each step; what a callback needs of them it must copy before it returns
+# called with (step, state, metrics) after each step; a callback must copy what it needs before it returns
 Callback = Callable[[int, MetaState, dict[str, Any]], None]
 
 
 class NonFiniteError(ValueError):
-    """The loss or the meta-parameters are NaN or infinite.
+    """Raised if the loss or the meta-parameters are NaN or infinite.
 
     >>> issubclass(NonFiniteError, ValueError)
     True
@@ -38,26 +38,26 @@ def fit(
 ) -> MetaState:
     """Takes meta steps until `state.step` is `steps`.
 
-    The update is compiled once and the state is donated. The loss of a step is looked at after the next one is on
-    its way, so that the accelerator never waits for the host.
+    The update is compiled once and the state is donated. The loss of a step is checked after the next step is
+    dispatched, so that the accelerator never waits for the host.
 
     Args:
       outer: an `OuterUpdate`, or an update function `(state, episodes) -> (state, metrics)`.
-      state: where to start; consumed.
+      state: the initial state, which is consumed.
       episodes: batches of episodes, the first for step `state.step`. The batch of the next step is taken after the
-        callbacks of this one, which so find `episodes.position` where a run that goes on from here has to start.
-      steps: the number of steps in all, those that `state` has behind it included.
-      frozen: the base that stands beside the state, None for none; never donated.
-      callbacks: called in order after each step as `callback(step, state, metrics)`, with the steps taken so far.
-        A callback with a method `close` has it called at the end, also after an error.
+        callbacks of this step, so callbacks can save `episodes.position` as the position from which to resume.
+      steps: the total number of steps, including those that `state` has already taken.
+      frozen: the frozen base, or None; it is never donated.
+      callbacks: called in order after each step as `callback(step, state, metrics)`, where `step` is the number of
+        steps taken so far. If a callback has a method `close`, it is called at the end, also after an error.
 
     Returns:
       The state after `steps` steps.
 
     Raises:
-      NonFiniteError: the loss of a step is not finite and `skip_nonfinite` did not leave it out; the error names the
-        step. What callbacks saved stays.
-      ValueError: `steps` is below 1, episodes end early, or they are of another task type than the learner.
+      NonFiniteError: the loss of a step is not finite and `skip_nonfinite` did not skip the step. The error names the
+        step. Checkpoints and logs of the callbacks are kept.
+      ValueError: `steps` is below 1, the episodes end early, or their task type differs from that of the learner.
 
     >>> import jax, jax.numpy as jnp, optax, metajax
     >>> learner = metajax.learners.maml(metajax.models.mlp(outputs=2), inner=optax.sgd(0.1))
@@ -80,7 +80,7 @@ def fit(
     with closing(callbacks):
         stream = itertools.islice(iter(episodes), max(steps - taken, 0))
         for step, batch in enumerate(stream, start=taken + 1):
-            state, metrics = update(state, batch, *given(frozen))
+            state, metrics = update(state, batch, *_tree.given(frozen))
             if before is not None:
                 require_finite_loss(*before)
             before = step, metrics
@@ -94,21 +94,20 @@ def fit(
 
 
 def update_of(outer: OuterUpdate | Callable[..., Any]) -> Callable[..., Any]:
-    """The update function of a meta step that may be one itself."""
+    """Returns the update function of an `OuterUpdate`, or the argument if it is an update function."""
     return outer.update if isinstance(outer, OuterUpdate) else outer
-
-
-def given(frozen: Params) -> tuple[Params, ...]:
-    """The last argument of an update, where there is a frozen base: functions without one take two arguments."""
-    return () if frozen is None else (frozen,)
 
 
 @contextlib.contextmanager
 def closing(callbacks: Sequence[Callback]) -> Iterator[list[Callback]]:
-    """Closes the callbacks that can be closed in the end, in order, also after an error and where one fails to.
+    """Calls the `close` methods of the callbacks on exit, in order, even after an error or if another `close` fails.
 
     Yields:
-      The callbacks for loops inside, which do not close them.
+      Callbacks without `close`, for nested loops.
+
+    >>> with closing([print]) as callbacks:
+    ...     callbacks[0]("a step")
+    a step
     """
     with contextlib.ExitStack() as stack:
         for callback in reversed(callbacks):
@@ -118,15 +117,15 @@ def closing(callbacks: Sequence[Callback]) -> Iterator[list[Callback]]:
 
 
 def require_finite_loss(step: int, metrics: dict[str, Any]) -> None:
-    """Raises a NonFiniteError that names the step where its loss is not finite, unless the step was skipped."""
+    """Raises a NonFiniteError that names the step if its loss is not finite, unless the step was skipped."""
     loss = float(metrics["loss"])
     if not np.isfinite(loss) and not bool(metrics.get("skipped", False)):
         raise NonFiniteError(f"the loss is {loss} at step {step}: lower the outer or inner rate, or clip the gradient")
 
 
 def require_finite_params(step: int, state: MetaState) -> None:
-    """Raises a NonFiniteError that names the step where a meta-parameter is not finite."""
-    # where they lie: parameters that are spread over processes cannot be brought to one
+    """Raises a NonFiniteError that names the step if a meta-parameter is not finite."""
+    # checked on their devices: parameters that are spread over processes cannot be copied to one process
     if not bool(_all_finite(state.params)):
         raise NonFiniteError(f"a meta-parameter is not finite after step {step}")
 

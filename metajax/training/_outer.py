@@ -1,4 +1,4 @@
-"""The meta step: hypergradients of a batch of tasks, averaged, and given to an optax transform."""
+"""The meta step: averages the hypergradients of a batch of tasks and applies an optax transform."""
 
 from __future__ import annotations
 
@@ -41,45 +41,46 @@ def outer_update(
     """Makes the pure meta step of a learner, an optimizer and an estimator.
 
     `update` composes with `jit`, `vmap`, `pmap`, `shard_map` and `scan`. The hypergradient is the mean over the tasks
-    that count: those whose objective has a term that is no padding, in the query set or among the inner losses. If none
-    counts, parameters get a zero gradient, and nothing else changes.
+    that count. A task counts if its objective has a term that is not padding, in the query set or among the inner
+    losses. If no task counts, the gradient of the parameters is zero and nothing else changes.
 
-    There are three kinds of meta-parameters: those that are trained; those in the state that no gradient trains, which
-    stay as they are or are written by `learner.update_state`; and a frozen base, which is no part of the state:
+    There are three kinds of meta-parameters: trained ones; untrained ones in the state, which are constant or written
+    by `learner.update_state`; and a frozen base, which is not part of the state:
 
         params, frozen = metajax.core.split(params, "lora")
         state = outer.init(key, episode, params, frozen=frozen)
         state, metrics = outer.update(state, episodes, frozen)
 
     Args:
-      learner: what adapts.
-      optimizer: any optax transform of the averaged hypergradient; one that asks for a `value` gets
-        the loss. Clipping and the handling of steps that are not finite are optax's:
-        `optax.chain(optax.clip_by_global_norm(10.0), ...)`, `optax.apply_if_finite(...)`.
-      hypergrad: the estimator.
-      trainable: path regex or predicate of the meta-parameters of the state that are trained. The rest of them gets no
-        gradient and no optimizer state, may hold integers, and is never copied for a task. None trains all.
+      learner: the learner.
+      optimizer: any optax transform of the averaged hypergradient. A transform that takes a `value` gets the loss. Use
+        optax for gradient clipping and for steps that are not finite: `optax.chain(optax.clip_by_global_norm(10.0),
+        ...)`, `optax.apply_if_finite(...)`.
+      hypergrad: the hypergradient estimator.
+      trainable: path regex or predicate that selects the trained meta-parameters of the state. The others get no
+        gradient and no optimizer state, may hold integers, and are never copied per task. None uses
+        `learner.trainable`.
       task_batching: how the tasks of one call are run: "vmap", "scan" (one after the other), a chunk size (a scan
         over chunks under vmap), or "auto" (see `choose_task_batching`). All give the same result up to rounding.
       axis_name: name of the `pmap` or `shard_map` axis over which tasks are spread; gradients and metrics are
         reduced over it. Every device must hold the same number of tasks.
-      before: also measure the query loss before adaptation, one more forward pass. Without an inner problem, or where
-        the objective is made of inner losses alone, there is no before.
+      before: whether to also compute the metrics before adaptation, with one more forward pass. They do not exist
+        without an inner problem or for objectives of inner losses only.
 
     Returns:
-      An `OuterUpdate`, for `jit`, or for `metajax.parallel.shard` to spread over a mesh.
-      `update` returns metrics, each a scalar mean over tasks: `loss` and the metric of the task type (`accuracy`,
-      `mse`) on the query set after adaptation, where the learner gives outputs; both with `_before`; `inner_loss`
-      `[num_steps]`, each over the tasks in which the step counts; what else `Aux.metrics` hold; `grad_norm` of the
-      averaged hypergradient.
+      An `OuterUpdate`. Compile it with `jit`, or spread it over a mesh with `metajax.parallel.shard`.
+      `update` returns metrics, each a scalar mean over tasks: `loss` and, if the learner returns outputs, the metric of
+      the task type (`accuracy`, `mse`), on the query set after adaptation; both also with `_before`; `inner_loss`
+      `[num_steps]`, where each value is a mean over the tasks in which the step counts; the other values of
+      `Aux.metrics`; and `grad_norm` of the averaged hypergradient.
 
     Raises:
-      ValueError: a part of another type, a learner that lacks a part, an unknown `task_batching`, a chunk size that
-        does not divide the tasks, a `trainable` that picks nothing, an episode with a task axis in `init`, leaves of
-        episodes in `update` that disagree in their leading axis (or have none, or no task), labels that no class of
-        the task has (in `init`), a frozen base that does not fit the state, values for the state from a learner without
-        `update_state`, or another number of tasks than `init(num_tasks=)` made the states of a persistent estimator
-        for.
+      ValueError: an argument has another type, the learner lacks a part, `task_batching` is unknown, a chunk size does
+        not divide the tasks, `trainable` selects nothing, the episode in `init` has a task axis, the leaves of
+        episodes in `update` have different leading axes (or none, or no task), a label is not a class of the task (in
+        `init`), the frozen base does not match the state, a learner without `update_state` returns values for the
+        state, or the number of tasks differs from the `num_tasks` for which `init` made the states of a persistent
+        estimator.
 
     >>> import jax, jax.numpy as jnp, optax, metajax
     >>> learner = metajax.learners.maml(metajax.models.mlp(outputs=2), inner=optax.sgd(0.1))
@@ -101,6 +102,7 @@ def outer_update(
         _validate.positive_int("task_batching", task_batching)
     optimizer = optax.with_extra_args_support(optimizer)
     axes = () if axis_name is None else (axis_name,)
+    trainable = learner.trainable if trainable is None else trainable
     task_type = tasks.of(learner)
     before = before and learner.problem is not None and learner.objective != "prequential"
 
@@ -112,7 +114,7 @@ def outer_update(
         if params is None:
             params = _first_params(learner, params_key, episode.support.inputs, frozen)
         _tree.merge(params, frozen)
-        # a copy of what is given: a jitted update may donate its state
+        # copies the given parameters, because a jitted update may donate its state
         params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.result_type(leaf)), params)
         trained, untrained = _tree.split(params, trainable, name="trainable")
         one = hypergrad.init(learner, trained, episode, state_key, frozen=_shared(untrained, frozen))
@@ -143,7 +145,7 @@ def outer_update(
             values, valid = aux.inner_losses
             inner = (jnp.where(valid, values, 0), valid.astype(values.dtype))
         averaged, exact = _tree.split_floats(aux.state)
-        # where, not a product: an all-padding task may be NaN and must still not count
+        # `where` and not a product: a task of only padding may be NaN and must not count
         summed = jax.tree.map(
             lambda leaf: jnp.where(counts, leaf, jnp.zeros_like(leaf)), (grads, metrics, inner, averaged)
         )
@@ -204,22 +206,22 @@ def outer_update(
 
 
 def _shared(untrained: Params, frozen: Params) -> Params:
-    """What the learner sees beside the trained meta-parameters."""
+    """Returns the meta-parameters that are not trained, including the frozen base."""
     return untrained if frozen is None else _tree.fill(untrained, frozen)
 
 
 def _first_params(learner: Learner, key: jax.Array, inputs: Any, frozen: Params) -> Params:
-    """The meta-parameters that a learner makes; where the base has a leaf, none is made."""
+    """Initializes the meta-parameters of a learner, except the leaves that are in the frozen base."""
     if frozen is None:
         return learner.init(key, inputs)
     places = jax.tree.map(lambda _: None, jax.eval_shape(learner.init, key, inputs))
-    _tree.merge(places, frozen)  # refuses another structure
+    _tree.merge(places, frozen)  # raises for another structure
     return jax.jit(lambda key, inputs: _tree.without(learner.init(key, inputs), frozen))(key, inputs)
 
 
 def _check_one(episode: Episode, classes: bool) -> None:
-    """Refuses a batch where one episode is asked for, and labels that no class has."""
-    if jnp.ndim(episode.query.mask) != 1:  # that of a support set may be [steps, n]
+    """Raises a ValueError for a batch instead of one episode, and for labels that are not a class."""
+    if jnp.ndim(episode.query.mask) != 1:  # the mask of a support set may be [steps, n]
         raise ValueError(
             "episode must be one task, without a task axis, whose query.mask is [n], got shape "
             f"{list(jnp.shape(episode.query.mask))}"
@@ -230,7 +232,7 @@ def _check_one(episode: Episode, classes: bool) -> None:
 
 
 def _check_complete(learner: Learner, full: Params, episodes: Episode) -> None:
-    """Refuses meta-parameters with gaps that the learner's own do not have: a frozen base that is not there."""
+    """Raises a ValueError for gaps that are not in `learner.init`: a frozen base that was not passed."""
     gaps = _tree.gaps(full)
     if not gaps:
         return
@@ -245,7 +247,7 @@ def _check_complete(learner: Learner, full: Params, episodes: Episode) -> None:
 
 
 def _counts(learner: Learner, episode: Episode, aux: Aux) -> jax.Array:
-    """Whether the objective of a task has a term that is no padding."""
+    """Returns whether the objective of a task has a term that is not padding."""
     counts = jnp.zeros([], bool)
     if learner.objective != "prequential":
         counts |= jnp.any(_losses.kept_examples(tasks.of(learner), episode.query))
@@ -255,10 +257,10 @@ def _counts(learner: Learner, episode: Episode, aux: Aux) -> jax.Array:
 
 
 def _agreed(per_task: PerTask) -> Any:
-    """The values that are no floating-point numbers, of the first task that counts.
+    """Returns the values that are not floating-point, from the first task that counts.
 
     Raises:
-      ValueError: tasks disagree, where values are known (not while tracing).
+      ValueError: the values differ between tasks (not checked while tracing).
     """
     first = jnp.argmax(per_task.counts)
 
@@ -274,17 +276,17 @@ def _agreed(per_task: PerTask) -> Any:
 
 
 def _gather(leaf: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """Values of all devices along the leading axis, in the order of the tasks."""
+    """Concatenates the values of all devices along the leading axis, in the order of the tasks."""
     count, size = leaf.shape[0], jax.lax.axis_size(axes)
     numbers = leaf.astype(jnp.int8) if leaf.dtype == bool else leaf
-    # a sum with zeros, which every device knows to be the same on all of them
+    # a sum of zero-padded values, whose result JAX knows to be the same on all devices
     whole = jnp.zeros((size * count, *leaf.shape[1:]), numbers.dtype)
     placed = jax.lax.dynamic_update_slice_in_dim(_tree.vary(whole, axes), numbers, jax.lax.axis_index(axes) * count, 0)
     return jax.lax.psum(placed, axes).astype(leaf.dtype)
 
 
 def _written(params: Params, full: Params, new: Params, weight: jax.Array) -> Params:
-    """The parameters of the state with what `update_state` changed; where no task counted, nothing changes."""
+    """Returns the parameters of the state with the changes of `update_state`, or unchanged if no task counts."""
     structures = [str(jax.tree.structure(tree)) for tree in (new, full)]
     if structures[0] != structures[1]:
         raise ValueError(
@@ -328,14 +330,14 @@ def _num_tasks(episodes: Episode) -> int:
 
 
 def choose_task_batching(backend: str, numbers_per_task: int) -> Literal["vmap", "scan"]:
-    """What "auto" means, from `python -m experiments.benchmark batching`.
+    """Returns the task batching for "auto", as measured by `python -m experiments.benchmark batching`.
 
-    Accelerators want all tasks at once. The CPU does too while a task is so small that the cost of starting an
-    operation outweighs it; a task of images runs faster alone, in the cache.
+    Accelerators are fastest with all tasks at once. So is the CPU for tasks so small that the cost of starting an
+    operation dominates. Larger tasks, such as images, run faster one at a time in the cache.
 
     Args:
       backend: `jax.default_backend()`.
-      numbers_per_task: numbers in the inputs of one task, support and query together.
+      numbers_per_task: number of array elements in the inputs of one task, support and query together.
 
     >>> choose_task_batching("cpu", 80 * 28 * 28), choose_task_batching("cpu", 20), choose_task_batching("gpu", 62720)
     ('scan', 'vmap', 'vmap')

@@ -1,4 +1,4 @@
-"""What watches a run from beside it: signs of life, speed, traces, and the end that a cluster announces."""
+"""Callbacks that monitor a run: heartbeats, stalls, throughput, profiler traces and preemption."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from metajax.core._types import MetaState
 
 
 class Heartbeat:
-    """A callback that keeps a small JSON file fresh while steps are taken, for a supervisor outside.
+    """A callback that regularly rewrites a small JSON file during training, for an external supervisor.
 
-    The file holds `step`, `time` (seconds since 1970), `pid`, `host`, `process` (its index among those of the job) and
-    `steps_per_second` since the writing before (0 at first). It is replaced as a whole: a reader never sees half of
-    it. A run hangs or is dead when `time` is older than the longest pause between steps (validation, or compilation
-    before the first).
+    The file holds `step`, `time` (seconds since 1970), `pid`, `host`, `process` (the process index in the job) and
+    `steps_per_second` since the previous write (0 at first). It is replaced atomically, so a reader never sees a
+    partial file. A run hangs or is dead if `time` is older than the longest pause between steps (validation, or
+    compilation before the first step).
 
     Args:
-      path: the file, one for each process; its folder is made where it does not exist.
-      every: seconds between two writings at least.
+      path: the file, one for each process. Its folder is created if it does not exist.
+      every: minimum number of seconds between two writes.
 
     Raises:
       ValueError: `every` is not above 0.
@@ -48,13 +48,13 @@ class Heartbeat:
 
     def __init__(self, path: str | pathlib.Path, *, every: float = 10.0):
         self._path = pathlib.Path(path)
-        # no attribute `every`: that is the loops' word for an interval in steps
+        # not named `every`, which the loops read as an interval in steps
         self._seconds = _validate.positive_float("every", every)
         self._step: int | None = None
         self._written: tuple[int, float] | None = None
 
     def __call__(self, step: int, state: MetaState, metrics: dict[str, Any]) -> None:
-        """Writes when it is due, without a look at what the device computes."""
+        """Writes the file if it is due, without waiting for the device."""
         self._step = step
         if self._written is None or time.monotonic() - self._written[1] >= self._seconds:
             self._write()
@@ -76,19 +76,20 @@ class Heartbeat:
         self._written = step, now
 
     def close(self) -> None:
-        """Writes the last step."""
+        """Writes the file with the last step."""
         self._write()
 
 
 class Stall:
-    """A callback that ends the process when no step comes for too long, as where another process hangs.
+    """A callback that ends the process if no step is taken for too long, for example because another process hangs.
 
-    A process that dies ends the job of itself: JAX tells the others. One that is alive and does not go on (a file
-    system that hangs, an endless loop) leaves them in a collective that has no end; this object's thread then writes
-    a line to standard error and ends the process, whatever its main thread waits for.
+    If a process dies, JAX notifies the others and the job ends. If a process is alive but hangs (in a file system or an
+    endless loop), the others wait in a collective forever. The thread of this callback then writes a line to standard
+    error and ends the process, even if the main thread is blocked.
 
     Args:
-      seconds: longer than the longest pause between steps: compilation, validation, the copy of a checkpoint.
+      seconds: time without a step after which the process ends. It must be longer than the longest pause between steps:
+        compilation, validation, or the copy of a checkpoint.
       status: exit status of the process.
 
     Raises:
@@ -105,7 +106,7 @@ class Stall:
         threading.Thread(target=self._watch, name="stall", daemon=True).start()
 
     def __call__(self, step: int, state: MetaState, metrics: dict[str, Any]) -> None:
-        """Notes that there was a step."""
+        """Records that a step was taken."""
         self._step, self._last = step, time.monotonic()
 
     def _watch(self) -> None:
@@ -121,7 +122,7 @@ class Stall:
         os._exit(self._status)
 
     def close(self) -> None:
-        """Watches no more."""
+        """Stops watching."""
         self._closed.set()
 
     def __enter__(self) -> Stall:
@@ -132,11 +133,11 @@ class Stall:
 
 
 class Throughput:
-    """Measures speed and memory between two calls with a state; what `Recorder` adds to a line.
+    """Measures speed and memory use between two calls with a state. `Recorder` adds the result to its lines.
 
     Args:
-      meta_batch: tasks of one step.
-      start: steps that are already taken.
+      meta_batch: tasks per step.
+      start: number of steps already taken.
 
     Raises:
       ValueError: `meta_batch` is below 1.
@@ -154,13 +155,13 @@ class Throughput:
         self._step, self._time = start, time.monotonic()
 
     def __call__(self, state: MetaState) -> dict[str, float]:
-        """The means since the call before; waits for the device.
+        """Returns the means since the previous call. Waits for the device.
 
-        `step_seconds` and `tasks_per_second` by the clock on the wall, so with compilation, validation and checkpoints
-        between the calls; none where no step was taken. `device_bytes_in_use` and `device_peak_bytes` of the local
-        device that has the most in use; none where devices do not tell (the CPU).
+        `step_seconds` and `tasks_per_second` are wall-clock times, including compilation, validation and checkpoints
+        between the calls. They are left out if no step was taken. `device_bytes_in_use` and `device_peak_bytes` are the
+        maxima over the local devices. They are left out if devices do not report them (the CPU).
         """
-        # the state's own number: many steps that ran as one program are seen one by one when all are over
+        # uses the step of the state: callbacks see the steps of one program one by one after all have ended
         step, now = int(state.step), time.monotonic()
         steps, seconds = step - self._step, now - self._time
         found: dict[str, float] = {}
@@ -178,13 +179,15 @@ class Throughput:
 class Profile:
     """A callback that traces a few steps for xprof and TensorBoard.
 
-    The device is waited for before the trace starts and before it stops: it holds these steps, whole, and no others.
-    With `fit_on_device` it starts and stops where chunks end, at the first ends that are late enough.
+    The callback waits for the device before the trace starts and before it stops, so that the trace holds exactly
+    these steps. With `fit_on_device` the trace starts and stops at the ends of chunks, at the first ones that are not
+    too early.
 
     Args:
-      steps: "STEP:COUNT", `COUNT` steps of which `STEP` is the first. Step 1, in which programs are compiled, is never
-        traced; a run that goes on from a later step traces its second step and those after it.
-      folder: where the trace goes, under `plugins/profile/`. One for each run; each host writes its own file.
+      steps: "STEP:COUNT", to trace `COUNT` steps starting with step `STEP`. Step 1, in which programs are compiled, is
+        never traced. A run that resumes too late for `STEP` traces from its second step.
+      folder: folder of the trace, which is written under `plugins/profile/`. Use one folder for each run. Each host
+        writes its own file.
 
     Raises:
       ValueError: `steps` is not of this form, or one of its numbers is below 1.
@@ -203,8 +206,8 @@ class Profile:
         self._due, self._tracing, self._done = first - 1, False, False
 
     def __call__(self, step: int, state: MetaState, metrics: dict[str, Any]) -> None:
-        """Starts or stops the trace when it is due."""
-        # reading the state's step waits for the device, hence the order
+        """Starts or stops the trace if it is due."""
+        # `state.step` comes last, because reading it waits for the device
         if self._done or step < self._due or int(state.step) != step:
             return
         jax.block_until_ready(state)
@@ -215,17 +218,17 @@ class Profile:
             self._tracing, self._due = True, step + self._count
 
     def close(self) -> None:
-        """Writes the trace of a run that ends before its last step."""
+        """Stops and writes the trace if the run ends during tracing."""
         if self._tracing:
             self._tracing, self._done = False, True
             jax.profiler.stop_trace()
 
 
 class Preempted(Exception):
-    """The run was asked to end by SIGTERM, and has saved what it needs to go on.
+    """Raised after SIGTERM, once the state is saved so that the run can resume.
 
     Attributes:
-      step: the step that was saved.
+      step: the saved step.
 
     >>> str(Preempted(7))
     'preempted; step 7 is saved'
@@ -237,27 +240,27 @@ class Preempted(Exception):
 
 
 class Preemption:
-    """A callback that answers SIGTERM: it saves after the step in whose course the signal came, and ends the run.
+    """A callback that handles SIGTERM: it saves after the step in which the signal arrives and ends the run.
 
-    A handler of the signal sets a flag, nothing else. As a callback, best the last, it then calls `save` and raises
+    The signal handler only sets a flag. The callback, which should be the last one, then calls `save` and raises
     `Preempted`. With `fit_on_device`, it does so at the end of the chunk.
 
-    In a job of several processes the signal may come to some of them, and not at the same time: JAX's preemption
-    service, which has the signal then, finds a step that none has passed, and all save after that one, about a second
-    later (and one or two chunks later with `fit_on_device`). `jax.distributed.initialize` comes before this object, and
-    all processes call it for all steps.
+    In a job of several processes, the signal may reach only some of them, and at different times. JAX's preemption
+    service then handles the signal. It finds a step that no process has passed, and all processes save after that step,
+    about a second later (one or two chunks later with `fit_on_device`). Call `jax.distributed.initialize` before
+    creating this object, and call the object in all processes for all steps.
 
-    The handler is there from the start, until `close` (or the end of a `with`) puts back the one before. A single
-    process can only handle signals in its main thread: elsewhere, this object does nothing.
+    The handler is installed when the object is created. `close` (or the end of a `with`) restores the previous handler.
+    A single process can handle signals only in its main thread. In other threads this object does nothing.
 
     Args:
-      save: `(step, state)`; returns when everything is written. All processes call it, with the same step.
+      save: `(step, state)`, which returns once everything is written. All processes call it with the same step.
 
     Attributes:
-      received: whether the signal came; in a job of several processes, whether all know of it.
+      received: whether the signal arrived; in a job of several processes, whether all processes know of it.
 
     Raises:
-      ValueError: several processes without the preemption service.
+      ValueError: there are several processes without the preemption service.
 
     >>> import jax.numpy as jnp, metajax
     >>> state = metajax.MetaState((), (), (), jnp.array(7, jnp.int32), jax.random.key(0))
@@ -274,7 +277,7 @@ class Preemption:
         self._together = jax.process_count() > 1
         self._installed, self._before = False, None  # type: tuple[bool, Any]
         if self._together:
-            # a handler of our own would take the signal from the service
+            # our own handler would take the signal away from the service
             service: bool = jax.config.jax_enable_preemption_service  # type: ignore[attr-defined]
             if not (service and jax.distributed.is_initialized()):
                 raise ValueError(
@@ -288,7 +291,7 @@ class Preemption:
         self.received = True
 
     def __call__(self, step: int, state: MetaState, metrics: dict[str, Any]) -> None:
-        """Saves and raises `Preempted` after the signal."""
+        """Saves and raises `Preempted` if the signal has arrived."""
         if self._together and multihost_utils.reached_preemption_sync_point(step):
             self.received = True
         if self.received and int(state.step) == step:
@@ -296,10 +299,10 @@ class Preemption:
             raise Preempted(step)
 
     def close(self) -> None:
-        """Puts back the handler that was there before."""
+        """Restores the previous signal handler."""
         if self._installed:
             self._installed = False
-            # None: one that Python did not install, and cannot
+            # None: the previous handler was not installed from Python and cannot be restored
             signal.signal(signal.SIGTERM, signal.SIG_DFL if self._before is None else self._before)
 
     def __enter__(self) -> Preemption:

@@ -45,6 +45,7 @@ def trained(loaded):
     return model
 
 
+@pytest.mark.slow
 def test_after_the_loop_a_new_task_is_learned_better(loaded, trained):
     gains = []
     for support, (images, labels) in _tasks(metajax.data.glyphs("test"), 12, 1, 10):

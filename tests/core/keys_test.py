@@ -12,8 +12,7 @@ import rows
 import worlds
 
 import metajax
-from metajax import data, evaluation, hypergrad, learners, models, strategies, training
-from metajax.strategies._contrast import TRAINED
+from metajax import data, evaluation, hypergrad, learners, models, replay, training
 
 _DRAWS = (
     "normal", "uniform", "bernoulli", "randint", "choice", "permutation", "categorical", "gumbel", "bits", "rademacher",
@@ -133,7 +132,7 @@ def _drawing():
             carry if with_carry else None,
         )  # fmt: skip
         first = lambda key, inputs: {"start": jax.random.normal(key, [3]), "goal": jnp.ones(3)}  # noqa: E731
-        return metajax.bilevel(problem, outer_loss, init=first, objective=objective)
+        return metajax.learners.bilevel(problem, outer_loss, init=first, objective=objective)
 
     return learner
 
@@ -181,23 +180,23 @@ def test_estimators(uses, name):
 _WORDS = models.hide_tokens(models.decoder(16, width=8, depth=1, heads=2, remat=False), 0.3)
 _SOME = {
     **{
-        name: (row.learner, row.trainable, lambda row=row: row.episode(0, 1, np.float32))
+        name: (row.learner, lambda row=row: row.episode(0, 1, np.float32))
         for name, row in rows.ROWS.items()
     },
     "reptile with batches": (
-        learners.reptile(models.mlp(worlds.WAYS), optax.sgd(0.1), 3, batch_size=2), None,
+        learners.reptile(models.mlp(worlds.WAYS), optax.sgd(0.1), 3, batch_size=2),
         lambda: worlds.episode(worlds.LEARNERS["maml"], dtype=np.float32),
     ),
     "bayesian": (
-        learners.bayesian(models.mlp(worlds.WAYS), optax.sgd(0.1), 2, samples=2), None,
+        learners.bayesian(models.mlp(worlds.WAYS), optax.sgd(0.1), 2, samples=2),
         lambda: worlds.episode(worlds.LEARNERS["maml"], dtype=np.float32),
     ),
     "moco with views": (
-        strategies.contrastive(models.mlp(4), momentum=0.9, queue=8, dim=4, hidden=4), TRAINED,
+        learners.contrastive(models.mlp(4), momentum=0.9, queue=8, dim=4, hidden=4),
         lambda: worlds.episode(worlds.LEARNERS["maml_support_statistics"], dtype=np.float32),
     ),
     "words that are hidden": (
-        learners.maml(_WORDS, optax.sgd(0.1), 2, task=metajax.tasks.next_token_prediction), None,
+        learners.maml(_WORDS, optax.sgd(0.1), 2, task=metajax.tasks.next_token_prediction),
         lambda: metajax.Episode(*[
             metajax.Examples(
                 {"tokens": jnp.ones([2, 5], jnp.int32), "mask": jnp.ones([2, 5], bool)}, jnp.ones([2, 5], jnp.int32),
@@ -213,9 +212,9 @@ _DRAW = ("reptile with batches", "bayesian", "moco with views", "words that are 
     "name", worlds.few_by_default(_SOME, lambda name: name in ("reptile with batches", "moco with views"))
 )
 def test_learners(uses, name):
-    learner, trainable, episode = _SOME[name]
+    learner, episode = _SOME[name]
     episode = episode()
-    outer = metajax.outer_update(learner, optax.sgd(0.1), hypergrad=hypergrad.mixed_mode(), trainable=trainable)
+    outer = metajax.outer_update(learner, optax.sgd(0.1), hypergrad=hypergrad.mixed_mode())
     state, update = outer.init(jax.random.key(0), episode), jax.jit(outer.update)
     for _ in range(2):
         state, _ = update(state, worlds.stack([episode] * 2))
@@ -230,7 +229,7 @@ def test_what_stands_around_a_meta_step(uses):
     sampled, sample = data.device_sampler(source, spec)
     learner = learners.reptile(models.mlp(3), optax.sgd(0.1), 2, batch_size=2)
     outer = metajax.outer_update(learner, optax.sgd(0.1), hypergrad=hypergrad.displacement())
-    outer = strategies.replayed(outer, strategies.reservoir(4), 1)
+    outer = replay.replayed(outer, replay.reservoir(4), 1)
     outer = training.augment(outer, data.random_affine(rotation=10))
     state = outer.init(jax.random.key(0), data.episode(source, spec, seed=0, index=0))
     training.fit_on_device(outer, state, sampled, sample, batch=2, steps=3, chunk=2, seed=5)

@@ -35,7 +35,7 @@ def test_predictions_are_those_of_the_learner(launch, request, task, run):
     done = launch("adapt", f"--workdir={folder}", f"--support={support}", f"--query={query}")
     assert done.returncode == 0, done.stderr
 
-    options = metajax.training.image_options(metajax.training.load_config(folder))
+    options = {"size": 8, "channels": 1, "invert": "auto"}
     images, labels, names, _ = read_image_folder(support, **options)
     asked = read_image_folder(query, **options)
     learner, params = metajax.load_run(folder)

@@ -25,6 +25,7 @@ def test_detection_loses_less_than_a_long_window(launch, tmp_path):
     assert (tmp_path / "changes.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_bad_input_is_refused(refuses, tmp_path):
     (tmp_path / "file").write_text("")
     cases = [

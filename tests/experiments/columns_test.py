@@ -25,6 +25,7 @@ def test_columns_learn_every_alphabet(launch, tmp_path):
     assert (tmp_path / "columns.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_bad_input_is_refused(refuses, tmp_path):
     (tmp_path / "file").write_text("")
     cases = [

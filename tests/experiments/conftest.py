@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import metajax
-from experiments.configs import _base
+from metajax import run
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -32,11 +32,11 @@ def draw_classes(folder, names, *, images, seed=0, size=8):
 
 def make_run(workdir, steps=30, **changes):
     """Trains for a few steps in this process and leaves a run folder."""
-    config = _base.base()
-    config.update(changes)
-    config.outer.update(steps=steps, schedule="constant", rate=5e-3, meta_batch=4)
-    train = metajax.training.open_source(config, "train")
-    experiment = metajax.training.build(config, num_classes=getattr(train, "num_classes", None))
+    given = {"optimizer": {"name": "adam", "learning_rate": 5e-3}, "training": {"steps": steps, "meta_batch": 4}}
+    config = run.complete({**changes, **given})
+    train = run.open_source(config, "train")
+    facts = run.facts_of(train, metajax.data.EpisodeSpec(**config.episode.to_dict()))
+    experiment = run.build(config, facts)
     outer = metajax.outer_update(
         experiment.trained, experiment.optimizer, hypergrad=experiment.hypergrad, before=False, task_batching="vmap"
     )
@@ -51,6 +51,7 @@ def make_run(workdir, steps=30, **changes):
     checkpoints.save(steps, state, {})
     checkpoints.close()
     (workdir / "config.json").write_text(json.dumps(config.to_dict()))
+    (workdir / "run.json").write_text(json.dumps({"data": facts.to_json()}))
     return workdir
 
 
@@ -92,9 +93,8 @@ def head_run(tmp_path_factory, pictures):
         tmp_path_factory.mktemp("runs") / "head",
         data={**_IMAGES, "path": str(pictures)},
         model={**_CONV, "normalisation": "support"},
-        learner={"name": "maml"},
+        learner={"name": "maml", "num_steps": 3, "inner": {"name": "sgd", "learning_rate": 0.5}},
         episode={"ways": 4, "shots": 2, "queries": 3},
-        inner={"steps": 3, "rate": 0.5},
     )
 
 
@@ -105,9 +105,8 @@ def wave_run(tmp_path_factory):
         tmp_path_factory.mktemp("runs") / "waves",
         data={"name": "sinusoids"},
         model={"name": "mlp", "hidden": (16,)},
-        learner={"name": "maml"},
+        learner={"name": "maml", "inner": {"name": "sgd", "learning_rate": 0.01}},
         episode={"ways": 1, "shots": 5, "queries": 5},
-        inner={"rate": 0.01},
     )
 
 
@@ -115,7 +114,7 @@ def wave_run(tmp_path_factory):
 def launch():
     """Runs `python -m experiments.NAME --flags`, in a fork or all of it, and gives the finished process."""
 
-    def run(name, *flags, forked=True):
+    def launched(name, *flags, forked=True):
         command = [sys.executable, "-m", f"experiments.{name}", *map(str, flags)]
         if forked:
             return launchers.run(command)
@@ -123,13 +122,17 @@ def launch():
             command, cwd=ROOT, env=launchers.environment(), capture_output=True, text=True, timeout=120
         )
 
-    return run
+    return launched
 
 
 _REFUSALS = """
 import importlib, json, sys
 from absl import flags
-launcher = importlib.import_module("experiments." + sys.argv[1])
+ours = sys.argv[1] in ("train", "evaluate", "adapt", "plan")
+name = ("metajax.run._" if ours else "experiments.") + sys.argv[1]
+launcher = importlib.import_module(name + ".__main__" * (sys.argv[1] == "vehicle"))
+if ours:
+    flags.FLAGS.append_flag_values(launcher.FLAGS)
 told = []
 for arguments in json.loads(sys.argv[2]):
     flags.FLAGS.unparse_flags()
@@ -137,6 +140,8 @@ for arguments in json.loads(sys.argv[2]):
         flags.FLAGS[name].unparse()
     try:
         flags.FLAGS([sys.argv[1], *arguments])
+        if ours:
+            launcher.FLAGS.mark_as_parsed()
         launcher.main()
         told.append("")
     except ValueError as error:
@@ -149,7 +154,7 @@ print(json.dumps(told))
 def refusals():
     """Calls the launcher NAME with several lists of flags in one process, and gives the text of each ValueError."""
 
-    def run(name, flags):
+    def called(name, flags):
         command = [sys.executable, "-c", _REFUSALS, name, json.dumps([list(map(str, one)) for one in flags])]
         done = subprocess.run(
             command, cwd=ROOT, env=launchers.environment(), capture_output=True, text=True, timeout=120
@@ -157,7 +162,7 @@ def refusals():
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])
 
-    return run
+    return called
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """`experiments.evaluate` as a process: its result is that of the library, and it refuses what it must."""
 
 import json
+import shutil
 
 import jax
 import pytest
@@ -9,10 +10,10 @@ import metajax
 
 
 def _library(run, spec=None, episodes=30, seed=0, split="test", steps=None):
-    config = metajax.training.load_config(run)
+    config = metajax.run.load_config(run)
     learner, params = metajax.load_run(run)
-    source = metajax.training.open_source(config, split)
-    spec = spec or metajax.training.build(config).spec
+    source = metajax.run.open_source(config, split)
+    spec = spec or metajax.run.build(config, metajax.run.load_facts(run)).spec
     found = metajax.evaluation.evaluate(learner, params, source, spec, episodes=episodes, seed=seed, num_steps=steps)
     return found, params
 
@@ -70,14 +71,15 @@ def test_a_regression_run_reports_its_error(launch, wave_run):
 
 
 def test_a_soup_is_the_mean_of_runs(launch, metric_run, shorter_run):
-    config, other = metajax.training.load_config(metric_run), shorter_run
+    config, other = metajax.run.load_config(metric_run), shorter_run
     done = launch("evaluate", f"--workdir={metric_run}", "--episodes=30", f"--soup={other},{other}")
     assert done.returncode == 0, done.stderr
     assert f"the mean of its weights and those of {other}, {other}" in done.stdout
     written = json.loads((metric_run / "evaluation.json").read_text())
     (learner, params), (_, more) = metajax.load_run(metric_run), metajax.load_run(other)
     mean = jax.tree.map(lambda one, two: (one + 2 * two) / 3, params, more)
-    source, spec = metajax.training.open_source(config, "test"), metajax.training.build(config).spec
+    source = metajax.run.open_source(config, "test")
+    spec = metajax.run.build(config, metajax.run.load_facts(metric_run)).spec
     expected = metajax.evaluation.evaluate(learner, mean, source, spec, episodes=30)
     assert written["soup"] == [str(other)] * 2
     assert written["accuracy_mean"] == pytest.approx(expected.mean, abs=2e-3)
@@ -132,8 +134,9 @@ def test_images_that_do_not_fit_the_run_are_named(refusals, head_run, draw, tmp_
     copy = tmp_path / "run"
     copy.mkdir()
     (copy / "checkpoints").symlink_to(head_run / "checkpoints")
-    config["data"]["size"] = 0  # images keep their size
+    config["data"]["size"] = None  # images keep their size
     (copy / "config.json").write_text(json.dumps(config))
+    shutil.copy(head_run / "run.json", copy)
     (told,) = refusals("evaluate", [(f"--workdir={copy}", f"--data={other}", "--ways=2")])
     assert "(20, 20, 1), which do not fit this run" in told
     assert not (copy / "evaluation.json").exists()

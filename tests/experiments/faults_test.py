@@ -8,7 +8,8 @@ import launchers
 import numpy as np
 import pytest
 
-from experiments import _launch, faults
+from experiments import faults
+from metajax.run import _process
 
 _STEPS = 60
 
@@ -48,7 +49,7 @@ def test_two_processes_of_which_one_is_killed_end_with_the_bits_of_one(whole_run
     assert faults.wait_for_step(started, workdir, 12)
     ended = faults.end(started, workdir, signal.SIGKILL, to=1)
     # the other one ends by itself: 134 where JAX is the first to notice
-    assert ended.statuses in ([_launch.LOST_PEER, -signal.SIGKILL], [-signal.SIGABRT, -signal.SIGKILL])
+    assert ended.statuses in ([_process.LOST_PEER, -signal.SIGKILL], [-signal.SIGABRT, -signal.SIGKILL])
     assert ended.seconds < 60
     assert not (workdir / "results.json").exists()
     assert _finish(workdir, processes=2) == whole_run
@@ -76,7 +77,10 @@ def test_four_processes_train_as_one(whole_run, tmp_path):
 @pytest.mark.parametrize(
     ("flag", "told"),
     [
-        ("--config.outer.rate=0.1", "got process 1 that differs from process 0: config.outer.rate was 0.002, is 0.1"),
+        (
+            "--config.learner.distance=cosine",
+            "got process 1 that differs from process 0: config.learner.distance was 'euclidean', is 'cosine'",
+        ),
         pytest.param(
             "--workdir={elsewhere}",
             "process 1: workdir must be one folder that all hosts share, got",

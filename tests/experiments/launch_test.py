@@ -13,7 +13,7 @@ import uuid
 import pytest
 import yaml
 
-from experiments import _launch
+from metajax.run import _process
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = "experiments/configs/maml_omniglot.py"
@@ -24,7 +24,7 @@ TPU = ["--kind=jobset", "--hosts=32", "--topology=4x4x8", "--image=eu.example/tr
 GPU = ["--kind=jobset", "--hosts=4", "--accelerator=nvidia-h100-80gb", "--image=eu.example/train:1", "--claim=runs"]
 
 # statuses of the training: those that another start cannot mend, and some that it can
-END, AGAIN = {2, 130}, {os.EX_TEMPFAIL, _launch.LOST_PEER, 1, 134, 137, 139}
+END, AGAIN = {2, 130}, {os.EX_TEMPFAIL, _process.LOST_PEER, 1, 134, 137, 139}
 MORE = ["--peer_timeout=30", "--config.watch.stall=600"]  # flags of the training that users pass on
 
 _RENDER = """
@@ -41,6 +41,11 @@ for arguments in json.loads(sys.argv[1]):
 assert "jax" not in sys.modules
 print(json.dumps(texts))
 """
+
+
+def test_the_status_of_a_lost_peer_is_that_of_the_launchers():
+    text = (ROOT / "experiments/launch/__init__.py").read_text(encoding="utf-8")
+    assert f"\nLOST_PEER = {_process.LOST_PEER}  #" in text
 
 
 def _render(*lists):
@@ -121,7 +126,7 @@ def _ends(job, policy, status):
 def test_a_jobset_of_one_and_of_several_slices():
     workdir = "/shared/runs/maml"
     several = ["--kind=jobset", "--hosts=32", "--topology=2x4x4", "--image=i", "--claim=c", "--max_restarts=3"]
-    own = ["--cache=/tmp/xla", "--checkout=/app", "--grace=45", "--train_flag=--config.outer.steps=9"]
+    own = ["--cache=/tmp/xla", "--checkout=/app", "--grace=45", "--train_flag=--config.training.steps=9"]
     one, four = _render([f"--workdir={workdir}", *TPU], [f"--workdir={workdir}", *several, *own])
 
     found, replicated, job, pod, container = _check_jobset(one)
@@ -154,7 +159,7 @@ def test_a_jobset_of_one_and_of_several_slices():
     assert pod["terminationGracePeriodSeconds"] == 45
     assert container["workingDir"] == "/app"
     assert container["env"][1] == {"name": "JAX_COMPILATION_CACHE_DIR", "value": "/tmp/xla"}
-    assert container["command"][-1] == "--config.outer.steps=9"
+    assert container["command"][-1] == "--config.training.steps=9"
 
 
 def test_a_jobset_of_gpus_finds_its_coordinator():
@@ -300,7 +305,7 @@ def test_a_slurm_job_is_requeued_until_it_is_done(cluster):
     job = {"SLURM_JOB_ID": "17"}
     srun = "srun --kill-on-bad-exit=0 --wait=0"
     # the highest status of the two tasks decides
-    for statuses in [os.EX_TEMPFAIL, 0], [1, _launch.LOST_PEER], [134, _launch.LOST_PEER]:
+    for statuses in [os.EX_TEMPFAIL, 0], [1, _process.LOST_PEER], [134, _process.LOST_PEER]:
         assert cluster.run(text, statuses, **job) == (max(statuses), [srun, "scontrol requeue 17"])
         cluster.check_calls(2)
     assert cluster.run(text, [0, 0], **job, SLURM_RESTART_COUNT="1", SLURM_CPUS_PER_TASK="6") == (0, [srun])
@@ -428,7 +433,7 @@ def test_the_command_writes_a_new_file(launch, tmp_path):
     assert done.stderr == f"error: output must name a new file, got '{tmp_path / 'maml.sh'}': File exists\n"
     assert (tmp_path / "maml.sh").read_text() == written
     done = launch("launch", "--config=no/such.py")
-    assert (done.returncode, done.stderr) == (2, "error: --config must name a config file, got 'no/such.py'\n")
+    assert (done.returncode, done.stderr) == (2, "error: config must name a config file, got 'no/such.py'\n")
 
 
 def test_the_commands_of_the_readme_render():

@@ -18,6 +18,7 @@ def test_the_meta_leader_loses_less_than_what_learns_no_prior(launch, tmp_path):
     assert len(done.stdout.splitlines()) == 8
 
 
+@pytest.mark.slow
 def test_bad_input_is_refused(refuses, tmp_path):
     (tmp_path / "file").write_text("")
     cases = [

@@ -5,19 +5,21 @@ import json
 import jax
 import pytest
 
-from experiments import _job, _topologies, plan
 from experiments.configs import maml_lora_decoder, maml_sinusoids
+from metajax import run
+from metajax.run import _job, _topologies
+from metajax.run import _plan as plan
 
 
 def _decoder_job(**mesh):
-    config = maml_lora_decoder.get_config()
+    config = run.complete(maml_lora_decoder.get_config())
     config.data.update(vocab=32, length=8)
-    config.model.update(width=16, depth=1, heads=2, dtype="bfloat16")
-    config.adapter.rank = 2
-    config.inner.steps = 1
+    config.model.update(vocab=32, width=16, depth=1, heads=2, dtype="bfloat16")
+    config.wrap.lora.rank = 2
+    config.learner.num_steps = 1
     config.mesh.update(**mesh)
     config.mesh.rules = (("embed|head", ("fsdp",)),)
-    config.outer.update(meta_batch=8, trainable="lora")
+    config.training.update(meta_batch=8, trainable="lora")
     return _job.open_job(config)
 
 
@@ -37,8 +39,8 @@ def test_a_divided_base_is_gathered_once_and_the_adapters_alone_are_reduced():
 def test_more_devices_with_as_many_tasks_each_communicate_as_much():
     found = []
     for devices in (2, 8):
-        config = maml_sinusoids.get_config()
-        config.outer.meta_batch = 2 * devices
+        config = run.complete(maml_sinusoids.get_config())
+        config.training.meta_batch = 2 * devices
         found.append(plan.make(_job.open_job(config, devices=jax.devices()[:devices]))[0])
     assert found[0].collectives == found[1].collectives
     assert found[0].flops == pytest.approx(found[1].flops, rel=1e-6)
@@ -73,7 +75,8 @@ def test_machines_of_several_gpus_are_joined_by_a_network():
 
 def test_the_command_plans_for_devices_that_are_not_here(launch, tmp_path):
     small = ["--config.model.width=4", "--config.model.depth=1", "--config.train_episode.ways=3"]
-    done = launch("plan", "--topology=v5p-32", *small, "--config.outer.meta_batch=16", f"--output={tmp_path / 'plan'}")
+    more = ("--config.training.meta_batch=16", f"--output={tmp_path / 'plan'}")
+    done = launch("plan", "--topology=v5p-32", *small, *more)
     assert done.returncode == 0, done.stderr
     assert "devices        16 of v5p-32: task 16, fsdp 1, model 1" in done.stdout
     assert "fits           yes, in 95 GB" in done.stdout

@@ -46,6 +46,7 @@ def test_the_arms_take_as_long(launch, folder, tmp_path):
     assert again.stdout.splitlines() == table, "nothing is trained again"
 
 
+@pytest.mark.slow
 def test_bad_input_is_refused(refuses, tmp_path):
     (tmp_path / "file").write_text("")
     cases = [

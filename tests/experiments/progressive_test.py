@@ -23,6 +23,7 @@ def test_the_curriculum_takes_less_compute_and_the_control_as_much(launch, tmp_p
     assert (tmp_path / "progressive.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_bad_input_is_refused(refuses, tmp_path):
     (tmp_path / "file").write_text("")
     cases = [

@@ -36,12 +36,12 @@ def run(tmp_path_factory, launch, request):
     (folder / "data" / "README.md").write_text("is not read")
     done = launch(
         "train", f"--workdir={folder / 'run'}", f"--config={CONFIG}", f"--config.model.path={model}",
-        f"--config.data.path={folder / 'data'}", "--config.data.names.train=('kind0','kind1')",
-        "--config.data.names.val=('kind2',)", "--config.data.names.test=('kind3',)",
-        "--config.data.length=6", "--config.data.buckets=(6,)",
-        "--config.data.at_least=9", "--config.episode.shots=3", "--config.episode.queries=3",
-        f"--config.model.remat={'example' if request.param == 'llama' else 'block'}",
-        "--config.outer.steps=3", "--config.outer.meta_batch=2", "--config.validation.every=3",
+        f"--config.data.files={folder / 'data'}",
+        "--config.data.splits={'train':('kind0','kind1'),'val':('kind2',),'test':('kind3',)}",
+        "--config.data.max_length=6", "--config.data.length_buckets=(6,)",
+        "--config.min_examples=9", "--config.episode.shots=3", "--config.episode.queries=3",
+        f"--config.model.remat={'example' if request.param == 'llama' else 'True'}",
+        "--config.training.steps=3", "--config.training.meta_batch=2", "--config.validation.every=3",
         "--config.validation.episodes=4", "--config.evaluation.episodes=4", "--config.checkpoint.every=3",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -77,12 +77,14 @@ def test_refusals(run, refuses):
         ((known, "--shuffle_support"), "shuffle_support must not be given for multiple_choice"),
         ((known, f"--data={bad}"), f"line 1 of '{bad}' must have one of its 2 choices as answer"),
         ((known, f"--data={run / 'none'}"), f"files must be .jsonl or .jsonl.gz, got the folder '{run / 'none'}'"),
-        ((known, "--override=learner.name=prototypical"), "for multiple_choice, which has no classes, got"),
+        ((known, "--override=learner=prototypical"), "data and learner must be of one task type, got multiple choice"),
     ]
     if run.name.startswith("bert"):
         cases += [
-            ((known, "--override=model.head=tokens"), "model.head must not be 'tokens'"),
-            ((known, "--override=data.length=13", "--override=data.buckets=(13,)"), "data.length must be at most 12"),
+            (
+                (known, "--override=data.max_length=13", "--override=data.length_buckets=(13,)"),
+                "data.max_length must be at most 12",
+            ),
         ]
     refuses("evaluate", cases)
     refuses("adapt", [((known, f"--support={bad}", f"--query={bad}"), f"support: line 1 of '{bad}' must have one")])

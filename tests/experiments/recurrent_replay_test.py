@@ -21,6 +21,7 @@ def test_a_stored_state_beats_zeros(launch, tmp_path):
     assert (tmp_path / "recurrent_replay.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_bad_input_is_refused(refuses, tmp_path):
     (tmp_path / "file").write_text("")
     cases = [

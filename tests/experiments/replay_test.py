@@ -31,6 +31,7 @@ def test_a_memory_keeps_alphabets_from_being_forgotten(launch, tmp_path):
     assert (tmp_path / "replay.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_bad_input_is_refused(refuses, tmp_path):
     (tmp_path / "file").write_text("")
     cases = [

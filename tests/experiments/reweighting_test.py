@@ -29,6 +29,7 @@ def test_wrong_labels_weigh_less_and_the_test_images_gain(launch, tmp_path):
     assert len(told) == 10
 
 
+@pytest.mark.slow
 def test_bad_input_is_refused(refuses, tmp_path):
     (tmp_path / "file").write_text("")
     cases = [

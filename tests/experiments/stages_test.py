@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import metajax
-from experiments import _job, train
+from metajax.run import _job
+from metajax.run import _train as train
 
 _CURRICULUM = {
     "curriculum.until": (5, 10), "curriculum.ways": (2, 0), "curriculum.shots": (2, 0), "curriculum.size": (4, 6),
@@ -15,7 +16,7 @@ _REPLAY = {"replay.capacity": 6, "replay.count": 2}
 
 
 _SHORT = {
-    "outer.steps": 15, "outer.meta_batch": 2, "log.every": 4, "validation.every": 15, "validation.episodes": 4,
+    "training.steps": 15, "training.meta_batch": 2, "log.every": 4, "validation.every": 15, "validation.episodes": 4,
     "evaluation.episodes": 4, "checkpoint.every": 3,
 }  # fmt: skip
 
@@ -52,12 +53,13 @@ def test_each_step_sees_the_episodes_of_its_stage(pictures, tmp_path, monkeypatc
     "changes",
     [
         _CURRICULUM,
-        pytest.param({**_CURRICULUM, "data.sampler": "device"}, marks=pytest.mark.slow),
+        pytest.param({**_CURRICULUM, "sampler": "device"}, marks=pytest.mark.slow),
         pytest.param(_REPLAY, marks=pytest.mark.slow),
         pytest.param({**_REPLAY, "replay.by_loss": True}, marks=pytest.mark.slow),
     ],
     ids=["curriculum", "curriculum on the device", "replay", "replay by loss"],
 )
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_parameters(pictures, tmp_path, monkeypatch, changes):
     config = _config(pictures, changes)
     train.run(config, tmp_path / "whole")
@@ -116,28 +118,33 @@ def test_a_profile_is_of_one_stage(pictures, tmp_path, monkeypatch):
 
 
 _TWO = {"curriculum.until": (5,), "curriculum.ways": (2,)}
+_MAML = {"learner": "maml", "learner.inner": "sgd", "learner.inner.learning_rate": 0.1}
+_PRETRAIN = {"sampler": "batches", "learner": "pretrain"}
 _EPISODES = "episodes that fit, got others until step 5: "
 
 
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({**_TWO, "curriculum.until": (5, 5)}, "until must be ascending meta steps above 0 and below outer.steps, 15"),
+        ({**_TWO, "curriculum.until": (5, 5)}, "must be ascending meta steps above 0 and below training.steps, 15"),
         ({**_TWO, "curriculum.until": (15,)}, r"curriculum.until must be ascending .*, got \(15,\)"),
         ({**_TWO, "curriculum.ways": (2, 2)}, "curriculum.ways must hold a number for each of the 1"),
         ({**_TWO, "curriculum.shots": (-1,)}, "curriculum.shots must be an integer of at least 0"),
         ({**_TWO, "curriculum.until": ()}, r"until must hold the steps until which .* are others, .* got \(\) and"),
         ({**_TWO, "curriculum.ways": ()}, r"until must hold the steps .* be empty where there are none, got \(5,\)"),
         ({**_TWO, "curriculum.ways": (99,)}, f"{_EPISODES}.*99"),
-        ({**_TWO, "curriculum.ways": (4,), "learner.name": "maml"}, f"{_EPISODES}ways must be at most 3, the number"),
-        ({**_TWO, "learner.name": "finetune"}, "curriculum.until must be empty for finetune"),
-        ({**_REPLAY, "learner.name": "finetune"}, "replay.capacity must be 0 for finetune, which"),
+        (
+            {**_TWO, "curriculum.ways": (4,), **_MAML},
+            f"{_EPISODES}ways must be at most 3, the number",
+        ),
+        ({**_TWO, **_PRETRAIN}, "curriculum.until must be empty for the sampler 'batches'"),
+        ({**_REPLAY, **_PRETRAIN}, "replay.capacity must be 0 for the sampler 'batches'"),
         ({**_REPLAY, "replay.count": 7}, "replay.count must be at most replay.capacity, 6, got 7"),
         ({**_REPLAY, "replay.count": 0}, "replay.count must be an integer of at least 1, got 0"),
         ({"replay.capacity": -1}, "replay.capacity must be an integer of at least 0, got -1"),
         (
             {**_REPLAY, "replay.count": 3, "mesh.fsdp": 2},
-            r"outer.meta_batch and replay.count must be a multiple of mesh.task \* mesh.fsdp, 8 here, got 2 and 3",
+            r"training.meta_batch and replay.count must be a multiple of mesh.task \* mesh.fsdp, 8 here, got 2 and 3",
         ),
         ({**_REPLAY, **_CURRICULUM}, _EPISODES),
     ],
@@ -156,7 +163,7 @@ def test_the_job_of_a_step(pictures):
 
 @pytest.mark.slow
 def test_the_device_draws_the_episodes_of_a_stage(pictures):
-    job = _job.open_job(_config(pictures, {**_CURRICULUM, "data.sampler": "device"}))
+    job = _job.open_job(_config(pictures, {**_CURRICULUM, "sampler": "device"}))
     shapes = []
     for step in (0, 5, 10):
         data, sample = job.at(step)[0].sampler

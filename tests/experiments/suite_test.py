@@ -6,21 +6,23 @@ import numpy as np
 import pytest
 
 import metajax
-from experiments import _suite
+from metajax import run
+from metajax.run import _suite
 
-IMAGES, SINES = {"data": {"name": "cifar_fs"}}, {"data": {"name": "sinusoids"}}
+IMAGES = run.Facts(metajax.tasks.classification, 5, 64, (32, 32, 3))
+OTHERS = run.Facts(metajax.tasks.regression, 1)
+CONFIG = run.complete({"data": {"name": "sinusoids"}})
 
 
 def test_what_is_given_has_names_of_its_own():
-    assert _suite.parse(["omniglot=a", "mine=b=c"], IMAGES) == {"omniglot": "a", "mine": "b=c"}
-    for given, config, text in (
+    assert _suite.parse(["omniglot=a", "mine=b=c"], CONFIG, IMAGES) == {"omniglot": "a", "mine": "b=c"}
+    for given, facts, text in (
         (["omniglot"], IMAGES, "suite_data must be NAME=PATH,... with names of their own, got 'omniglot'"),
         (["a=b", "a=c"], IMAGES, "suite_data must be .* got 'a=c'"),
-        ([], SINES, "suite must be of a run on images, got one on sinusoids"),
-        ([], {"data": {"name": "squad"}}, "suite must be of a run on images, got one on squad"),
+        ([], OTHERS, "suite must be of a run on images, got one on sinusoids"),
     ):
         with pytest.raises(ValueError, match=text):
-            _suite.parse(given, config)
+            _suite.parse(given, CONFIG, facts)
 
 
 def test_channels_become_those_of_the_run():

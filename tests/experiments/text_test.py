@@ -10,8 +10,8 @@ import safetensors.numpy
 import worlds
 from parity import transformers_cases as cases
 
-from experiments import _inputs
-from metajax import data, evaluation, pretrained, training
+import metajax
+from metajax import data, evaluation, pretrained
 from metajax.core import _tree
 from metajax.training._checkpoint import restore_params
 
@@ -37,10 +37,11 @@ def _train_command(folder, name, *flags):
     """Three steps, with the model and the data that lie in a folder."""
     return [
         "train", f"--workdir={folder / name}", f"--config={CONFIG}", f"--config.model.path={folder / 'model'}",
-        f"--config.data.path={folder / 'data.json'}", f"--config.data.domain={folder / 'domains.json'}",
-        "--config.data.names.train=('auto_and_commute',)", "--config.data.names.test=('work',)",
-        "--config.data.length=4", "--config.data.buckets=(4,)", "--config.episode.ways=2", "--config.episode.queries=3",
-        "--config.train_episode.ways=2", "--config.outer.steps=3", "--config.validation.every=3",
+        f"--config.data.files={folder / 'data.json'}", f"--config.data.domain={folder / 'domains.json'}",
+        "--config.data.splits.train=('auto_and_commute',)", "--config.data.splits.test=('work',)",
+        "--config.data.max_length=4", "--config.data.length_buckets=(4,)",
+        "--config.episode.ways=2", "--config.episode.queries=3",
+        "--config.train_episode.ways=2", "--config.training.steps=3", "--config.validation.every=3",
         "--config.validation.episodes=4", "--config.evaluation.episodes=4", "--config.checkpoint.every=1", *flags,
     ]  # fmt: skip
 
@@ -80,10 +81,11 @@ def test_evaluation_on_other_texts(run, launch):
 
 
 def test_evaluation_computes_the_features_of_a_text_once_and_predicts_the_same(run):
-    config = training.load_config(run / "run")
-    learner, params = training.load_run(run / "run")
-    source, spec = training.open_source(config, "test"), training.build(config).spec
-    deployed, known, (features, none) = training.on_features(config, learner, params, source, None)
+    config = metajax.run.load_config(run / "run")
+    learner, params = metajax.run.load_run(run / "run")
+    facts = metajax.run.load_facts(run / "run")
+    source, spec = metajax.run.open_source(config, "test"), metajax.run.build(config, facts).spec
+    deployed, known, (features, none) = metajax.run.on_features(config, facts, learner, params, source, None)
     assert known == {}
     assert none is None
     assert features.inputs.shape == (len(source.labels), 16)
@@ -98,7 +100,7 @@ def test_checkpoints_of_adapters_hold_adapters_and_name_their_base(run):
     checkpoints = run / "run" / "checkpoints"
     kept, _ = restore_params(checkpoints, base=json.loads((run / "run" / "run.json").read_text())["base_sha256"])
     assert all("lora" in path for path in _tree.paths(kept))
-    _, params = training.load_run(run / "run")
+    _, params = metajax.run.load_run(run / "run")
     assert not _tree.gaps(params)
     loaded = pretrained.load_pretrained_model(run / "model").params
     np.testing.assert_array_equal(params["embed"]["embedding"], loaded["embed"]["embedding"])
@@ -131,18 +133,15 @@ def test_a_run_begins_with_the_adapters_of_another_over_the_same_base(run, launc
     done = launch(*[*_train_command(run, "third"), *flags])
     assert done.returncode == 2
     assert "base must be that of the checkpoint in" in done.stderr
-    moved = {
-        **training.load_config(run / "run"),
-        "model": {**training.load_config(run / "run")["model"], "path": str(other)},
-    }
+    moved = metajax.run.changed(metajax.run.load_config(run / "run"), [f"model.path={other}"])
     with pytest.raises(ValueError, match="must hold the weights that the run was trained over"):
-        training.load_run(run / "run", config=moved)
+        metajax.run.load_run(run / "run", config=moved)
 
 
 @pytest.mark.slow
 def test_another_learner_over_the_weights_that_a_run_began_with(run, launch):
     command = ["evaluate", f"--workdir={run / 'run'}", "--episodes=4", f"--output={run / 'other_learner.json'}"]
-    tuned = ["learner.name=maml", "learner.adapts=lora|head", "inner.optimizer=adam", "inner.rate=0.01"]
+    tuned = ["learner=maml", "learner.adapts=lora|head", "learner.inner=adam", "learner.inner.rate=0.01"]
     flags = [f"--override={setting}" for setting in tuned]
     done = launch(*command, *flags, "--steps=2", "--checkpoint=start")
     assert done.returncode == 0, done.stderr
@@ -157,11 +156,12 @@ def test_another_learner_over_the_weights_that_a_run_began_with(run, launch):
     "name", worlds.few_by_default(["meta_sgd", "bayesian", "finetune"], lambda name: name == "finetune")
 )
 def test_learners_with_parts_begin_with_the_pretrained_weights_too(run, name):
-    fields = [f"learner.name={name}", "augment.words=0", "inner.rate=0.01"]
-    config = _inputs.with_fields(training.load_config(run / "run"), fields)
-    source, spec = training.open_source(config, "test"), training.build(config).spec
+    inner = ["learner.rate=0.01"] if name == "meta_sgd" else ["learner.inner=sgd", "learner.inner.learning_rate=0.01"]
+    config = metajax.run.changed(metajax.run.load_config(run / "run"), [f"learner={name}", *inner])
+    spec = metajax.run.build(config, metajax.run.load_facts(run / "run")).spec
+    source = metajax.run.open_source(config, "test")
     inputs = data.episode(source, spec, seed=0, index=0).query.inputs
-    learner, params = training.load_run(run / "run", checkpoint="start", config=config, inputs=inputs)
+    learner, params = metajax.run.load_run(run / "run", checkpoint="start", config=config, inputs=inputs)
     loaded = pretrained.load_pretrained_model(config["model"]["path"]).params
     network = params["mean" if name == "bayesian" else "backbone"]
     np.testing.assert_array_equal(network["embed"]["embedding"], loaded["embed"]["embedding"])
@@ -171,7 +171,13 @@ def test_learners_with_parts_begin_with_the_pretrained_weights_too(run, name):
 def test_a_head_over_the_frozen_weights_that_a_run_began_with(run, launch):
     flags = [
         f"--override={setting}"
-        for setting in ("model.frozen=True", "adapter.name=", "augment.words=0", "learner.name=finetune")
+        for setting in (
+            "frozen=True",
+            "wrap={}",
+            "learner=finetune",
+            "learner.inner=sgd",
+            "learner.inner.learning_rate=0.4",
+        )
     ]
     output = run / "frozen.json"
     done = launch(
@@ -182,9 +188,9 @@ def test_a_head_over_the_frozen_weights_that_a_run_began_with(run, launch):
     found = json.loads(output.read_text())
     assert (found["learner"], found["checkpoint"]) == ("finetune", "start")
     assert found["accuracy_mean"] > 0.5
-    config = _inputs.with_fields(training.load_config(run / "run"), [flag.split("=", 1)[1] for flag in flags])
-    with pytest.raises(ValueError, match="inputs must be given for the start of a frozen model"):
-        training.load_run(run / "run", checkpoint="start", config=config)
+    config = metajax.run.changed(metajax.run.load_config(run / "run"), [flag.split("=", 1)[1] for flag in flags])
+    with pytest.raises(ValueError, match="inputs must be given for the start of a run, got None"):
+        metajax.run.load_run(run / "run", checkpoint="start", config=config)
 
 
 def test_what_does_not_fit_together_is_refused_before_the_work(run, refuses, tmp_path):
@@ -199,14 +205,13 @@ def test_what_does_not_fit_together_is_refused_before_the_work(run, refuses, tmp
             ((known, f"--output={tmp_path / 'nowhere' / 'x.json'}"), "output must be a file in a folder that exists"),
             ((known, f"--output={tmp_path}"), "output must be a file in a folder that exists"),
             (
-                (known, "--override=data.length=13", "--override=data.buckets=(13,)"),
-                "data.length must be at most 12, which the model has positions for",
+                (known, "--override=data.max_length=13", "--override=data.length_buckets=(13,)"),
+                "data.max_length must be at most 12, which the model has positions for",
             ),
             (
                 (known, f"--data={long}", f"--override=data.tokenizer={tmp_path / 'wide.json'}"),
                 "data.tokenizer must be that of the model, whose tokens are from 0 to 49, got token",
             ),
-            ((known, "--override=model.head=tokens"), "model.head must not be 'tokens'"),
         ],
     )
 
@@ -216,18 +221,17 @@ def test_a_frozen_run_is_of_its_weights(run, launch, tmp_path):
     model, folder = shutil.copytree(run / "model", tmp_path / "model"), tmp_path / "run"
     command = [
         "train", f"--workdir={folder}", "--config=experiments/configs/maml_lora_clinc.py",
-        f"--config.model.path={model}", "--config.model.frozen=True", "--config.adapter.name=",
-        "--config.augment.words=0", "--config.learner.adapts=",
-        "--config.outer.trainable=", f"--config.data.path={run / 'data.json'}",
-        f"--config.data.domain={run / 'domains.json'}", "--config.data.names.train=('auto_and_commute',)",
-        "--config.data.names.test=('work',)", "--config.data.length=4", "--config.data.buckets=(4,)",
+        f"--config.model.path={model}", "--config.frozen=True", "--config.wrap={}", "--config.learner.adapts=",
+        "--config.training.trainable=", f"--config.data.files={run / 'data.json'}",
+        f"--config.data.domain={run / 'domains.json'}", "--config.data.splits.train=('auto_and_commute',)",
+        "--config.data.splits.test=('work',)", "--config.data.max_length=4", "--config.data.length_buckets=(4,)",
         "--config.episode.ways=2", "--config.episode.queries=3", "--config.train_episode.ways=2",
-        "--config.outer.steps=2", "--config.validation.every=2", "--config.validation.episodes=4",
+        "--config.training.steps=2", "--config.validation.every=2", "--config.validation.episodes=4",
         "--config.evaluation.episodes=4", "--config.checkpoint.every=2",
     ]  # fmt: skip
     done = launch(*command)
     assert done.returncode == 0, done.stderr
-    training.load_run(folder)
+    metajax.run.load_run(folder)
     (tmp_path / "support.csv").write_text("text,label\nw25 w26,a\nw29 w30,b\n")
     files = [f"--{name}={tmp_path / 'support.csv'}" for name in ("support", "query")]
     done = launch("adapt", f"--workdir={folder}", *files, "--checkpoint=start")  # a new head over these weights
@@ -235,34 +239,10 @@ def test_a_frozen_run_is_of_its_weights(run, launch, tmp_path):
     weights = safetensors.numpy.load_file(model / "model.safetensors")
     safetensors.numpy.save_file({name: leaf + 1 for name, leaf in weights.items()}, model / "model.safetensors")
     with pytest.raises(ValueError, match="must hold the weights that the run was trained over, got others"):
-        training.load_run(folder)
+        metajax.run.load_run(folder)
     done = launch(*command, "--resume")
     assert done.returncode == 2
     assert "model.path must hold the weights that the run was trained over" in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ("inner.rate", "override must be FIELD=VALUE of a field of the run's config, got 'inner.rate'"),
-        ("inner.speed=2", "override must be FIELD=VALUE of a field of the run's config, got 'inner.speed=2'"),
-        ("inner.rate=fast", "override must be of type float for inner.rate, got 'inner.rate=fast'"),
-        ("inner.steps=1.5", "override must be of type int for inner.steps, got 'inner.steps=1.5'"),
-        ("learner.labels=yes,no", "override must be of type list for learner.labels, got 'learner.labels=yes,no'"),
-        ("seed=1", "override must be FIELD=VALUE of a field of the run's config, got 'seed=1'"),
-    ],
-)
-def test_fields_that_cannot_be_overridden(setting, message):
-    config = {"inner": {"rate": 0.4, "steps": 1}, "learner": {"name": "maml", "labels": []}, "seed": 0}
-    with pytest.raises(ValueError, match=re.escape(message)):
-        _inputs.with_fields(config, [setting])
-
-
-def test_overridden_fields_keep_their_types():
-    config = {"inner": {"rate": 0.4, "steps": 1}, "learner": {"name": "maml", "labels": []}}
-    found = _inputs.with_fields(config, ["inner.rate=1", "learner.name=reptile", "learner.labels=('a','b')"])
-    assert found == {"inner": {"rate": 1.0, "steps": 1}, "learner": {"name": "reptile", "labels": ["a", "b"]}}
-    assert config["inner"]["rate"] == 0.4
 
 
 def test_evaluation_on_some_domains_of_the_run(run, launch):
@@ -272,7 +252,8 @@ def test_evaluation_on_some_domains_of_the_run(run, launch):
     assert json.loads((run / "names.json").read_text())["episodes"] == 4
     done = launch(*command, "--names=small_talk")
     assert done.returncode == 2
-    assert "names must be among those that the run's config has for test, ['work'], got ['small_talk']" in done.stderr
+    told = "names must be among those that data.splits of the run has for test, ('work',), got ['small_talk']"
+    assert told in done.stderr
 
 
 def test_adaptation_to_a_file_of_texts(run, launch):
@@ -309,15 +290,15 @@ def test_a_run_on_questions_is_judged_by_f1(run, launch):
     data = _parallel(run, ["en", "de", "fr"])
     flags = [
         f"--workdir={run / 'answers'}", "--config=experiments/configs/reptile_lora_xquad.py",
-        f"--config.model.path={run / 'model'}", "--config.data.length=8", "--config.data.buckets=(8,)",
-        "--config.data.overlap=2", "--config.data.at_least=0",
+        f"--config.model.path={run / 'model'}", "--config.data.max_length=8", "--config.data.length_buckets=(8,)",
+        "--config.data.overlap=2", "--config.min_examples=0",
         "--config.data.languages.train=('en','de')", "--config.data.languages.test=('fr',)",
         "--config.episode.shots=2", "--config.episode.queries=2", "--config.train_episode.shots=4",
-        "--config.inner.rate=0.02", "--config.learner.batch_size=2", "--config.outer.steps=4",
+        "--config.learner.inner.rate=0.02", "--config.learner.batch_size=2", "--config.training.steps=4",
         "--config.validation.every=4", "--config.validation.episodes=4", "--config.evaluation.episodes=8",
         "--config.checkpoint.every=4",
     ]  # fmt: skip
-    done = launch("train", *flags, f"--config.data.path={data}")
+    done = launch("train", *flags, f"--config.data.files={data}")
     assert done.returncode == 0, done.stderr
     results = json.loads((run / "answers" / "results.json").read_text())
     assert results["metric"] == "f1"
@@ -336,24 +317,17 @@ def test_a_run_on_questions_is_judged_by_f1(run, launch):
     assert (found["metric"], found["checkpoint"], found["episodes"]) == ("f1", "start", 4)
 
 
-def test_a_prompt_hides_no_words(run):
-    prompt = ["learner.name=in_context", "learner.labels=('w40', 'w41')", "learner.separator=w42", "learner.end=w43"]
-    config = _inputs.with_fields(training.load_config(run / "run"), [*prompt, "augment.words=0.1"])
-    with pytest.raises(ValueError, match=r"augment.words must be 0 for in_context, whose .*, got 0.1"):
-        training.build(config)
-
-
 @pytest.mark.slow
 def test_a_prompt_needs_no_training(run, launch):
     model = cases.write(run / "decoder", "llama")
     worlds.word_tokenizer(50).save(str(model / "tokenizer.json"))
     done = launch(
         "train", f"--workdir={run / 'prompt'}", "--config=experiments/configs/icl_decoder.py",
-        f"--config.model.path={model}", f"--config.data.path={run / 'data.json'}",
-        f"--config.data.domain={run / 'domains.json'}", "--config.data.names.train=('auto_and_commute',)",
-        "--config.data.names.test=('work',)", "--config.data.length=4", "--config.data.buckets=(4,)",
+        f"--config.model.path={model}", f"--config.data.files={run / 'data.json'}",
+        f"--config.data.domain={run / 'domains.json'}", "--config.data.splits.train=('auto_and_commute',)",
+        "--config.data.splits.test=('work',)", "--config.data.max_length=4", "--config.data.length_buckets=(4,)",
         "--config.learner.labels=('w40', 'w41')", "--config.learner.separator=w42", "--config.learner.end=w43",
-        "--config.learner.content_free=w44", "--config.episode.ways=2", "--config.outer.steps=2",
+        "--config.learner.content_free=w44", "--config.episode.ways=2", "--config.training.steps=2",
         "--config.validation.every=2", "--config.validation.episodes=4", "--config.evaluation.episodes=4",
         "--config.checkpoint.every=2",
     )  # fmt: skip
@@ -363,9 +337,9 @@ def test_a_prompt_needs_no_training(run, launch):
     found = json.loads((run / "prompt" / "evaluation.json").read_text())
     assert (found["learner"], found["checkpoint"]) == ("in_context", "start")
     assert 0 < found["accuracy_mean"] < 1
-    for settings in ((), ("--override=adapter.name=", "--override=model.frozen=True")):
+    for settings in ((), ("--override=wrap={}", "--override=frozen=True")):
         done = launch(
             "evaluate", f"--workdir={run / 'prompt'}", "--checkpoint=start", "--episodes=4",
-            "--override=learner.name=prototypical", *settings,
+            "--override=learner=prototypical", "--override=model.head=features", *settings,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr  # of the decoder's features

@@ -17,21 +17,24 @@ import pytest
 import worlds
 
 import metajax
-from experiments import _job, train
-from experiments.configs import prototypical_glyphs
+from metajax.run import _job
+from metajax.run import _train as train
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
+_DEFAULT = "--config=experiments/configs/prototypical_glyphs.py"
 _SMALL = [
-    "--config.model.width=4", "--config.model.depth=1", "--config.data.name=image_folder", "--config.data.size=8",
-    "--config.data.channels=1", "--config.episode.ways=3", "--config.episode.queries=2", "--config.outer.meta_batch=2",
-    "--config.train_episode.ways=0", "--config.train_episode.queries=0", "--config.log.every=5",
+    f"{_DEFAULT}:data=image_folder", "--config.model.width=4", "--config.model.depth=1", "--config.data.size=8",
+    "--config.data.channels=1", "--config.episode.ways=3", "--config.episode.queries=2",
+    "--config.training.meta_batch=2",
+    "--config.train_episode.ways=3", "--config.train_episode.queries=2", "--config.log.every=5",
     "--config.validation.every=20", "--config.validation.episodes=4", "--config.evaluation.episodes=20",
     "--config.checkpoint.every=10",
 ]  # fmt: skip
 
 
 def _flags(pictures, workdir, *more, steps=40):
-    return [*_SMALL, f"--config.data.path={pictures}", f"--workdir={workdir}", f"--config.outer.steps={steps}", *more]
+    own = (f"--config.data.path={pictures}", f"--workdir={workdir}", f"--config.training.steps={steps}")
+    return [*_SMALL, *own, *more]
 
 
 def _results(workdir):
@@ -69,8 +72,9 @@ def test_a_run_leaves_everything_about_itself(whole_run):
 
 
 _CONTRAST = (
-    "--config.learner.name=moco", "--config.contrast.queue=12", "--config.contrast.dim=4", "--config.contrast.hidden=8",
-    "--config.model.normalisation=layer", "--config.outer.meta_batch=6",
+    f"{_DEFAULT}:data=image_folder,learner=contrastive,hypergrad=unrolled", "--config.sampler=batches",
+    "--config.learner.momentum=0.99", "--config.learner.queue=12", "--config.learner.dim=4",
+    "--config.learner.hidden=8", "--config.model.normalisation=layer", "--config.training.meta_batch=6",
 )  # fmt: skip
 
 
@@ -83,8 +87,11 @@ def test_a_run_begins_with_the_backbone_that_contrast_has_made(launch, pictures,
     assert sorted(params) == ["backbone", "head", "momentum", "queue"]
     assert _results(before)["accuracy_mean"] > 0.4, "the nearest class mean in its features, 3-way"
     assert {"loss", "accuracy", "grad_norm"} <= set(metajax.training.read_metrics(before)[0])
-    begins = ("--config.learner.name=maml", "--config.model.normalisation=layer", "--config.outer.optimizer=sgd",
-              "--config.outer.rate=1e-12", f"--config.init={before}")  # fmt: skip
+    begins = (
+        f"{_DEFAULT}:data=image_folder,learner=maml,learner.inner=sgd,optimizer=sgd",
+        "--config.optimizer.learning_rate=0",
+        "--config.learner.inner.learning_rate=0.4", "--config.model.normalisation=layer", f"--config.init={before}",
+    )  # fmt: skip
     done = launch("train", *_flags(pictures, after, *begins, steps=2))
     assert done.returncode == 0, done.stderr
     told = f"begins with 3 arrays of {before} (step 10); new: head/bias, head/kernel"
@@ -100,7 +107,7 @@ def test_a_run_that_keeps_an_average_is_judged_by_it_and_trains_as_without(launc
     found = {}
     for average in (0.0, 0.9):
         workdir = tmp_path / f"average_{average}"
-        done = launch("train", *_flags(pictures, workdir, f"--config.outer.average={average}", steps=10))
+        done = launch("train", *_flags(pictures, workdir, f"--config.training.average={average}", steps=10))
         assert done.returncode == 0, done.stderr
         _, params = metajax.load_run(workdir)
         assert metajax.training.params_sha256(params) == _results(workdir)["params_sha256"]
@@ -110,8 +117,8 @@ def test_a_run_that_keeps_an_average_is_judged_by_it_and_trains_as_without(launc
     jax.tree.map(np.testing.assert_array_equal, averaged, found[0.0][0])
     moved = jax.tree.map(lambda one, other: np.abs(one - other).max(), *(params for params, _ in found.values()))
     assert max(jax.tree.leaves(moved)) > 1e-4
-    done = launch("train", *_flags(pictures, tmp_path / "refused", "--config.outer.average=1.0"))
-    assert (done.returncode, "outer.average must be a number of at least 0 and below 1, got 1.0" in done.stderr) == (
+    done = launch("train", *_flags(pictures, tmp_path / "refused", "--config.training.average=1.0"))
+    assert (done.returncode, "training.average must be a number of at least 0 and below 1, got 1.0" in done.stderr) == (
         2,
         True,
     )
@@ -214,8 +221,7 @@ def test_a_resumed_stream_starts_at_the_position_of_the_checkpoint(killed_run, t
         raise InterruptedError("seen enough")
 
     monkeypatch.setattr(_job.Job, "stream", watched)
-    config = prototypical_glyphs.get_config()
-    config.update(json.loads((workdir / "config.json").read_text()))
+    config = metajax.run.load_config(workdir)
     with pytest.raises(InterruptedError, match="seen enough"):
         train.run(config, workdir, resume=True)
     assert starts == [expected]
@@ -228,9 +234,9 @@ def test_a_spike_rolls_the_run_back_to_the_last_checkpoint_and_to_other_episodes
     pictures, tmp_path, monkeypatch, capsys, sampler
 ):
     config = launchers.small_config(
-        pictures, {"outer.steps": 12, "checkpoint.every": 5, "validation.every": 12, "log.every": 4}
+        pictures, {"training.steps": 12, "checkpoint.every": 5, "validation.every": 12, "log.every": 4}
     )
-    config.update_from_flattened_dict({"watch.spike": "rollback", "watch.window": 2, "data.sampler": sampler})
+    config.update_from_flattened_dict({"watch.spike": "rollback", "watch.window": 2, "sampler": sampler})
     config.update_from_flattened_dict({"evaluation.episodes": 4, "validation.episodes": 4})
     rolled = []
 
@@ -254,7 +260,7 @@ def test_a_spike_rolls_the_run_back_to_the_last_checkpoint_and_to_other_episodes
         train.run(config, tmp_path / "given_up")
 
 
-_ON_DEVICE = "--config.data.sampler=device"
+_ON_DEVICE = "--config.sampler=device"
 _WITHOUT_TENSORFLOW = """
 import runpy, sys
 sys.modules["tensorflow"] = None
@@ -286,7 +292,7 @@ def test_the_pipeline_without_tensorflow_says_what_to_do(pictures, tmp_path):
     command = [sys.executable, "-c", _WITHOUT_TENSORFLOW, *_flags(pictures, tmp_path / "run", steps=2)]
     done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert "error: data.sampler must be 'device' here, got 'pipeline': episodes() and batches() need" in done.stderr
+    assert "error: sampler must be 'device' here, got 'pipeline': episodes() and batches() need" in done.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -317,13 +323,16 @@ def test_a_finished_run_is_left_as_it_is(whole_run, launch, pictures):
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(launch, pictures, tmp_path):
     workdir = tmp_path / "wild"
-    wild = ["--config.outer.rate=1e30", "--config.model.normalisation=none"]
+    wild = ["--config.optimizer.adam.learning_rate.init_value=1e30", "--config.model.normalisation=none"]
     done = launch("train", *_flags(pictures, workdir, *wild, "--config.checkpoint.every=1"))
     assert done.returncode == 2
     assert "at step " in done.stderr or "after step " in done.stderr
     assert not (workdir / "results.json").exists()
     _, params = metajax.load_run(workdir)
     metajax.training._loop.require_finite_params(1, metajax.MetaState(params, (), (), 1, None))
+
+
+_MAML = {"learner": "maml", "learner.inner": "sgd", "learner.inner.learning_rate": 0.4}
 
 
 @pytest.mark.parametrize(
@@ -334,41 +343,42 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(laun
         ({"episode.ways": 0}, "ways must be an integer of at least 1.*, got 0"),
         ({"episode.shots": -1}, "shots must be an integer of at least 1.*, got -1"),
         ({"train_episode.ways": -3}, "ways must be an integer of at least 1.*, got -3"),
-        ({"inner.steps": 0}, "inner.steps must be an integer of at least 1, got 0"),
-        ({"inner.rate": -0.1}, "inner.rate must be a finite number above 0, got -0.1"),
-        ({"outer.steps": -5}, "outer.steps must be an integer of at least 1, got -5"),
-        ({"outer.meta_batch": 0}, "outer.meta_batch must be an integer of at least 1, got 0"),
+        ({**_MAML, "learner.num_steps": 0}, "learner.num_steps must be an integer of at least 1, got 0"),
+        ({"learner": "maml"}, "learner.inner must be given for maml"),
+        ({"learner.scale": "wide"}, "learner.scale must be a number, or None, got 'wide'"),
+        ({"training.steps": -5}, "training.steps must be an integer of at least 1, got -5"),
+        ({"training.meta_batch": 0}, "training.meta_batch must be an integer of at least 1, got 0"),
         ({"log.every": 0}, "log.every must be an integer of at least 1, got 0"),
         ({"evaluation.episodes": 1}, "evaluation.episodes must be an integer of at least 2, got 1"),
         ({"learner.name": "maleml"}, "learner.name must be one of"),
         ({"hypergrad.name": "exact"}, "hypergrad.name must be one of"),
         ({"hypergrad.name": "displacement"}, "displacement.. needs a learner with an inner problem"),
-        ({"learner.name": "maml", "learner.adapts": "tail"}, "adapts must pick at least one leaf, got 'tail'"),
+        ({**_MAML, "learner.adapts": "tail"}, "adapts must pick at least one leaf, got 'tail'"),
         ({"model.depth": 5, "model.pool": True}, "inputs must be at least 32 pixels high and wide"),
         ({"model.normalisation": "weight"}, "normalisation must be one of"),
         ({"data.path": "no/such/folder"}, "no/such/folder"),
-        ({"data.path": ""}, "data.path must name the folder"),
+        ({"data.path": None}, "data.path must be given for image_folder"),
         ({"init": "no/such/run"}, "there is no checkpoint in"),
-        ({"learner.name": "moco"}, "model must not normalise by statistics of the batch"),
-        ({"learner.name": "moco", "model.normalisation": "layer", "contrast.queue": -1}, "queue must be an integer of"),
-        ({"learner.name": "simclr", "data.sampler": "device"}, "data.sampler must be 'pipeline' for simclr"),
-        ({"data.sampler": "host"}, "data.sampler must be one of 'pipeline', 'device', got 'host'"),
-        ({"data.sampler": "device", "learner.name": "finetune"}, "data.sampler must be 'pipeline' for finetune"),
-        ({"data.sampler": "device", "episode.ways": 99}, "ways is 99"),
+        ({"learner": "contrastive", "learner.momentum": 0.9}, "model must not normalise by statistics of the batch"),
+        ({"learner": "contrastive", "learner.queue": -1}, "learner.queue must be an integer of"),
+        ({"sampler": "host"}, "sampler must be one of 'pipeline', 'device', 'batches', got 'host'"),
+        ({"sampler": "device", "episode.ways": 99}, "ways is 99"),
         ({"mesh.task": 3}, "mesh must divide the 8 devices into its axes, got task=3, fsdp=1, model=1"),
-        ({"mesh.fsdp": 2, "outer.meta_batch": 3}, r"outer.meta_batch must be a multiple of mesh.task \* mesh.fsdp, 8"),
-        ({"mesh.fsdp": 2, "learner.name": "finetune"}, "the tasks in a step of finetune must be a multiple of"),
-        ({"mesh.model": 2, "outer.meta_batch": 4}, "mesh.rules must divide something over 'model', which has 2"),
+        (
+            {"mesh.fsdp": 2, "training.meta_batch": 3},
+            r"training.meta_batch must be a multiple of mesh.task \* mesh.fsdp, 8",
+        ),
+        ({"mesh.fsdp": 2, "sampler": "batches", "learner": "pretrain"}, "the tasks in a step of batches must be"),
+        ({"mesh.model": 2, "training.meta_batch": 4}, "mesh.rules must divide something over 'model', which has 2"),
         ({"mesh.rules": ("kernel",)}, "mesh.rules must be pairs such as"),
-        ({"mesh.fsdp": 8, "outer.meta_batch": 8, "mesh.rules": (("tail", ("fsdp",)),)}, "rules must each match"),
+        ({"mesh.fsdp": 8, "training.meta_batch": 8, "mesh.rules": (("tail", ("fsdp",)),)}, "rules must each match"),
         ({"watch.nonfinite": "skp"}, "watch.nonfinite must be one of 'stop', 'skip', got 'skp'"),
         ({"watch.spike": "jump"}, "watch.spike must be one of 'off', 'count', 'stop', 'rollback', got 'jump'"),
         ({"watch.spike": "count", "watch.window": 1}, "window must be an integer of at least 2, got 1"),
         ({"watch.rollbacks": -1}, "watch.rollbacks must be an integer of at least 0, got -1"),
         ({"watch.stall": -1.0}, "watch.stall must be"),
-        ({"outer.task_batching": "all"}, "task_batching must be one of"),
-        ({"model.name": "decoder"}, "model.name must be 'decoder' for cycles and for nothing else, got 'decoder'"),
-        ({"adapter.name": "lora"}, "adapter.name must be empty for conv4, whose layers take no adapter, got 'lora'"),
+        ({"training.task_batching": "all"}, "task_batching must be one of"),
+        ({"model": "decoder"}, "model.vocab must be given for decoder"),
     ],
 )
 def test_bad_input_is_named_and_nothing_is_written(pictures, tmp_path, changes, told):
@@ -386,44 +396,41 @@ def test_a_folder_that_holds_something_else_is_refused(pictures, tmp_path):
 
 def test_another_run_and_a_changed_config_are_refused(whole_run):
     workdir, _ = whole_run
-    config = prototypical_glyphs.get_config()
-    config.update(json.loads((workdir / "config.json").read_text()))
+    config = metajax.run.load_config(workdir)
     with pytest.raises(ValueError, match="holds a run"):
         train.run(config, workdir)
-    config.inner.rate = 0.7
-    with pytest.raises(ValueError, match=r"config.inner.rate was 0.4, is 0.7"):
+    config.learner.scale = 0.7
+    with pytest.raises(ValueError, match=r"config.learner.scale was None, is 0.7"):
         train.run(config, workdir, resume=True)
 
 
-def test_a_run_of_old_goes_on_with_defaults_for_what_it_did_not_know(killed_run, launch, pictures, tmp_path):
-    workdir = _copy(killed_run, tmp_path / "old")
-    stored = json.loads((workdir / "config.json").read_text())
-    for section in ("mesh", "watch", "adapter"):
-        del stored[section]
-    del stored["outer"]["task_batching"]
-    (workdir / "config.json").write_text(json.dumps(stored))
+def test_a_run_goes_on_with_another_mesh_and_not_with_another_version(killed_run, launch, pictures, tmp_path):
+    workdir = _copy(killed_run, tmp_path / "moved")
     done = launch("train", *_flags(pictures, workdir, "--resume", "--config.watch.spike=stop"))
     assert done.returncode == 2
     assert "config.watch.spike was 'off', is 'stop'" in done.stderr
-    done = launch(
-        "train", *_flags(pictures, workdir, "--resume", "--config.mesh.task=1", "--config.outer.meta_batch=2")
-    )
-    assert "config differs" not in done.stderr
+    done = launch("train", *_flags(pictures, workdir, "--resume", "--config.mesh.task=2"))
+    assert done.returncode == 0, done.stderr
+    stored = json.loads((workdir / "config.json").read_text())
+    (workdir / "config.json").write_text(json.dumps({**stored, "config_version": 0}))
+    with pytest.raises(ValueError, match=f"config_version of the run in {str(workdir)!r} must be 1, got 0"):
+        metajax.load_run(workdir)
 
 
 def test_an_unknown_config_key_is_refused(launch, tmp_path):
-    done = launch("train", f"--workdir={tmp_path / 'none'}", "--config.inner.stepps=3")
+    done = launch("train", f"--workdir={tmp_path / 'none'}", "--config.learner.scales=3")
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ")
-    assert "--config.inner.stepps=3" in line
+    assert "--config.learner.scales=3" in line
     assert not (tmp_path / "none").exists()
 
 
 def test_a_missing_config_file_is_named(launch):
     done = launch("train", "--config=no/such/config.py")
     assert done.returncode == 2
-    assert done.stderr == "error: --config must name a config file, got 'no/such/config.py'\n"
+    told = "config must be a Python file, got 'no/such/config.py' (given --config=no/such/config.py)"
+    assert done.stderr == f"error: {told}\n"
 
 
 def test_a_folder_that_another_process_writes_into_is_refused(whole_run, launch, pictures, tmp_path):

@@ -24,6 +24,7 @@ def test_the_vehicle_that_adapts_keeps_its_lane_better(launch, tmp_path, adaptat
     assert len(told) == 8
 
 
+@pytest.mark.slow
 def test_bad_input_is_refused(refuses, tmp_path):
     (tmp_path / "file").write_text("")
     cases = [

@@ -167,16 +167,19 @@ def test_low_rank_adapters_share_the_frozen_base():
 
 
 def test_a_config_names_it():
-    config = maml_lora_decoder.get_config()
-    config.learner.update(name="bayesian", beta=1e-3, samples=2)
+    given = maml_lora_decoder.get_config()
+    inner = {"name": "sgd", "learning_rate": 0.1}
+    given["learner"] = {"name": "bayesian", "adapts": "lora", "beta": 1e-3, "samples": 2, "inner": inner}
+    config = metajax.run.complete(given)
     config.model.update(width=8, depth=1, heads=2)
-    config.adapter.rank = 2
-    learner = metajax.training.build(config).learner
+    config.wrap.lora.rank = 2
+    facts = metajax.run.Facts(metajax.tasks.next_token_prediction)
+    learner = metajax.run.build(config, facts).learner
     prior = jax.jit(learner.init)(KEY, jnp.zeros([2, 5], jnp.int32))
     np.testing.assert_allclose(prior["log_scale"]["blocks"]["query"]["lora_a"], np.log(0.1), rtol=1e-6)
-    config.learner.deviation = 0.0
-    with pytest.raises(ValueError, match=r"scale must be a finite number above 0, got 0\.0"):
-        metajax.training.build(config)
+    config.learner.scale = 0.0
+    with pytest.raises(ValueError, match=r"learner.scale must be a finite number above 0, got 0\.0"):
+        metajax.run.build(config, facts)
 
 
 @pytest.mark.parametrize(

@@ -17,19 +17,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import metajax
 from metajax import training
-from metajax.training import _checkpoint, _seal
+from metajax.training import _checkpoint, manifest
 
 
 @pytest.fixture
 def gate(monkeypatch):
     """Holds the sealing back until it is set."""
-    event, write = threading.Event(), _seal.write
+    event, write = threading.Event(), manifest.write
 
     def held(folder, values):
         assert event.wait(30)
         write(folder, values)
 
-    monkeypatch.setattr(_seal, "write", held)
+    monkeypatch.setattr(manifest, "write", held)
     yield event
     event.set()
 
@@ -51,7 +51,7 @@ def test_a_state_may_be_donated_as_soon_as_save_returns(checkpoints, devices):
     assert restored.params[0].sharding.is_equivalent_to(split, 1)
 
 
-def test_save_returns_before_the_seal_and_the_next_one_waits_for_it(tmp_path, checkpoints, gate):
+def test_save_returns_before_themanifest_and_the_next_one_waits_for_it(tmp_path, checkpoints, gate):
     checkpoints.save(1, states.small(1), {})
     assert not (tmp_path / "last" / "1" / "seal.json").exists()
     second = threading.Thread(target=checkpoints.save, args=(2, states.small(2), {}))
@@ -64,14 +64,14 @@ def test_save_returns_before_the_seal_and_the_next_one_waits_for_it(tmp_path, ch
     assert checkpoints.latest() == 2
 
 
-def test_the_newest_stay_and_the_best_one_until_its_successor_is_sealed(tmp_path, monkeypatch):
+def test_the_newest_stay_and_the_best_one_until_its_successor_ismanifested(tmp_path, monkeypatch):
     checkpoints = training.Checkpoints(tmp_path, keep=3)
     for step in range(1, 6):
         checkpoints.save(step, states.small(step), {})
     checkpoints.save(2, states.small(2), {}, kind="best")
     checkpoints.wait()
     assert sorted(os.listdir(tmp_path / "last")) == ["3", "4", "5"]
-    write = _seal.write
+    write = manifest.write
 
     def watched(folder, values):
         assert (tmp_path / "best" / "2" / "seal.json").exists()
@@ -79,7 +79,7 @@ def test_the_newest_stay_and_the_best_one_until_its_successor_is_sealed(tmp_path
         seen.append(sorted(os.listdir(folder.parent)))
 
     seen = []
-    monkeypatch.setattr(_seal, "write", watched)
+    monkeypatch.setattr(manifest, "write", watched)
     checkpoints.save(4, states.small(4), {}, kind="best")
     checkpoints.close()
     assert seen == [["2", "4"]]
@@ -163,7 +163,7 @@ def _no_space(*arguments, **keywords):
 def test_what_cannot_be_written_is_told_once_and_leaves_nothing(tmp_path, checkpoints, monkeypatch, how):
     checkpoints.save(1, states.small(1), {})
     checkpoints.wait()
-    place = {"write": (checkpoints._writer.handler, "finalize"), "seal": (_seal.os, "replace")}
+    place = {"write": (checkpoints._writer.handler, "finalize"), "seal": (manifest.os, "replace")}
     with monkeypatch.context() as patched:
         patched.setattr(*place.get(how, (checkpoints._writer, "save")), _no_space)
         if how != "start":  # in the background: told by the next save
@@ -180,7 +180,7 @@ def test_what_cannot_be_written_is_told_once_and_leaves_nothing(tmp_path, checkp
 
 def test_close_tells_what_was_not_written(tmp_path, monkeypatch):
     checkpoints = training.Checkpoints(tmp_path)
-    monkeypatch.setattr(_seal, "write", _no_space)
+    monkeypatch.setattr(manifest, "write", _no_space)
     checkpoints.save(1, states.small(1), {})
     with pytest.raises(training.CheckpointError, match="last/1"):
         checkpoints.close()
@@ -204,7 +204,7 @@ def test_a_loop_that_donates_saves_each_step_as_it_was(tmp_path):
         shutil.rmtree(tmp_path / "last" / str(step))
 
 
-def test_save_now_seals_before_it_returns_whatever_the_interval(tmp_path, checkpoints):
+def test_save_nowmanifests_before_it_returns_whatever_the_interval(tmp_path, checkpoints):
     saving = training.Saving(checkpoints, every=100, steps=1000, extra=lambda: {"position": 7})
     saving(3, states.small(3), {"loss": 1.0})
     assert not (tmp_path / "last").exists()
@@ -273,6 +273,7 @@ def _free_port():
         return str(found.getsockname()[1])
 
 
+@pytest.mark.slow
 def test_two_processes_save_what_one_restores(tmp_path):
     port, environment = _free_port(), {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     processes = [
@@ -351,7 +352,7 @@ for _ in range(kills):
 """
 
 
-def test_a_run_that_is_killed_finds_the_last_sealed_checkpoint(tmp_path):
+def test_a_run_that_is_killed_finds_the_lastmanifested_checkpoint(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", _KILLED, tmp_path, "6"], capture_output=True, text=True, timeout=120, check=False
     )

@@ -14,7 +14,7 @@ import worlds
 from jax.sharding import PartitionSpec as P
 
 import metajax
-from metajax import data, hypergrad, parallel, strategies, training
+from metajax import data, hypergrad, models, parallel, replay, training
 from metajax.core import merge, split
 
 _MODEL = metajax.models.mlp(outputs=worlds.WAYS, hidden=(8,))
@@ -78,19 +78,19 @@ def _replayed(outer):
         """Of each task; the base must be among the parameters."""
         return jax.vmap(lambda one: metajax.core.outer_objective(_learner(), params, one)[0])(items)
 
-    return strategies.replayed(outer, strategies.prioritised(8), 2, priority=losses)
+    return replay.replayed(outer, replay.prioritised(8), 2, priority=losses)
 
 
 WRAPPERS = {
     "plain": lambda outer: outer,
     "scan": lambda outer: _outer(task_batching="scan"),
     "in chunks": lambda outer: _outer(task_batching=2),
-    "averaged": strategies.averaged,
+    "averaged": training.averaged,
     "skip_nonfinite": training.skip_nonfinite,
     "augment": lambda outer: training.augment(outer, _BRIGHTER),
-    "replayed": lambda outer: strategies.replayed(outer, strategies.reservoir(8), 2),
+    "replayed": lambda outer: replay.replayed(outer, replay.reservoir(8), 2),
     "all of them": lambda outer: training.augment(
-        training.skip_nonfinite(strategies.replayed(strategies.averaged(outer), strategies.reservoir(8), 2)), _BRIGHTER
+        training.skip_nonfinite(replay.replayed(training.averaged(outer), replay.reservoir(8), 2)), _BRIGHTER
     ),
 }
 
@@ -105,9 +105,9 @@ def test_fit(name):
     inside = training.fit(outer, inside, batches, steps=3, callbacks=record("inside"))
     outside = training.fit(outer, outside, batches, steps=3, frozen=frozen, callbacks=record("outside"))
     if name in ("averaged", "all of them"):
-        average = strategies.averaged_params(outside)
+        average = training.averaged_params(outside)
         assert not set(_paths(average)) & set(_paths(frozen))
-        whole = strategies.averaged_params(inside)
+        whole = training.averaged_params(inside)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), merge(average, frozen), whole)
         inside, outside = (state._replace(opt_state=state.opt_state.inner) for state in (inside, outside))
     _assert_same(inside, outside, frozen)
@@ -204,11 +204,11 @@ def test_curriculum_and_a_network_that_grows():
     inside, outside, frozen = _begin(outer)
     inside, outside = outer.update(inside, _episodes())[0], outer.update(outside, _episodes(), frozen)[0]
     grown = _outer(large)
-    widen = strategies.widen(inside.params, 12)
+    widen = models.widen(inside.params, 12)
     one = _one(_episodes())
-    wide_inside = strategies.grow_state(inside, widen, grown, one)
-    wide_outside = strategies.grow_state(outside, widen, grown, one, frozen=frozen)
-    wide_frozen = strategies.grow_frozen(outside, widen, frozen)
+    wide_inside = models.grow_state(inside, widen, grown, one)
+    wide_outside = models.grow_state(outside, widen, grown, one, frozen=frozen)
+    wide_frozen = models.grow_frozen(outside, widen, frozen)
     wide_inside = grown.update(wide_inside, _episodes(start=4))[0]
     wide_outside = grown.update(wide_outside, _episodes(start=4), wide_frozen)[0]
     tree = merge(wide_outside.params, wide_frozen)
@@ -219,9 +219,9 @@ def test_curriculum_and_a_network_that_grows():
     one = data.episode(source, spec, seed=0, index=0)
     params = learner.init(jax.random.key(0), one.support.inputs)
     trained, frozen = split(params, "head")
-    stages = [strategies.Stage(spec, 2), strategies.Stage(data.EpisodeSpec(1, 6, 4), 2)]
+    stages = [training.Stage(spec, 2), training.Stage(data.EpisodeSpec(1, 6, 4), 2)]
     ended = [
-        strategies.curriculum(outer, outer.init(_KEY, one, begun, frozen=base), source, stages, batch=2, frozen=base)[0]
+        training.curriculum(outer, outer.init(_KEY, one, begun, frozen=base), source, stages, batch=2, frozen=base)[0]
         for begun, base in ((params, None), (trained, frozen))
     ]
     tree = merge(ended[1].params, frozen)

@@ -250,6 +250,7 @@ _SHARED_STARTS = {
 
 # the first is the longest to compile; the others are frozen, differentiated through, displaced, and zeros
 @pytest.mark.parametrize("case", worlds.few_by_default(_SHARED_STARTS, lambda case: case.startswith("ANIL")))
+@pytest.mark.slow
 def test_what_starts_the_same_on_all_devices_adapts_on_each(case, x64):
     """Frozen parameters and zeros are shared by the devices; their inner gradients must not be summed over them."""
     learner, trainable, estimator = _SHARED_STARTS[case]

@@ -1,4 +1,4 @@
-"""Data sets of TensorFlow Datasets, made from files that the user has; imported on demand, `tfds_source` reads them."""
+"""TensorFlow Datasets sets built from the user's files; imported on demand. `tfds_source` reads them."""
 
 from metajax.data.builders._folders import ImageFolder, Omniglot
 

@@ -21,7 +21,7 @@ _Examples = Iterator[tuple[str, dict[str, Any]]]
 
 
 class _Folders(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """What the builders share: classes of images, with the name of each file."""
+    """The base class of the builders: classes of images, with the name of each file."""
 
     VERSION = tfds.core.Version("1.0.0")
     code_path = None  # where TFDS would look for checksums of downloads
@@ -29,21 +29,21 @@ class _Folders(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
     def __init__(self, path: str | os.PathLike[str], **options: Any) -> None:
         self._path = path
         super().__init__(**options)
-        self._original_state = {"path": path, **options}  # what pickle gives to __init__
+        self._original_state = {"path": path, **options}  # what pickle passes to __init__
 
     @abc.abstractmethod
     def _open(self, opened: contextlib.ExitStack) -> dict[str, _Classes]:
-        """The classes of each TFDS split, sorted."""
+        """Returns the classes of each TFDS split, sorted."""
 
     @abc.abstractmethod
     def _stored(self, content: bytes, name: str) -> bytes:
-        """Checks an image file, and returns what is stored of it."""
+        """Checks an image file and returns the bytes to store."""
 
     def _described(self, shape: tuple[int | None, int | None, int], **about: str) -> tfds.core.DatasetInfo:
         with contextlib.ExitStack() as opened:
             names = sorted({name for classes in self._open(opened).values() for name in classes})
         for name in names:
-            if name != name.strip() or "\n" in name:  # TFDS keeps them in a text file
+            if name != name.strip() or "\n" in name:  # TFDS stores them in a text file
                 raise ValueError(
                     f"path must hold classes whose names fit on a line, got {name!r} in {str(self._path)!r}"
                 )
@@ -71,18 +71,18 @@ class Omniglot(_Folders, skip_registration=True):  # type: ignore[call-arg]
 
     Classes are `ALPHABET/characterNN`, in the TFDS splits "background" (964 classes) and "evaluation" (659 others).
     Images are PNG of 105 x 105 x 1 with ink 0 on 255, as published: `tfds_source(..., invert=True)` gives ink 255 on 0.
-    The name keeps it apart from the "omniglot" of TFDS, which has RGB images and labels without names.
+    The name differs from the "omniglot" of TFDS, which has RGB images and labels without names.
 
     Source: Lake, Salakhutdinov & Tenenbaum 2015, "Human-level concept learning through probabilistic program
     induction", Science 350.
 
     Args:
       path: a folder that holds `images_background` and `images_evaluation`, as folders or as the published zips.
-      options: those of `tfds.core.GeneratorBasedBuilder`: `data_dir`, where the set is prepared (by default the folder
-        that TFDS_DATA_DIR names, or ~/tensorflow_datasets), and `file_format`, "tfrecord" or "array_record".
+      options: options of `tfds.core.GeneratorBasedBuilder`: `data_dir`, the folder for the prepared set (by default
+        the folder in TFDS_DATA_DIR, or ~/tensorflow_datasets), and `file_format`, "tfrecord" or "array_record".
 
     Raises:
-      ValueError: the folder is not as above; or, when the set is prepared, a file is not such an image.
+      ValueError: the folder does not have this layout; or, when the set is prepared, a file is not such an image.
 
     >>> Omniglot("no/such/folder")
     Traceback (most recent call last):
@@ -125,27 +125,27 @@ class Omniglot(_Folders, skip_registration=True):  # type: ignore[call-arg]
         if image.shape != (105, 105, 1):
             raise ValueError(f"{name!r} must be an image of 105 x 105 pixels, got {image.shape[0]} x {image.shape[1]}")
         file = io.BytesIO()
-        Image.fromarray(image[..., 0]).save(file, "PNG")  # published with one bit, which some decoders give as 1
+        Image.fromarray(image[..., 0]).save(file, "PNG")  # published with one bit, which some decoders return as 1
         return file.getvalue()
 
 
 class ImageFolder(_Folders, skip_registration=True):  # type: ignore[call-arg]
-    """Anybody's images as a TFDS set: `CLASS/NAME.png` or `GROUP/CLASS/NAME.png` (also .jpg, .bmp), as `image_folder`.
+    """User images as a TFDS set: `CLASS/NAME.png` or `GROUP/CLASS/NAME.png` (also .jpg, .bmp), as for `image_folder`.
 
-    The files are stored as they are, each after it has been decoded once to see that it can be. Where `path` holds
-    `train`, `val` and `test`, so are the TFDS splits named; otherwise there is one, "train". Where those are splits of
-    the classes, `tfds_source(name, "val", parts=("val",), splits={"val": 1.0})` reads one of them as it is.
+    The files are stored unchanged; each is decoded once to check it. If `path` holds `train`, `val` and `test`, the
+    TFDS splits have these names; otherwise there is one split, "train". If the splits divide the classes,
+    `tfds_source(name, "val", parts=("val",), splits={"val": 1.0})` reads one of them unchanged.
 
     Args:
       path: a folder or a zip file.
-      name: of the set: lower-case letters, digits and underscores.
-      channels: 1 (grey) or 3 (RGB) converts images when they are read; None demands that all agree.
-      options: those of `tfds.core.GeneratorBasedBuilder`: `data_dir`, where the set is prepared (by default the folder
-        that TFDS_DATA_DIR names, or ~/tensorflow_datasets), and `file_format`, "tfrecord" or "array_record".
+      name: name of the set: lower-case letters, digits and underscores.
+      channels: 1 (grey) or 3 (RGB) converts images when they are read; None requires that all images agree.
+      options: options of `tfds.core.GeneratorBasedBuilder`: `data_dir`, the folder for the prepared set (by default
+        the folder in TFDS_DATA_DIR, or ~/tensorflow_datasets), and `file_format`, "tfrecord" or "array_record".
 
     Raises:
-      ValueError: the name or the folder is not as above; or, when the set is prepared, a file is not an image, or
-        channels differ and `channels` is None.
+      ValueError: the name or the folder does not have this form; or, when the set is prepared, a file is not an image,
+        or channels differ and `channels` is None.
 
     >>> import pathlib, tempfile
     >>> folder = pathlib.Path(tempfile.mkdtemp())

@@ -1,26 +1,44 @@
-"""Readers: what a user has, as the examples of a task type.
+"""Readers, which convert user data to the examples of a task type.
 
-A reader is looked up from the task type and the kind of inputs. Launchers, `adapt_model` and tests read through it.
+A reader is looked up by the task type and the kind of inputs. Launchers, `adapt_model` and tests read data through it.
 """
 
 from metajax.core._types import TaskType
 from metajax.data.readers import _pictures, _questions, _texts
-from metajax.data.readers._reading import Form, Reader, Reading
+from metajax.data.readers._files import parts_of, read_rows, text_files
+from metajax.data.readers._questions import answered, with_choices
+from metajax.data.readers._reading import Form, Reader, Reading, to_length
+from metajax.data.readers._texts import read_domains
+from metajax.data.readers._tokens import buckets_of, load_tokenizer
 
-__all__ = ["Form", "Reader", "Reading", "reader_of"]
+__all__ = [
+    "Form",
+    "Reader",
+    "Reading",
+    "answered",
+    "buckets_of",
+    "load_tokenizer",
+    "parts_of",
+    "read_domains",
+    "read_rows",
+    "reader_of",
+    "text_files",
+    "to_length",
+    "with_choices",
+]
 
 _READERS = (_pictures.reader, _texts.reader, _questions.reader)
 
 
 def reader_of(task: TaskType, kind: str) -> Reader:
-    """Returns the reader of a task type, for inputs of a kind.
+    """Returns the reader for a task type and a kind of inputs.
 
     Args:
       task: the task type.
       kind: "text" or "image".
 
     Raises:
-      ValueError: there is none.
+      ValueError: there is no such reader.
 
     >>> import metajax
     >>> reader_of(metajax.tasks.classification, "text").forms.split(", ")[1]

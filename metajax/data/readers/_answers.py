@@ -1,4 +1,4 @@
-"""Questions whose answers are spans of a context, as windows of tokens."""
+"""Splits questions whose answers are spans of a context into windows of tokens."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Window:
 
 
 def windows(encoder: Any, questions: Sequence[Question], max_length: int, overlap: int) -> list[Window]:
-    """The windows of questions; the arguments are those of `question_answering`.
+    """Returns the windows of questions; the arguments are those of `question_answering`.
 
     Raises:
-      ValueError: a text gives no tokens, or a question leaves no room for its context.
+      ValueError: a text has no tokens, or a question leaves no room for its context.
     """
     rows: list[Window] = []
     pairs = [(question.text, question.context) for question in questions]
@@ -35,7 +35,7 @@ def windows(encoder: Any, questions: Sequence[Question], max_length: int, overla
         first, behind = _tokens.span_of(encoding, 1)
         if first == behind:
             raise ValueError(f"the context of {question.where} gives no tokens")
-        tokens, types, offsets = encoding.ids, encoding.type_ids, encoding.offsets  # each access makes a new list
+        tokens, types, offsets = encoding.ids, encoding.type_ids, encoding.offsets  # each access creates a new list
         answer = _answer_tokens(offsets[first:behind], question)
         room = max_length - (len(tokens) - (behind - first))
         if room < behind - first and room <= overlap:
@@ -62,7 +62,7 @@ def windows(encoder: Any, questions: Sequence[Question], max_length: int, overla
 
 
 def _answer_tokens(offsets: Sequence[tuple[int, int]], question: Question) -> tuple[int, int]:
-    """The first and the last token of the context that cover some of the first answer."""
+    """Returns the first and the last token of the context that overlap the first answer."""
     covering = [place for place, (start, end) in enumerate(offsets) if start < question.end and end > question.start]
     if not covering:
         raise ValueError(f"the answer of {question.where}, {question.answers[0]!r}, gives no tokens")
@@ -70,7 +70,7 @@ def _answer_tokens(offsets: Sequence[tuple[int, int]], question: Question) -> tu
 
 
 def _best_window(starts: Sequence[int], room: int, count: int, answer: tuple[int, int]) -> int | None:
-    """The start of the window that holds the answer with most context on its poorer side; None where none holds it."""
+    """Returns the start of the window that holds the answer with most context on its shorter side, or None."""
     margins = {start: min(answer[0] - start, min(start + room, count) - 1 - answer[1]) for start in starts}
     best = max(margins, key=lambda start: margins[start])
     return best if margins[best] >= 0 else None

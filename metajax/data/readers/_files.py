@@ -1,4 +1,4 @@
-"""Reading rows of labelled text from files that nobody has vouched for."""
+"""Reads rows of labelled text from untrusted files."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Row(NamedTuple):
     """One labelled text.
 
     Attributes:
-      text: as it stands in the file.
-      label: likewise, "" where no column of labels is asked for.
-      where: its place, for errors.
-      domain: as it stands in the file, "" where no column of domains is asked for.
+      text: the text in the file.
+      label: the label in the file, "" if no column of labels is requested.
+      where: the place of the row, for error messages.
+      domain: the domain in the file, "" if no column of domains is requested.
     """
 
     text: str
@@ -37,10 +37,10 @@ _Reader = Callable[[str, str, Mapping[str, str], Sequence[str] | None], Iterator
 
 
 def regular_file(argument: str, path: Any) -> pathlib.Path:
-    """Returns the path of a file that is there.
+    """Returns the path of an existing file.
 
     Raises:
-      ValueError: it is no path, nothing is there, or something else than a file (a folder, a pipe, a device).
+      ValueError: `path` is not a path, does not exist, or is not a regular file (but a folder, a pipe, a device).
 
     >>> regular_file("files", "no/such/file.tsv")
     Traceback (most recent call last):
@@ -59,7 +59,7 @@ def text_files(files: Any) -> tuple[pathlib.Path, ...]:
     """Returns the paths of one or several files that `read_rows` can read.
 
     Raises:
-      ValueError: there are none, one is not there, stands there twice or has another extension.
+      ValueError: there are no files, or a file does not exist, is listed twice or has another extension.
     """
     listed = files if isinstance(files, Sequence) and not isinstance(files, str) else [files]
     paths = tuple(regular_file("files", path) for path in listed)
@@ -69,7 +69,7 @@ def text_files(files: Any) -> tuple[pathlib.Path, ...]:
     for path in paths:
         if _kind(path) not in _READERS:
             raise ValueError(f"files must end in {', '.join(_READERS)} (or in these and .gz), got {str(path)!r}")
-        if path.resolve() in seen:  # the same text could stand in support and query
+        if path.resolve() in seen:  # the same text could be in both support and query
             raise ValueError(f"files names {str(path)!r} twice")
         seen.add(path.resolve())
     return paths
@@ -79,13 +79,13 @@ def read_rows(paths: Sequence[pathlib.Path], columns: Mapping[str, str], parts: 
     """Reads labelled texts.
 
     Args:
-      paths: what `text_files` gives.
-      columns: names of columns by the argument that gives them: "text", and maybe "label" and "domain".
+      paths: the paths that `text_files` returns.
+      columns: names of columns by the argument that sets them: "text", and optionally "label" and "domain".
       parts: keys of the .json files, or None for "train", "val" and "test".
 
     Raises:
       ValueError: a file is too large, not UTF-8, damaged or has no rows; columns or parts are missing; a row has
-        another number of fields than the header, is no JSON object, or has an empty text, label or domain.
+        another number of fields than the header, is not a JSON object, or has an empty text, label or domain.
     """
     _check_parts(parts, paths)
     rows: list[Row] = []
@@ -101,10 +101,10 @@ def read_rows(paths: Sequence[pathlib.Path], columns: Mapping[str, str], parts: 
 
 
 def parts_of(path: pathlib.Path) -> tuple[str, ...]:
-    """The keys of a .json file whose values are lists that hold something; () for a file of another kind.
+    """Returns the keys of a .json file whose values are non-empty lists; () for a file of another kind.
 
     Raises:
-      ValueError: as `read_content`, or it is no JSON object.
+      ValueError: as for `read_content`, or the file is not a JSON object.
     """
     if _kind(path) != ".json":
         return ()
@@ -113,12 +113,12 @@ def parts_of(path: pathlib.Path) -> tuple[str, ...]:
 
 
 def has_column(path: pathlib.Path, column: str) -> bool:
-    """Whether a file has a column of this name: the header of a table, or any line of .jsonl, tells.
+    """Returns whether a file has a column of this name, in the header of a table or in any line of .jsonl.
 
-    In a .json file of lists every text has a label, whatever that is called.
+    For a .json file of lists the result is True: every text has a label, and columns have no names.
 
     Raises:
-      ValueError: as `read_content`, or a line is damaged.
+      ValueError: as for `read_content`, or a line is damaged.
     """
     content, kind, file = read_content(path), _kind(path), repr(str(path))
     if kind == ".jsonl":
@@ -133,7 +133,7 @@ def read_content(path: pathlib.Path) -> str:
     """Reads a text file.
 
     Raises:
-      ValueError: it is too large, not UTF-8 or damaged.
+      ValueError: the file is too large, not UTF-8 or damaged.
     """
     try:
         with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
@@ -153,16 +153,16 @@ def read_json(path: pathlib.Path) -> Any:
     """Reads a JSON file.
 
     Raises:
-      ValueError: it is too large, not UTF-8, damaged or no JSON.
+      ValueError: the file is too large, not UTF-8, damaged or not JSON.
     """
     return _json(read_content(path), repr(str(path)))
 
 
 def json_lines(content: str, file: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The place of each line and its JSON object.
+    """Yields the place of each line and its JSON object.
 
     Raises:
-      ValueError: a line is no JSON object.
+      ValueError: a line is not a JSON object.
 
     >>> list(json_lines('{"a": 1}', "'x.jsonl'"))
     [("line 1 of 'x.jsonl'", {'a': 1})]
@@ -176,10 +176,10 @@ def json_lines(content: str, file: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def a_text(where: str, value: Any, what: str) -> str:
-    """Returns `value` if it is a text that is not empty.
+    """Returns `value` if it is a non-empty text.
 
     Raises:
-      ValueError: it is none, with its place and what it should be.
+      ValueError: `value` is not a non-empty text; the message states its place and what it should be.
 
     >>> a_text("line 1", "hello", "question")
     'hello'
@@ -190,7 +190,7 @@ def a_text(where: str, value: Any, what: str) -> str:
         raise ValueError(f"{where} has an empty {what}")
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a character
+    except UnicodeEncodeError as error:  # JSON can contain half of a character
         raise ValueError(f"{where} has a {what} that is not Unicode ({error.reason})") from error
     return value
 
@@ -245,7 +245,7 @@ def _records(content: str, file: str) -> Iterator[tuple[int, list[str]]]:
 def _table(
     records: Iterator[tuple[int, list[str]]], file: str, columns: Mapping[str, str]
 ) -> Iterator[tuple[str, list[Any]]]:
-    """Rows below a header; each record comes with the number of its first line."""
+    """Yields the rows below a header; each record comes with the number of its first line."""
     _, header = next(records, (1, []))
     for argument, column in columns.items():
         if header.count(column) != 1:
@@ -269,7 +269,7 @@ def _jsonl(content: str, file: str, columns: Mapping[str, str], parts: object) -
 def _lists(
     content: str, file: str, columns: Mapping[str, str], parts: Sequence[str] | None
 ) -> Iterator[tuple[str, list[Any]]]:
-    """The form of CLINC150: an object of lists of `[text, label]`."""
+    """Yields the rows of a file in the form of CLINC150: an object of lists of `[text, label]`."""
     if "domain" in columns:
         raise ValueError(
             f"domain must map domains to labels for {file}, whose rows have no columns, got {columns['domain']!r}"

@@ -1,4 +1,4 @@
-"""Folders and zips of images, a folder for each class."""
+"""Reads folders and zips of images with one folder for each class."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from metajax.data._sources import SPLITS
+from metajax.data._source import SPLITS
 from metajax.data.readers import _image_store, _images
 
 Members = dict[str, list[tuple[_images.Files, str]]]  # class -> its files, and where to read them
@@ -21,7 +21,7 @@ class ImageFolder(NamedTuple):
     Attributes:
       images: uint8 `[n, height, width, channels]`.
       labels: int32 `[n]`, positions in `class_names`.
-      class_names: sorted.
+      class_names: the names of the classes, sorted.
       file_names: `CLASS/NAME.png`, one for each image.
     """
 
@@ -38,19 +38,19 @@ def read_image_folder(
     channels: int | None = None,
     invert: _images.Invert = False,
 ) -> ImageFolder:
-    """Reads all images of a folder or zip of `CLASS/NAME.png` (or .jpg, .bmp), without dividing them.
+    """Reads all images of a folder or zip of `CLASS/NAME.png` (or .jpg, .bmp), without splitting them.
 
-    One folder around all classes, as many zips have it, is looked through. Hidden files are ignored; every
-    other file must be an image in a class.
+    All classes may be inside one outer folder, as in many zips. Hidden files are ignored; every other file must be
+    an image in a class.
 
     Args:
       path: a folder or a zip file.
-      size: height and width to resize to, or None where all images have one size.
-      channels: 1 (grey) or 3 (RGB), or None where all images agree.
+      size: height and width to resize to, or None if all images have the same size.
+      channels: 1 (grey) or 3 (RGB), or None if all images agree.
       invert: True, False, or "auto" (images with a bright border are inverted).
 
     Raises:
-      ValueError: nothing is there, a file is not an image or not in a class, images have different sizes or
+      ValueError: `path` does not exist, a file is not an image or not in a class, images have different sizes or
         channels, or a zip is unsafe (see `open_files`).
 
     >>> import pathlib, tempfile
@@ -74,12 +74,12 @@ def read_image_folder(
 class Part(NamedTuple):
     """The classes of a split."""
 
-    split: str | None  # None: all there is
+    split: str | None  # None: the data is not split
     classes: Members
 
 
 def parts_of(opened: contextlib.ExitStack, path: str | os.PathLike[str]) -> list[Part]:
-    """The classes of a folder or zip, divided as it is; what is opened is left to `opened`."""
+    """Returns the classes of a folder or zip in its own splits; `opened` closes the opened files."""
     files = opened.enter_context(_images.open_files(path))
     zips = [split for split in SPLITS if f"{split}.zip" in files.names]
     if zips:
@@ -92,7 +92,7 @@ def parts_of(opened: contextlib.ExitStack, path: str | os.PathLike[str]) -> list
 
 
 def _split_folders(names: Sequence[str]) -> dict[str, str]:
-    """`{split: its folder}`, where there are folders of classes named after splits, maybe with one folder around."""
+    """Returns `{split: folder}` for folders of classes that are named after splits, possibly in one outer folder."""
     parts = [name.split("/") for name in names]
     for around in (0, 1) if len({part[0] for part in parts}) == 1 else (0,):
         depths = (around + 3, around + 4)
@@ -103,7 +103,7 @@ def _split_folders(names: Sequence[str]) -> dict[str, str]:
 
 
 def classes_of(files: _images.Files, below: str = "") -> Members:
-    """The files of each class, sorted; only those below the folder `below`, if named."""
+    """Returns the files of each class, sorted; only those below the folder `below`, if it is given."""
     names = [name for name in files.names if name.startswith(below)]
     where = str(files.path / below)
     if not names:
@@ -126,7 +126,7 @@ def classes_of(files: _images.Files, below: str = "") -> Members:
 
 
 def check_disjoint(parts: list[Part], where: str) -> None:
-    """Refuses a class that stands in two splits."""
+    """Raises a ValueError if a class is in two splits."""
     seen: dict[str, str | None] = {}
     for part in parts:
         for name in part.classes:
@@ -142,7 +142,7 @@ def read_members(
     classes: Members, where: str, size: int | None, channels: int | None, invert: _images.Invert,
     cache_bytes: int | None,
 ) -> tuple[np.ndarray | _image_store.StoredImages, np.ndarray]:  # fmt: skip
-    """The images of classes, and the number of the class of each."""
+    """Returns the images of classes, and the class number of each image."""
     entries = [entry for members in classes.values() for entry in members]
     labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(members) for members in classes.values()])
 

@@ -1,4 +1,4 @@
-"""Decoded images in memory: all of them, or as many as may be."""
+"""Stores decoded images in memory: all of them, or up to a limit."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ Load = Callable[[int], np.ndarray]  # (row) -> uint8 [height, width, channels]
 
 
 class StoredImages:
-    """Images that are decoded when they are asked for, and kept while there is room.
+    """Images that are decoded on request, and kept in memory while there is room.
 
-    What has been kept stays: episodes draw images uniformly, so that no image is likelier to return than another, and
-    a cache that replaces hits no more often. Any number of threads may read.
+    A kept image is never replaced: episodes draw images uniformly, so all images are equally likely to be needed again,
+    and replacing them would not increase the hit rate. Any number of threads may read.
 
     Attributes:
       shape: `(n, height, width, channels)`.
       dtype: uint8.
-      nbytes: what all of them would take.
-      cache_bytes: the most that is kept.
-      kept_bytes: how much is kept now.
-      owner: what has to live as long as they do, such as open zips; anything.
+      nbytes: number of bytes that all images would take.
+      cache_bytes: largest number of bytes that are kept.
+      kept_bytes: number of bytes that are kept now.
+      owner: any object that must live as long as the images, such as open zips.
 
     >>> images = StoredImages(lambda row: np.full([2, 2, 1], row, np.uint8), (5, 2, 2, 1), cache_bytes=8)
     >>> images.take(np.array([3, 4, 3, 0]))[:, 0, 0, 0].tolist(), images.kept_bytes
@@ -40,22 +40,22 @@ class StoredImages:
         self.owner: Any = None
         self._load, self._lock, self._each = load, threading.Lock(), int(np.prod(shape[1:]))
         room = min(shape[0], cache_bytes // self._each)
-        self._kept = np.empty((room, *shape[1:]), np.uint8)  # the system gives memory when it is written
-        self._place = np.full(shape[0], -1, np.int32)  # of each row in it
+        self._kept = np.empty((room, *shape[1:]), np.uint8)  # the system allocates memory when it is written
+        self._place = np.full(shape[0], -1, np.int32)  # the place of each row in `_kept`
         self._used = 0
 
     @property
     def nbytes(self) -> int:
-        """What all of them would take."""
+        """Number of bytes that all images would take."""
         return self.shape[0] * self._each
 
     @property
     def kept_bytes(self) -> int:
-        """How much is kept now."""
+        """Number of bytes that are kept now."""
         return self._used * self._each
 
     def take(self, rows: np.ndarray, axis: int = 0) -> np.ndarray:
-        """Images `[*rows.shape, height, width, channels]`; what stands for a row of -1 is not defined."""
+        """Returns images `[*rows.shape, height, width, channels]`; the image for a row of -1 is undefined."""
         flat = np.asarray(rows).reshape(-1)
         images = np.empty((flat.size, *self.shape[1:]), np.uint8)
         places = self._place[flat]
@@ -73,7 +73,7 @@ class StoredImages:
         with self._lock:
             if self._used < len(self._kept) and self._place[row] < 0:
                 self._kept[self._used] = image
-                self._place[row] = self._used  # only now: other threads read without the lock
+                self._place[row] = self._used  # only now, because other threads read without the lock
                 self._used += 1
         return image
 
@@ -81,18 +81,18 @@ class StoredImages:
 def read_images(
     load: Load, name: Callable[[int], str], count: int, *, where: str, cache_bytes: int | None = None
 ) -> np.ndarray | StoredImages:
-    """Images `[count, height, width, channels]`, which must have one shape.
+    """Reads images `[count, height, width, channels]`, which must have the same shape.
 
     Args:
-      load: decodes one of them; called from several threads.
-      name: of a row, for errors.
-      count: how many there are, at least 1.
-      where: what errors call the place of them all.
-      cache_bytes: None decodes all of them now and holds them in memory; a number decodes them when they are asked for,
-        and keeps so many bytes of them.
+      load: decodes the image of a row; called from several threads.
+      name: returns the name of a row, for error messages.
+      count: number of images, at least 1.
+      where: the place of the images in error messages.
+      cache_bytes: None decodes all images now and keeps them in memory; a number decodes them on request and keeps at
+        most this many bytes.
 
     Raises:
-      ValueError: `cache_bytes` is negative, or sizes or channels differ (at once, or when the image is asked for).
+      ValueError: `cache_bytes` is negative, or sizes or channels differ (raised at once, or when the image is read).
 
     >>> read_images(lambda row: np.zeros([2, 2, 1], np.uint8), str, 3, where="here").shape
     (3, 2, 2, 1)

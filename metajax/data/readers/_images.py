@@ -1,4 +1,4 @@
-"""Reading images from folders and zip files that nobody has vouched for."""
+"""Reads images from untrusted folders and zip files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MAX_ZIP_BYTES = 16 * 2**30  # of all files of one zip, unpacked
 MAX_PIXELS = 2**24  # of one image
 _FORMATS = ("PNG", "JPEG", "BMP")
 _HIDDEN = ("__MACOSX", "Thumbs.db", "desktop.ini")
-_DEPTH = 5  # folders below the one that is read
+_DEPTH = 5  # most levels of folders below the one that is read
 
 
 class Files(NamedTuple):
@@ -32,7 +32,7 @@ class Files(NamedTuple):
 
     Attributes:
       path: the folder or zip.
-      names: sorted, relative to it, with `/` between the parts.
+      names: file names, sorted, relative to `path`, with `/` between the parts.
       read: `(name) -> bytes`.
     """
 
@@ -45,12 +45,11 @@ class Files(NamedTuple):
 def open_files(path: str | os.PathLike[str]) -> Iterator[Files]:
     """Lists a folder or a zip file. Hidden files (`.DS_Store`, `__MACOSX`, `Thumbs.db`) are left out.
 
-    Everything that can be wrong with a zip's list of contents is refused before any of it is unpacked, and
-    nothing is ever written to disk.
+    The whole list of contents of a zip is checked before anything is unpacked, and nothing is ever written to disk.
 
     Raises:
       ValueError: there is no such folder or zip; or an entry of the zip points outside (`../`, an absolute
-        path, a symbolic link), is encrypted, stands there twice, or is larger than `MAX_FILE_BYTES`.
+        path, a symbolic link), is encrypted, occurs twice, or is larger than `MAX_FILE_BYTES`.
 
     >>> import tempfile
     >>> folder = pathlib.Path(tempfile.mkdtemp())
@@ -73,10 +72,10 @@ def open_files(path: str | os.PathLike[str]) -> Iterator[Files]:
 
 
 def folder_or_zip(path: str | os.PathLike[str]) -> pathlib.Path:
-    """Returns `path` if something is there.
+    """Returns `path` if it exists.
 
     Raises:
-      ValueError: it is empty (which would be the current folder), or there is no such folder or file.
+      ValueError: `path` is empty (which would mean the current folder), or there is no such folder or file.
 
     >>> folder_or_zip(".").is_dir()
     True
@@ -152,8 +151,8 @@ def _entries(path: pathlib.Path, archive: zipfile.ZipFile) -> dict[str, zipfile.
 def _unpack(path: pathlib.Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     try:
         with archive.open(info) as file:
-            content = file.read(MAX_FILE_BYTES + 1)  # the size that the zip declares may be a lie
-    except Exception as error:  # zipfile, zlib, lzma and bz2 each have their own
+            content = file.read(MAX_FILE_BYTES + 1)  # the size that the zip declares may be wrong
+    except Exception as error:  # zipfile, zlib, lzma and bz2 have their own error types
         raise ValueError(f"entry {info.filename!r} of {str(path)!r} cannot be unpacked ({error})") from error
     return _limited(path, info.filename, content)
 
@@ -163,21 +162,21 @@ def decode(
 ) -> np.ndarray:
     """Decodes one PNG, JPEG or BMP image.
 
-    Transparent pixels become white, 16-bit grey becomes 8-bit, and a photograph is turned as its EXIF data say.
+    Transparent pixels become white, 16-bit grey becomes 8-bit, and a JPEG image is rotated according to its EXIF data.
 
     Args:
-      content: the file.
-      name: what errors call it.
-      size: height and width to resize to (sides are not kept in proportion), or None for those it has.
-      channels: 1 (grey) or 3 (RGB), or None for what it has.
-      resample: one of `PIL.Image.Resampling`; by default `BOX` (the mean over the area) where the image shrinks
-        and `BICUBIC` where it grows.
+      content: the bytes of the file.
+      name: the name of the file in error messages.
+      size: height and width to resize to (proportions are not kept), or None to keep the size.
+      channels: 1 (grey) or 3 (RGB), or None to keep the channels.
+      resample: one of `PIL.Image.Resampling`; by default `BOX` (the mean over the area) if the image shrinks
+        and `BICUBIC` if it grows.
 
     Returns:
       uint8 `[height, width, channels]`.
 
     Raises:
-      ValueError: it is not an image, or is damaged, or has more than `MAX_PIXELS` pixels.
+      ValueError: the file is not an image, is damaged, or has more than `MAX_PIXELS` pixels.
 
     >>> file = io.BytesIO()
     >>> Image.new("1", (105, 105), 1).save(file, "PNG")
@@ -192,7 +191,7 @@ def decode(
                 raise ValueError(f"it has {width} x {height} pixels, the limit is {MAX_PIXELS}")
             return _to_array(image, size, channels, resample)
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and others on damaged files
-        reason = re.sub(r" <_io.*>", "", str(error))  # the address of a buffer tells nobody anything
+        reason = re.sub(r" <_io.*>", "", str(error))  # removes the address of the buffer
         raise ValueError(f"{name!r} is not a readable PNG, JPEG or BMP image ({reason})") from error
 
 
@@ -215,10 +214,10 @@ def _to_array(image: Image.Image, size: int | None, channels: int | None, resamp
 
 
 def stack(images: list[np.ndarray], names: list[str], where: str) -> np.ndarray:
-    """Stacks decoded images, which must have one shape.
+    """Stacks decoded images, which must have the same shape.
 
     Raises:
-      ValueError: sizes or channels differ; names two files and both shapes.
+      ValueError: sizes or channels differ; the message names two files and both shapes.
 
     >>> stack([np.zeros([2, 2, 1], np.uint8)], ["a.png"], "folder").shape
     (1, 2, 2, 1)
@@ -229,7 +228,7 @@ def stack(images: list[np.ndarray], names: list[str], where: str) -> np.ndarray:
 
 
 def check_form(image: np.ndarray, name: str, first: np.ndarray, first_name: str, where: str) -> None:
-    """Raises a ValueError where two images differ in size or channels.
+    """Raises a ValueError if two images differ in size or channels.
 
     >>> check_form(np.zeros([2, 2, 1]), "b.png", np.zeros([2, 2, 1]), "a.png", "folder")
     """
@@ -252,8 +251,8 @@ def _size(image: np.ndarray) -> str:
 def invert_images(images: np.ndarray, invert: Invert) -> np.ndarray:
     """Inverts uint8 images `[n, height, width, channels]`: all (True), none (False), or those with a bright border.
 
-    "auto" inverts an image where the median over its border is above 127: characters written dark on white
-    become ink 255 on 0, and characters that are bright already stay.
+    "auto" inverts an image if the median over its border is above 127: characters written dark on white
+    become ink 255 on 0, and characters that are already bright do not change.
 
     >>> white = np.full([1, 4, 4, 1], 255, np.uint8)
     >>> int(invert_images(white, "auto").max()), int(invert_images(255 - white, "auto").max())
@@ -266,7 +265,7 @@ def invert_images(images: np.ndarray, invert: Invert) -> np.ndarray:
 
 
 def check_options(size: int | None, channels: int | None, invert: Invert) -> None:
-    """Raises a ValueError where one of the options is not what `read_image_folder` takes.
+    """Raises a ValueError if `read_image_folder` does not accept one of the options.
 
     >>> check_options(28, 1, "auto")
     """
@@ -278,7 +277,7 @@ def check_options(size: int | None, channels: int | None, invert: Invert) -> Non
 
 
 def fingerprint(path: pathlib.Path) -> str:
-    """What tells one state of a folder or zip from another without reading it: names, sizes and times.
+    """Returns a text that identifies the state of a folder or zip without reading it: names, sizes and times.
 
     >>> import tempfile
     >>> folder = pathlib.Path(tempfile.mkdtemp())

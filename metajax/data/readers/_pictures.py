@@ -1,4 +1,4 @@
-"""Images with a label each."""
+"""Reads labelled images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from metajax.data._sources import ClassSource
+from metajax.data._source import ClassSource
 from metajax.data.readers import _images
 from metajax.data.readers._folders import read_image_folder
 from metajax.data.readers._reading import Form, Reader, Reading, classes_of, places_in
@@ -17,10 +17,10 @@ from metajax.tasks import classification
 
 
 def encode(form: Form, inputs: Any, name: str = "inputs") -> Reading:
-    """Images as arrays of bytes `[n, height, width, channels]`.
+    """Reads unlabelled images, arrays of bytes `[n, height, width, channels]`.
 
     Raises:
-      ValueError: something else, or images of another size than the model takes.
+      ValueError: the inputs are something else, or have another size than the model accepts.
     """
     images = np.asarray(inputs)
     fits = images.shape[1:] == form.image if form.image is not None else images.ndim == 4
@@ -36,12 +36,12 @@ def encode(form: Form, inputs: Any, name: str = "inputs") -> Reading:
 def read(
     form: Form, task: Any, *, classes: tuple[Any, ...] | None = None, labelled: bool = True, name: str = "task"
 ) -> Reading:
-    """Labelled images: a folder or zip of CLASS/NAME.png, a pair of arrays and labels, or a source of images.
+    """Reads labelled images: a folder or zip of CLASS/NAME.png, a pair of arrays and labels, or a source of images.
 
-    Without labels a folder may also hold the images themselves.
+    With `labelled=False` a folder may also hold the images directly.
 
     Raises:
-      ValueError: something else, texts, images of another size, a class that is none of `classes`.
+      ValueError: the task is something else, or holds texts, images of another size, or a class outside `classes`.
     """
     if isinstance(task, str | os.PathLike):
         return _from_folder(form, os.fspath(task), classes, labelled, name)

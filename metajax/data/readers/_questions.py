@@ -1,4 +1,4 @@
-"""Questions with choices, as pairs of a prompt and each choice."""
+"""Reads questions with choices as pairs of a prompt and each choice."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metajax.data._sources import ClassSource
+from metajax.data._source import ClassSource
 from metajax.data.readers import _tokens
 from metajax.data.readers._files import a_text, json_lines, read_content, text_files
 from metajax.data.readers._reading import Form, Reader, Reading, check_tokens, shorten, to_length
@@ -30,11 +30,11 @@ class ChoiceQuestion(NamedTuple):
 
     Attributes:
       task: the kind of question.
-      context: what stands in front of it, "" for nothing.
+      context: the text before the question, "" if there is none.
       text: the question.
-      choices: texts.
-      answer: the place of the right one, -1 where nobody says.
-      where: its place, for errors.
+      choices: the texts of the choices.
+      answer: the index of the right choice, -1 if it is unknown.
+      where: the place of the question, for error messages.
 
     >>> ChoiceQuestion("books", "Ada wrote.", "Who wrote it?", ("Ada", "Bob"), 0, "line 1").prompt
     'Ada wrote. Who wrote it?'
@@ -54,11 +54,11 @@ class ChoiceQuestion(NamedTuple):
 
 
 def question_files(files: Any) -> tuple[pathlib.Path, ...]:
-    """Returns the paths of the files of questions that are given, or that a given folder holds, sorted.
+    """Returns the paths of the given files of questions, or of those in a given folder, sorted.
 
     Raises:
-      ValueError: there are none, one is not there, stands there twice (packed and unpacked too) or has another
-        extension.
+      ValueError: there are no files, or a file does not exist, is listed twice (also packed and unpacked) or has
+        another extension.
     """
     if isinstance(files, str | os.PathLike) and os.path.isdir(files):
         found = sorted(file for file in pathlib.Path(files).iterdir() if file.name.lower().endswith(_LINES))
@@ -72,7 +72,7 @@ def question_files(files: Any) -> tuple[pathlib.Path, ...]:
         if not path.name.lower().endswith(_LINES):
             raise ValueError(f"files must end in {' or '.join(_LINES)}, got {str(path)!r}")
         same = seen.setdefault(path.resolve().with_name(_stem(path)), path)
-        if same != path:  # a question would stand in support and query
+        if same != path:  # a question would be in both support and query
             raise ValueError(f"files must be one of each name, got {str(same)!r} and {str(path)!r}")
     return paths
 
@@ -82,14 +82,14 @@ def _stem(path: pathlib.Path) -> str:
 
 
 def read_questions(paths: Sequence[pathlib.Path], *, answered: bool | None = True) -> list[ChoiceQuestion]:
-    """The questions of files of JSON lines.
+    """Reads the questions of files of JSON lines.
 
     Args:
-      paths: of the files.
+      paths: the paths of the files.
       answered: as for `read_question`.
 
     Raises:
-      ValueError: a file has no rows, or a line is no question.
+      ValueError: a file has no rows, or a line is not a question.
     """
     rows: list[ChoiceQuestion] = []
     for path in paths:
@@ -104,16 +104,16 @@ def read_questions(paths: Sequence[pathlib.Path], *, answered: bool | None = Tru
 def read_question(
     record: Mapping[str, Any], where: str, file_task: str, *, answered: bool | None = True
 ) -> ChoiceQuestion:
-    """The question of a line.
+    """Returns the question of a line.
 
     Args:
-      record: its fields.
-      where: its place, for errors.
-      file_task: the task of a line that names none.
-      answered: True: it must have an answer; None: it may have one; False: what it has is not read.
+      record: the fields of the line.
+      where: the place of the line, for error messages.
+      file_task: the task, if the line does not name one.
+      answered: True requires an answer, None allows one, False ignores it.
 
     Raises:
-      ValueError: a text is empty or none, there are fewer than 2 choices, or the answer is none of them.
+      ValueError: a text is empty or not a text, there are fewer than 2 choices, or the answer is not one of them.
 
     >>> read_question({"question": "Who?", "choices": ["Ada", "Bob"], "answer": "Bob"}, "line 1", "books").answer
     1
@@ -141,20 +141,21 @@ def read_question(
 def encode_questions(
     encoder: Any, rows: Sequence[ChoiceQuestion], width: int, max_length: int, prefix: str | None
 ) -> tuple[dict[str, np.ndarray], np.ndarray, int]:
-    """Questions as `multiple_choice` gives them.
+    """Encodes questions in the form that `multiple_choice` returns.
 
     Args:
       encoder: a tokenizer without padding and truncation.
       rows: the questions.
-      width: choices of each, padding included.
-      max_length: tokens of a prompt and a choice.
-      prefix: of choices, as `choice_prefix` of `multiple_choice`.
+      width: number of choices of each question, padding included.
+      max_length: largest number of tokens of a prompt and a choice.
+      prefix: text before each choice, as `choice_prefix` of `multiple_choice`.
 
     Returns:
-      The inputs, the longest choice of each row with its prompt, and how many rows lost the beginning of a prompt.
+      The inputs, the length of the longest choice of each row with its prompt, and the number of rows with a prompt
+      that was cut at the beginning.
 
     Raises:
-      ValueError: a question or a choice gives no tokens, or no token of a question has room.
+      ValueError: a question or a choice has no tokens, or there is no room for a token of a question.
     """
     prefix = _prefix(encoder) if prefix is None else prefix
     shape = (len(rows), width, max_length)
@@ -166,8 +167,8 @@ def encode_questions(
     encodings = _tokens.encode_pairs(encoder, pairs, [rows[line].where for line, _ in places])
     for (line, choice), encoding in zip(places, encodings, strict=True):
         (begin, end), (begin_choice, end_choice) = _tokens.span_of(encoding, 0), _tokens.span_of(encoding, 1)
-        tokens, types = encoding.ids, encoding.type_ids  # each access makes a new list
-        # what continues the prompt begins no text of its own: Llama's tokenizer puts its <s> in front of both
+        tokens, types = encoding.ids, encoding.type_ids  # each access creates a new list
+        # a choice that continues the prompt needs no start token: Llama's tokenizer puts <s> before both
         between = range(end, begin_choice if end_choice == len(tokens) else end)
         surplus = max(len(tokens) - len(between) - max_length, 0)
         for what, missing in (("question", begin == end), (f"choice {choice}", begin_choice == end_choice)):
@@ -191,20 +192,20 @@ def encode_questions(
 
 
 def _prefix(encoder: Any) -> str:
-    """A space, unless it would be a token of its own in front of a word that has one already."""
+    """Returns a space, unless the tokenizer adds one to a word itself and would make this one a separate token."""
     spaced, plain = (len(encoder.encode(text, add_special_tokens=False).ids) for text in (" a", "a"))
     return " " if spaced <= plain else ""
 
 
 def questions_of(questions: Any, name: str = "inputs") -> list[ChoiceQuestion]:
-    """Questions as users write them, dicts as the lines of `data.multiple_choice`; their answers are not looked at.
+    """Reads questions from dicts like the lines of `data.multiple_choice`; their answers are ignored.
 
     Args:
       questions: the dicts.
-      name: of the argument, for errors.
+      name: the name of the argument, for error messages.
 
     Raises:
-      ValueError: something else, or no question.
+      ValueError: `questions` is something else, or holds no question.
 
     >>> questions_of([{"question": "Who?", "choices": ["Ada", "Bob"]}])[0].choices
     ('Ada', 'Bob')
@@ -213,16 +214,16 @@ def questions_of(questions: Any, name: str = "inputs") -> list[ChoiceQuestion]:
 
 
 def answered(questions: Any, answers: Any, name: str, answers_name: str) -> list[ChoiceQuestion]:
-    """Questions and the places or texts of their right choices.
+    """Reads questions and the indices or texts of their right choices.
 
     Args:
       questions: as for `questions_of`.
-      answers: of each.
-      name: of the questions, for errors.
-      answers_name: of the answers, for errors.
+      answers: the answer of each question.
+      name: the name of the questions, for error messages.
+      answers_name: the name of the answers, for error messages.
 
     Raises:
-      ValueError: as `questions_of`; answers are of another number, or one is no choice.
+      ValueError: as for `questions_of`; or the number of answers differs, or an answer is not a choice.
 
     >>> answered([{"question": "Who?", "choices": ["Ada", "Bob"]}], ["Bob"], "questions", "answers")[0].answer
     1
@@ -257,16 +258,16 @@ def _listed(records: Sequence[Mapping[str, Any]], name: str, *, answered: bool) 
 
 
 def encode(form: Form, inputs: Any, name: str = "inputs") -> Reading:
-    """Questions, dicts as the lines of `data.multiple_choice`; their answers are not looked at.
+    """Encodes questions from dicts like the lines of `data.multiple_choice`; their answers are ignored.
 
     Raises:
-      ValueError: as `questions_of`, or a question does not fit into its lengths beside a choice.
+      ValueError: as for `questions_of`, or a question and a choice do not fit into the lengths.
     """
     return _encoded(form, questions_of(inputs, name), name, warn=True)
 
 
 def _encoded(form: Form, rows: Sequence[ChoiceQuestion], name: str, *, warn: bool) -> Reading:
-    """The leaves of `data.multiple_choice`, with static numbers of choices (2, 4, 8, ...) and lengths."""
+    """Returns the leaves of `data.multiple_choice`, with static numbers of choices (2, 4, 8, ...) and lengths."""
     width = static_choices(max(len(row.choices) for row in rows))
     inputs, longest, cut = encode_questions(limited(form.tokenizer), rows, width, form.lengths[-1], None)
     if cut and warn:
@@ -284,7 +285,7 @@ def _encoded(form: Form, rows: Sequence[ChoiceQuestion], name: str, *, warn: boo
 
 
 def static_choices(choices: int) -> int:
-    """The static number that holds so many choices.
+    """Returns the static number of choices that holds `choices`.
 
     >>> static_choices(2), static_choices(5)
     (2, 8)
@@ -295,14 +296,14 @@ def static_choices(choices: int) -> int:
 def read(
     form: Form, task: Any, *, classes: tuple[Any, ...] | None = None, labelled: bool = True, name: str = "task"
 ) -> Reading:
-    """Questions with answers: a file or a folder of files, a pair, or a source of `metajax.data.multiple_choice`.
+    """Reads questions with answers: a file or folder of files, a pair, or a source of `metajax.data.multiple_choice`.
 
-    Without `labelled`, the answers of a file count where all its questions have one.
+    With `labelled=False`, the answers of a file are used only if all its questions have one.
 
     Raises:
-      ValueError: something else, an answer that is no choice, or tokens that the model does not know.
+      ValueError: the task is something else, an answer is not a choice, or the model does not know a token.
     """
-    del classes  # questions bring their choices
+    del classes  # questions have their own choices
     if isinstance(task, ClassSource):
         return _from_source(form, task, name)
     if isinstance(task, str | os.PathLike):
@@ -359,7 +360,7 @@ def _check_answers(answers: np.ndarray, there: np.ndarray, source: ClassSource) 
 
 
 def with_choices(inputs: dict[str, np.ndarray], choices: int) -> dict[str, np.ndarray]:
-    """Inputs `[n, choices, length]` with absent choices up to the static number that holds `choices`."""
+    """Pads inputs `[n, choices, length]` with absent choices to the static number that holds `choices`."""
     return {
         name: np.pad(leaf, [(0, 0), (0, static_choices(choices) - leaf.shape[1]), (0, 0)])
         for name, leaf in inputs.items()

@@ -1,4 +1,4 @@
-"""What readers take and give."""
+"""The inputs and outputs of readers."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from metajax.core._types import PyTree, TaskType
 
 
 class Form(NamedTuple):
-    """The form in which a model, or a run, takes its inputs.
+    """The form in which a model, or a run, accepts its inputs.
 
     Attributes:
       kind: "text" or "image".
-      tokenizer: of the tokenizers library, without padding and truncation of its own; None for images.
+      tokenizer: a tokenizer of the tokenizers library, without its own padding and truncation; None for images.
       lengths: static numbers of tokens, ascending: inputs are padded to the smallest that holds the longest text.
-      vocabulary: number of tokens that the model knows; None does not check.
-      prefix: stands before every text.
-      on_long: what becomes of a text of more tokens than the largest length: "truncate" or "refuse".
-      columns: of files of texts, the columns of the text and of the label.
-      image: height, width and channels of images, None where these may be any.
-      size: height and width to resize images to, None as they are.
-      channels: 1 (grey) or 3 (RGB) for images, None as they are.
+      vocabulary: number of tokens that the model knows; None skips the check.
+      prefix: text that is put before every text.
+      on_long: what happens to a text of more tokens than the largest length: "truncate" or "refuse".
+      columns: the columns of the text and of the label in files of texts.
+      image: height, width and channels of images, None to accept any.
+      size: height and width to resize images to, None to keep them.
+      channels: 1 (grey) or 3 (RGB) for images, None to keep them.
       invert: True, False or "auto", see `metajax.data.image_folder`.
 
     >>> Form("image", image=(28, 28, 1)).kind
@@ -45,20 +45,20 @@ class Form(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """Examples as a model takes them.
+    """Examples in the form that a model accepts.
 
     Attributes:
       inputs: leaves `[n, ...]`, on the host.
-      targets: `[n]` places in `classes`, or of the right choice of each question; None without labels.
-      classes: the labels, texts or integers, sorted; () where each example brings choices of its own.
-      name: of what was read, for errors.
-      shown: `[n]` what a table calls the examples, () where they have no names.
-      choices: of each example, None where these are the classes.
-      lengths: `[n]` tokens of each example, None for images.
-      truncated: how many texts lost their ends, or questions their beginnings.
-      groups: `[n]` places in `group_names`, the kind of each question; None where the classes are the groups.
-      group_names: of the kinds.
-      families: as of the source that was read, or None.
+      targets: `[n]` indices into `classes`, or of the right choice of each question; None without labels.
+      classes: the labels, texts or integers, sorted; () if each example has its own choices.
+      name: the name of the data, for error messages.
+      shown: `[n]` names of the examples in a table, () if they have no names.
+      choices: the choices of each example, None if these are the classes.
+      lengths: `[n]` number of tokens of each example, None for images.
+      truncated: number of texts that were cut at the end, or of questions that were cut at the beginning.
+      groups: `[n]` indices into `group_names`, the kind of each question; None if the classes are the groups.
+      group_names: the names of the kinds.
+      families: the families of the source that was read, or None.
 
     >>> Reading(np.zeros([2, 3]), np.array([0, 1]), ("cat", "owl"), "the task").classes
     ('cat', 'owl')
@@ -78,15 +78,15 @@ class Reading(NamedTuple):
 
 
 class Reader(NamedTuple):
-    """Turns what a user has into examples of a task type, for a form of inputs.
+    """Converts user data to examples of a task type, for a form of inputs.
 
     Attributes:
       task: the task type.
       kind: "text" or "image".
-      forms: what `read` takes, for errors.
+      forms: what `read` accepts, for error messages.
       read: `(form, task, *, classes=None, labelled=True, name="task") -> Reading` of a path, a pair or a source.
-        `labelled=False` takes labels where there are some; `classes` are those that labels must be of.
-      encode: `(form, inputs, name="inputs") -> Reading` of bare inputs, without labels.
+        `labelled=False` reads labels if there are any; labels must be in `classes`.
+      encode: `(form, inputs, name="inputs") -> Reading` of inputs without labels.
 
     >>> Reader._fields
     ('task', 'kind', 'forms', 'read', 'encode')
@@ -100,7 +100,7 @@ class Reader(NamedTuple):
 
 
 def to_length(inputs: PyTree, longest: int, lengths: tuple[int, ...]) -> PyTree:
-    """Sequences `[..., length]` cut or filled up to the smallest static length that holds `longest`.
+    """Cuts or pads sequences `[..., length]` to the smallest static length that holds `longest`.
 
     >>> to_length(np.ones([1, 3]), 2, (2, 4)).shape, to_length(np.ones([1, 3]), 3, (2, 4)).shape
     ((1, 2), (1, 4))
@@ -115,10 +115,10 @@ def to_length(inputs: PyTree, longest: int, lengths: tuple[int, ...]) -> PyTree:
 
 
 def check_tokens(inputs: dict[str, np.ndarray], vocabulary: int | None, source: Any) -> None:
-    """Refuses tokens `[..., length]` of another tokenizer than the model's, and padding in front of one.
+    """Checks that tokens `[..., length]` are in the model's vocabulary and that no padding precedes a token.
 
     Raises:
-      ValueError: there are such.
+      ValueError: a token is not in the vocabulary, or padding precedes a token.
     """
     tokens, mask = inputs["tokens"], inputs["mask"]
     if (mask[..., 1:] & ~mask[..., :-1]).any():
@@ -132,10 +132,10 @@ def check_tokens(inputs: dict[str, np.ndarray], vocabulary: int | None, source: 
 
 
 def classes_of(labels: Any, count: int) -> tuple[tuple[Any, ...], np.ndarray]:
-    """The different labels in order, texts or integers, and the place of each example's.
+    """Returns the different labels in order, texts or integers, and the index of each example's label.
 
     Raises:
-      ValueError: labels are something else, or not `count`.
+      ValueError: labels are something else, or their number is not `count`.
 
     >>> classes_of(["owl", "cat", "owl"], 3)
     (('cat', 'owl'), array([1, 0, 1]))
@@ -146,16 +146,16 @@ def classes_of(labels: Any, count: int) -> tuple[tuple[Any, ...], np.ndarray]:
         raise ValueError(f"labels must be all texts or all integers, got {', '.join(k.__name__ for k in kinds)}")
     if len(labels) != count:
         raise ValueError(f"labels must be one for each of the {count} inputs, got {len(labels)}")
-    classes = tuple(sorted(set(labels)))  # not by NumPy, which rounds large integers and strips texts
+    classes = tuple(sorted(set(labels)))  # not with NumPy, which rounds large integers and strips texts
     places = {label: place for place, label in enumerate(classes)}
     return classes, np.array([places[label] for label in labels], int)
 
 
 def places_in(classes: tuple[Any, ...], labels: Any) -> np.ndarray:
-    """The place of each label in the classes of a support set.
+    """Returns the index of each label in the classes of a support set.
 
     Raises:
-      ValueError: a label is none of them.
+      ValueError: a label is not in `classes`.
 
     >>> places_in(("cat", "owl"), ["owl", "owl"]).tolist()
     [1, 1]
@@ -169,7 +169,7 @@ def places_in(classes: tuple[Any, ...], labels: Any) -> np.ndarray:
 
 
 def shorten(text: str, width: int = 60) -> str:
-    """A text on one line of a table.
+    """Shortens a text to one line of a table.
 
     >>> shorten("one  two", 5)
     'on...'

@@ -1,4 +1,4 @@
-"""Reading files of questions and answers in the format of SQuAD v1.1, that nobody has vouched for."""
+"""Reads untrusted files of questions and answers in the format of SQuAD v1.1."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from metajax.data.readers._files import a_text, read_json
 
 
 class Question(NamedTuple):
-    """One question about a paragraph, and what is needed to judge an answer to it.
+    """A question about a paragraph, with the data needed to judge an answer to it.
 
     Attributes:
-      id: as it stands in the file.
-      language: of the file.
-      article: its name.
+      id: the id in the file.
+      language: the language of the file.
+      article: the name of the article.
       text: the question.
       context: the paragraph.
-      answers: texts of all its answers.
-      start: where the first of them begins in the context, in characters.
-      where: its place, for errors.
+      answers: the texts of all answers.
+      start: where the first answer begins in the context, in characters.
+      where: the place of the question, for error messages.
 
     >>> Question("q1", "en", "Moon", "Who?", "Ada saw it.", ("Ada",), 0, "question 'q1'").end
     3
@@ -37,19 +37,19 @@ class Question(NamedTuple):
 
     @property
     def end(self) -> int:
-        """Behind the last character of its first answer."""
+        """Position after the last character of the first answer."""
         return self.start + len(self.answers[0])
 
 
 def read_parallel(files: Mapping[str, pathlib.Path]) -> dict[str, dict[str, tuple[Question, ...]]]:
-    """Reads files whose articles are translations of each other, one file a language.
+    """Reads files whose articles are translations of each other, one file for each language.
 
     Returns:
-      The questions of each article by its name, by language. An article is named by its title in the first file, or by
-      its place (`"0"`) where titles are missing or stand twice.
+      For each language, the questions of each article by its name. An article is named by its title in the first file,
+      or by its place (`"0"`) if titles are missing or occur twice.
 
     Raises:
-      ValueError: a file is no SQuAD v1.1, an answer does not stand where it says, a text is empty, a question stands
+      ValueError: a file is not SQuAD v1.1, an answer is not at the stated position, a text is empty, a question occurs
         twice, or article k does not have the same question ids in all files.
     """
     by_language: dict[str, dict[str, tuple[Question, ...]]] = {}

@@ -1,4 +1,4 @@
-"""Texts with a label each, as tokens."""
+"""Reads labelled texts as tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from metajax.core import _validate
-from metajax.data._sources import ClassSource
+from metajax.data._source import ClassSource
 from metajax.data.readers import _tokens
 from metajax.data.readers._files import Row, a_text, has_column, read_json, read_rows, regular_file, text_files
 from metajax.data.readers._reading import (
@@ -35,9 +35,9 @@ class Encoded(NamedTuple):
     """Texts as tokens.
 
     Attributes:
-      inputs: `{"tokens": int32 [n, max_length], "mask": bool [n, max_length]}`, False where there is padding.
-      lengths: `[n]`, how many tokens each text has.
-      truncated: how many texts lost their ends.
+      inputs: `{"tokens": int32 [n, max_length], "mask": bool [n, max_length]}`; the mask is False for padding.
+      lengths: `[n]`, the number of tokens of each text.
+      truncated: number of texts that were cut at the end.
     """
 
     inputs: dict[str, np.ndarray]
@@ -46,13 +46,13 @@ class Encoded(NamedTuple):
 
 
 def read_domains(domain: Any) -> dict[str, str]:
-    """The domain of each label.
+    """Returns the domain of each label.
 
     Args:
-      domain: labels by domain, or a .json file of that.
+      domain: labels by domain, or a .json file with these.
 
     Raises:
-      ValueError: it is none, or a label stands in two domains.
+      ValueError: `domain` is neither, or a label is in two domains.
 
     >>> read_domains({"travel": ["flight"], "bank": ["card"]})
     {'flight': 'travel', 'card': 'bank'}
@@ -77,10 +77,10 @@ def read_domains(domain: Any) -> dict[str, str]:
 def encode_rows(
     encoder: Any, rows: Sequence[Row], max_length: int, *, prefix: str = "", on_long: str = "truncate"
 ) -> Encoded:
-    """Tokenises texts; the arguments are those of `text`, and `encoder` is what `load_tokenizer` gives.
+    """Tokenises texts; the arguments are those of `text`, and `load_tokenizer` returns the `encoder`.
 
     Raises:
-      ValueError: a text cannot be tokenised, gives no tokens, or is too long where such texts are refused.
+      ValueError: a text cannot be tokenised, has no tokens, or is too long and `on_long` is "refuse".
     """
     _validate.one_of("on_long", on_long, LONG)
     _validate.instance("prefix", prefix, str)
@@ -104,17 +104,17 @@ def encode_rows(
 def _encode(encoder: Any, rows: Sequence[Row], prefix: str) -> list[Any]:
     try:
         return encoder.encode_batch_fast([prefix + row.text for row in rows])
-    except Exception as error:  # which does not say which text it was
+    except Exception as error:  # the error does not say which text it was
         if len(rows) == 1:
             raise ValueError(f"the text in {rows[0].where} cannot be tokenised ({error})") from error
     return [encoding for row in rows for encoding in _encode(encoder, [row], prefix)]
 
 
 def limited(tokenizer: Any, length: int | None = None) -> Any:
-    """A copy of a tokenizer that pads nothing, and cuts texts of more than `length` tokens alone.
+    """Returns a copy of a tokenizer that does not pad and only cuts texts of more than `length` tokens.
 
     Raises:
-      ValueError: there is none.
+      ValueError: there is no tokenizer.
     """
     if tokenizer is None:
         raise ValueError("model must have a tokenizer: its folder holds no tokenizer.json")
@@ -124,7 +124,7 @@ def limited(tokenizer: Any, length: int | None = None) -> Any:
 @functools.lru_cache(maxsize=4)
 def _limited(tokenizer: Any, length: int | None) -> Any:
     copy = type(tokenizer).from_str(tokenizer.to_str())
-    copy.no_padding()  # it would count as words
+    copy.no_padding()  # padding would count as words
     copy.no_truncation()
     if length is not None:
         copy.enable_truncation(length)
@@ -132,10 +132,10 @@ def _limited(tokenizer: Any, length: int | None) -> Any:
 
 
 def encode(form: Form, inputs: Any, name: str = "inputs") -> Reading:
-    """A list of texts; long ones are cut, with a warning.
+    """Encodes a list of texts; long texts are cut, with a warning.
 
     Raises:
-      ValueError: something else, an empty text, or no example.
+      ValueError: the inputs are something else, hold an empty text, or are empty.
     """
     if isinstance(inputs, str) or not isinstance(inputs, Sequence | np.ndarray) or not len(inputs):
         raise ValueError(f"{name} must be a list of one text or more, got {inputs!r}")
@@ -158,7 +158,7 @@ def encode(form: Form, inputs: Any, name: str = "inputs") -> Reading:
 
 
 def _encoded(form: Form, rows: Sequence[Row], name: str) -> Reading:
-    """Rows of texts, at the smallest static length that holds them."""
+    """Encodes rows of texts at the smallest static length that holds them."""
     tokenizer = limited(form.tokenizer)
     encoded = encode_rows(tokenizer, rows, form.lengths[-1], prefix=form.prefix, on_long=form.on_long)
     inputs = to_length(encoded.inputs, int(encoded.lengths.max()), form.lengths)
@@ -169,11 +169,11 @@ def _encoded(form: Form, rows: Sequence[Row], name: str) -> Reading:
 def read(
     form: Form, task: Any, *, classes: tuple[Any, ...] | None = None, labelled: bool = True, name: str = "task"
 ) -> Reading:
-    """Labelled texts: a file, a pair of a list of texts and their labels, or a source of `metajax.data.text`.
+    """Reads labelled texts: a file, a pair of a list of texts and their labels, or a source of `metajax.data.text`.
 
     Raises:
-      ValueError: something else, images, an empty text (by its place), a label that is none of `classes`, or tokens
-        that the model does not know.
+      ValueError: the task is something else, or holds images, an empty text (the message states its place), a label
+        outside `classes`, or tokens that the model does not know.
     """
     if isinstance(task, str | os.PathLike):
         return _from_file(form, os.fspath(task), classes, labelled, name)

@@ -1,4 +1,4 @@
-"""Tokenizers of the tokenizers library, and the lengths that token sequences come in."""
+"""Tokenizers of the tokenizers library, and the lengths of token sequences."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ BLOCK = 1024  # texts tokenised at once
 
 
 def buckets_of(max_length: Any, length_buckets: Any) -> tuple[int, ...]:
-    """The lengths of batches: those given, or a quarter of `max_length`, a half and all of it.
+    """Returns the lengths of batches: the given ones, or a quarter of `max_length`, a half and all of it.
 
     Raises:
-      ValueError: a length is no positive integer, or they do not ascend to `max_length`.
+      ValueError: a length is not a positive integer, or the lengths do not ascend to `max_length`.
 
     >>> buckets_of(100, None), buckets_of(100, [64, 100])
     ((25, 50, 100), (64, 100))
@@ -32,16 +32,16 @@ def buckets_of(max_length: Any, length_buckets: Any) -> tuple[int, ...]:
 
 
 def load_tokenizer(path: Any, max_length: int, *, user: str, pair: bool = False) -> Any:
-    """The tokenizer of a file, without padding and truncation of its own.
+    """Loads the tokenizer of a file, without its own padding and truncation.
 
     Args:
       path: a file of the tokenizers library (tokenizer.json), or a folder that holds one.
-      max_length: must leave room beside the special tokens.
-      user: the function that needs it, for errors.
+      max_length: largest number of tokens; must leave room beside the special tokens.
+      user: the function that needs the tokenizer, for error messages.
       pair: whether pairs of texts are encoded.
 
     Raises:
-      ValueError: it is no such file, or `max_length` leaves no room.
+      ValueError: `path` is not such a file, or `max_length` leaves no room.
       ImportError: the tokenizers library is not installed.
     """
     try:
@@ -54,8 +54,8 @@ def load_tokenizer(path: Any, max_length: int, *, user: str, pair: bool = False)
     try:
         encoder = tokenizers.Tokenizer.from_str(read_content(file))
         special = encoder.num_special_tokens_to_add(pair)
-        encoder.encode("", "" if pair else None)  # special tokens that are not in the vocabulary show here
-    except BaseException as error:  # the library has no errors of its own, and panics are no Exception
+        encoder.encode("", "" if pair else None)  # fails if special tokens are not in the vocabulary
+    except BaseException as error:  # the library has no error types, and its panics are not an Exception
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         raise ValueError(
@@ -71,12 +71,12 @@ def load_tokenizer(path: Any, max_length: int, *, user: str, pair: bool = False)
 
 
 def encode_pairs(encoder: Any, pairs: Sequence[tuple[str, str]], places: Sequence[str]) -> Iterator[Any]:
-    """Encodes pairs of texts with the special tokens of the tokenizer, whole.
+    """Encodes whole pairs of texts with the special tokens of the tokenizer.
 
     Args:
-      encoder: what `load_tokenizer` gives.
-      pairs: of texts.
-      places: where each pair stands, for errors.
+      encoder: a tokenizer from `load_tokenizer`.
+      pairs: the pairs of texts.
+      places: the place of each pair, for error messages.
 
     Raises:
       ValueError: a pair cannot be tokenised.
@@ -89,7 +89,7 @@ def encode_pairs(encoder: Any, pairs: Sequence[tuple[str, str]], places: Sequenc
 def _encode_block(encoder: Any, pairs: Sequence[tuple[str, str]], places: Sequence[str]) -> list[Any]:
     try:
         return encoder.encode_batch(list(pairs))
-    except Exception as error:  # which does not say which pair it was
+    except Exception as error:  # the error does not say which pair it was
         if len(pairs) == 1:
             raise ValueError(f"the text in {places[0]} cannot be tokenised ({error})") from error
     return [
@@ -100,6 +100,6 @@ def _encode_block(encoder: Any, pairs: Sequence[tuple[str, str]], places: Sequen
 
 
 def span_of(encoding: Any, sequence: int) -> tuple[int, int]:
-    """Where the tokens of the first (0) or second (1) text of a pair begin and end; `(0, 0)` where it has none."""
+    """Returns where the tokens of the first (0) or second (1) text of a pair begin and end; `(0, 0)` if it has none."""
     places = [place for place, number in enumerate(encoding.sequence_ids) if number == sequence]
     return (places[0], places[-1] + 1) if places else (0, 0)
