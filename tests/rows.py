@@ -116,6 +116,10 @@ ROWS = {
     "proto_maml": Row(
         learners.proto_maml(models.mlp(worlds.FEATURES, hidden=(6,)), optax.sgd(0.3), 2, adapts="layer_0"), _classes
     ),
+    "matching": Row(learners.matching(models.mlp(worlds.FEATURES, hidden=(6,))), _classes),
+    "matching_full_context": Row(
+        learners.matching(models.mlp(worlds.FEATURES, hidden=(6,)), full_context=True, steps=2), _classes, ordered=True
+    ),
     "recurrent": Row(learners.recurrent(models.mlp(2, hidden=(6,)), 2, hidden=4), _numbers, ordered=True),
     "recurrent_labels": Row(
         learners.recurrent(models.mlp(worlds.WAYS), worlds.WAYS, hidden=4, task=tasks.classification), _classes,

@@ -7,6 +7,7 @@ from metajax.learners._finetune import finetune, pretrain
 from metajax.learners._forward import Adapted
 from metajax.learners._in_context import in_context
 from metajax.learners._maml import maml, reptile
+from metajax.learners._matching import matching
 from metajax.learners._meta_sgd import meta_sgd
 from metajax.learners._metric import prototypical
 from metajax.learners._proto_maml import proto_maml
@@ -21,6 +22,7 @@ __all__ = [
     "finetune",
     "in_context",
     "maml",
+    "matching",
     "meta_sgd",
     "pretrain",
     "proto_maml",
