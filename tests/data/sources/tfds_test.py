@@ -18,8 +18,7 @@ from PIL import Image
 
 from metajax.data import EpisodeSpec, device_sampler, episode_batch, episodes, tfds_source
 from metajax.data.readers import _images
-from metajax.data.sources import _records, _tfds
-from metajax.data.sources._class_splits import divide
+from metajax.data.sources import _class_splits, _records, _tfds
 
 tfds = pytest.importorskip("tensorflow_datasets", reason="needs tensorflow-datasets to prepare sets")
 pytest.importorskip("tensorflow", reason="tensorflow-datasets writes TFRecord files with TensorFlow")
@@ -133,7 +132,7 @@ def test_classes_are_divided_by_shares(data_dir):
     for splits in (None, {"train": 0.6, "test": 0.4}):
         for split in splits or ("train", "val", "test"):
             source = tfds_source("made", split, splits=splits, data_dir=data_dir)
-            assert list(source.class_names) == divide(CLASSES, split, splits, "here")
+            assert list(source.class_names) == _class_splits.divide(CLASSES, split, splits, "here")
             assert source.counts.tolist() == [6] * source.num_classes
 
 
